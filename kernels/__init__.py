@@ -1,0 +1,1 @@
+"""The two hot operations of the project, each in one file with its plain PyTorch twin."""

@@ -1,0 +1,584 @@
+"""The generator: a motion codec, a chunk-causal multimodal transformer, and a cache that makes it stream.
+
+What you learn here, in the order of the file:
+
+1. The motion codec. A frame is the portrait plus a residual, carried by a head pose; both become a few numbers,
+
+       frame = warp(portrait + residual, pose),      latent chunk (N, C) = [windows of the residual | pose] of T frames
+
+2. The transformer. Portrait, sound and video are tokens of one sequence (kernels/attention.py draws it). Context
+   block i = [video chunk i-1 | sound of chunk i]; the portrait stands in for video chunk -1. Every chunk is denoised
+   given the blocks up to its own, so one mask serves training, generation, and rescoring what was generated.
+3. Flow matching. On the way from noise (sigma = 1) to the clean latent (sigma = 0),
+
+       x_sigma = (1 - sigma) clean + sigma noise,     velocity = noise - clean = (x_sigma - clean) / sigma
+
+   the network predicts the clean latent, which is read out as a velocity. One sigma per chunk.
+4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished chunk into
+   the cache, and goes on: constant memory and constant time per chunk, for speech of any length.
+
+The paper's sizes and training data are not public. Chosen here, and why: a linear codec (fits in seconds, and a learned
+one takes minutes to learn a mouth at all), a trunk shaped like a Qwen3 layer (so that one can be loaded), a portrait that
+stands outside rotary time (so that it is the same sink for chunk 3 and chunk 3000).
+
+Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk, C channels,
+S pixels per side, L tokens of a sequence, H heads, D head dim.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data import MEL_DIM, MediaError
+from kernels.attention import Layout, attention
+from kernels.flow_step import flow_step, sigma_schedule
+
+POSE = 6                    # parameters of an affine head pose
+POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the head pose is measured on pictures of this size, in so many steps
+PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
+
+
+@dataclass
+class Config:
+    """Everything that defines a generator; saved as config.json beside the weights."""
+
+    size: int = 64                # S, pixels per side
+    chunk_frames: int = 4         # T, frames per chunk
+    grid: int = 3                 # windows per side of the motion codec (odd: a window stands on the mouth)
+    space_channels: int = 64      # principal components kept per window and frame
+    channels: int = 128           # C, channels per video token
+    mel_channels: int = MEL_DIM   # audio features per frame
+    width: int = 96
+    layers: int = 4
+    heads: int = 3
+    kv_heads: int = 3
+    head_dim: int = 32
+    mlp_width: int = 256
+    window: int = 8               # W, context blocks that a token sees
+    rope_base: float = 100.0
+    prediction: str = "clean"     # the network's output: "clean" latent or "velocity"
+
+    def __post_init__(self):
+        if self.grid % 2 == 0 or 2 * self.size % (self.grid + 1):
+            raise ValueError(f"grid {self.grid} must be odd, and size {self.size} a multiple of {self.grid + 1} / 2")
+        if self.prediction not in ("clean", "velocity"):
+            raise ValueError(f"prediction must be clean or velocity, got {self.prediction!r}")
+        if self.heads % self.kv_heads or self.head_dim % 8:
+            raise ValueError(f"{self.kv_heads} kv_heads must divide {self.heads} heads, and 8 head_dim {self.head_dim}")
+        if self.chunk_frames * self.space_channels < max(self.channels, self.chunk_frames * POSE):
+            raise ValueError(f"{self.channels} channels do not fit {self.chunk_frames} x {self.space_channels} components")
+
+    @property
+    def video_tokens(self) -> int:
+        """N, tokens per chunk: one per window of the codec, one for the head pose."""
+        return self.grid ** 2 + 1
+
+
+# ---------------------------------------------------------------- the motion codec
+
+def pixel_grid(size: int, device=None) -> Tensor:
+    """Return (S, S, 2), the x and y of every pixel centre in [-1, 1]."""
+    c = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
+    return torch.stack(torch.meshgrid(c, c, indexing="xy"), -1)
+
+
+def head_basis(grid: Tensor) -> Tensor:
+    """Return (..., 3): 1, x, y under a soft mask that is 1 on the head and 0 at the sides of the picture.
+
+    A displacement that is linear in this basis moves the head as one affine piece over a still
+    background, which stretches in between.
+    """
+    def ramp(t):
+        t = t.clamp(0, 1)
+        return t * t * (3 - 2 * t)
+    x, y = grid.unbind(-1)
+    mask = ramp((1 - x.abs()) / 0.3) * ramp((1.3 - y) / 0.6)      # shoulders follow by half
+    return mask[..., None] * torch.stack([torch.ones_like(x), x, y], -1)
+
+
+def displacement(pose: Tensor, grid: Tensor) -> Tensor:
+    """Return (B, S, S, 2), how far each point of `grid` (1 or B, S, S, 2) moves under a pose (B, 6)."""
+    return head_basis(grid) @ rearrange(pose, "b (xy k) -> b 1 k xy", xy=2)
+
+
+def warp(picture: Tensor, pose: Tensor, mode: str = "bicubic") -> Tensor:
+    """Move the head: output(p) = picture(p + displacement(p)). picture (B, C, S, S), pose (B, 6)."""
+    grid = pixel_grid(picture.shape[-1], picture.device)[None]
+    return F.grid_sample(picture, grid + displacement(pose, grid), mode, "border", align_corners=False)
+
+
+def unwarp(picture: Tensor, pose: Tensor) -> Tensor:
+    """Undo `warp`: q = p + displacement(p) is solved for p by fixed-point iteration."""
+    grid = pixel_grid(picture.shape[-1], picture.device)[None]
+    p = grid
+    for _ in range(3):
+        p = grid - displacement(pose, p)
+    return F.grid_sample(picture, p, "bicubic", "border", align_corners=False)
+
+
+def estimate_pose(frames: Tensor, ridge: float = 1e-4) -> Tensor:
+    """Find the pose that carries each clip's first frame onto each of its frames (Lucas and Kanade, 1981).
+
+    Gauss-Newton on the grey difference, coarse to fine, so that motion of many pixels is found as well.
+
+    Args: frames (B, F, 3, S, S) in [0, 1].
+    Returns: (B, F, 6).
+    """
+    b, f = frames.shape[:2]
+    grey = frames.mean(2).flatten(0, 1)[:, None]                                   # (B F, 1, S, S)
+    pose = frames.new_zeros(b * f, POSE)
+    for size, steps in POSE_PYRAMID:
+        target = F.interpolate(grey, (size, size), mode="area")
+        first = target[::f].repeat_interleave(f, 0)
+        basis = head_basis(pixel_grid(size, frames.device))                        # (s, s, 3)
+        damping = ridge * size ** 2 * torch.eye(POSE, device=frames.device)
+        for _ in range(steps):
+            moved = warp(first, pose, "bilinear")
+            error = (target - moved).flatten(1)[:, None]                           # (B F, 1, P)
+            dy, dx = torch.gradient(moved[:, 0], spacing=2 / size, dim=(1, 2))
+            jacobian = torch.cat([dx[..., None] * basis, dy[..., None] * basis], -1).flatten(1, 2)   # (B F, P, 6)
+            hessian = jacobian.mT @ jacobian + damping
+            pose = pose + torch.linalg.solve(hessian, (error @ jacobian)[:, 0] - pose @ damping)
+    return pose.view(b, f, POSE)
+
+
+class MotionCodec(nn.Module):
+    """Frames of a talking head as a few numbers: how the head moved, and what changed on the face.
+
+    A frame is the portrait plus a residual, carried by an affine head pose:
+
+        frame = warp(portrait + residual, pose)
+
+    so that identity comes from the portrait for free, the head moves as one piece, and mouth and eyes stay in
+    place in the residual. The residual is cut into grid x grid windows that overlap by half under
+    a sine window s (sum of s^2 = 1: no seams), each written in its principal components, first in space, then
+    over the frames of a chunk. The pose is one more token. Linear but for the warp, fitted in closed form.
+
+    A codec offers `fit`, `encode` and `decode`; a learned one may take this one's place.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = c = config
+        self.stride, self.side = c.size // (c.grid + 1), 2 * c.size // (c.grid + 1)
+        tokens, pixels = c.video_tokens, 3 * self.side ** 2
+        self.register_buffer("space", torch.zeros(tokens - 1, pixels, c.space_channels))
+        self.register_buffer("time", torch.zeros(tokens, c.chunk_frames * c.space_channels, c.channels))
+        self.register_buffer("scale", torch.ones(tokens, c.channels))
+        sine, focus = self._sine_windows(), self.cut(self._focus())                  # (N-1, 1, 1, side, side)
+        self.register_buffer("analysis", sine * focus, persistent=False)
+        self.register_buffer("synthesis", sine / focus, persistent=False)
+
+    def _sine_windows(self) -> Tensor:
+        at = torch.arange(self.config.size) + 0.5
+        centre = (torch.arange(self.config.grid)[:, None] + 1) * self.stride
+        hann = 0.5 + 0.5 * torch.cos((at - centre) / self.stride * math.pi)
+        hann = hann * ((at - centre).abs() < self.stride)
+        hann = hann / hann.sum(0)                                # the outer windows reach the border alone
+        one = torch.stack([h[i * self.stride:][: self.side] for i, h in enumerate(hann.sqrt())])
+        return rearrange(torch.einsum("iy,jx->ijyx", one, one), "i j y x -> (i j) 1 1 y x")
+
+    def _focus(self) -> Tensor:
+        """(1, 1, S, S): how much an error matters. A mouth is a few pixels wide, and hair and collar, never
+        quite aligned, would take the components that it needs."""
+        x, y = pixel_grid(self.config.size).unbind(-1)
+        return (1 + 12 * torch.exp(-(x ** 2 + (y - 0.47) ** 2) / (2 * 0.2 ** 2)))[None, None]
+
+    def view(self, picture: Tensor, n: int) -> Tensor:
+        """Return window n of pictures (B, C, S, S), (B, C, side, side)."""
+        i, j = (self.stride * at for at in divmod(n, self.config.grid))
+        return picture[..., i:i + self.side, j:j + self.side]
+
+    def cut(self, picture: Tensor) -> Tensor:
+        """Cut (B, C, S, S) into its overlapping windows, (N-1, B, C, side, side)."""
+        return torch.stack([self.view(picture, n) for n in range(self.config.grid ** 2)])
+
+    def _residual_to_space(self, residual: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (N-1, B, space_channels)"""
+        return (self.cut(residual) * self.analysis).flatten(2) @ self.space
+
+    def _space_to_residual(self, coefficients: Tensor) -> Tensor:
+        """(N-1, B, space_channels) -> (B, 3, S, S): overlap and add."""
+        windows = rearrange(coefficients @ self.space.mT, "n b (c y x) -> n b c y x", c=3, y=self.side)
+        flat = rearrange(windows * self.synthesis, "n b c y x -> b (c y x) n")
+        return F.fold(flat, self.config.size, self.side, stride=self.stride)
+
+    def analyse(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Split clips into pose (B, F, 6) and residual (B, F, 3, S, S); frames (B, F, 3, S, S) in [0, 1]."""
+        pose = estimate_pose(frames)
+        still = unwarp(frames.flatten(0, 1), pose.flatten(0, 1)).view_as(frames)
+        return pose, still - frames[:, :1]
+
+    def _gather(self, pose: Tensor, space: Tensor) -> Tensor:
+        """Chunk up: pose (B, F, 6), space (N-1, B F, k) -> (N, B K, T k), the pose token last, zero-padded."""
+        t = self.config.chunk_frames
+        space = rearrange(space, "n (bk t) k -> n bk (t k)", t=t)
+        pose = rearrange(pose, "b (k t) p -> 1 (b k) (t p)", t=t)
+        return torch.cat([space, F.pad(pose, (0, space.shape[-1] - pose.shape[-1]))])
+
+    @torch.no_grad()
+    def fit(self, frames: Tensor) -> None:
+        """Fit the components to clips (B, F, 3, S, S) in [0, 1], F a multiple of T; each clip's first frame is
+        its portrait. Components are not centred: latent zero is the portrait itself."""
+        c = self.config
+        parts = [self.analyse(batch) for batch in frames.split(16)]
+        pose, residual = (torch.cat(p) for p in zip(*parts))
+        residual = residual.flatten(0, 1)                                            # (B F, 3, S, S)
+        rows = torch.linspace(0, len(residual) - 1, min(len(residual), 6000), device=frames.device).long()
+        space = []
+        with torch.random.fork_rng():
+            torch.manual_seed(0)                                                     # svd_lowrank draws its probes
+            for n in range(c.grid ** 2):
+                window = (self.view(residual, n) * self.analysis[n]).flatten(1)
+                self.space[n] = torch.svd_lowrank(window[rows], q=c.space_channels, niter=2)[2]
+                space.append(window @ self.space[n])
+        tokens = self._gather(pose, torch.stack(space))
+        variance, axes = torch.linalg.eigh(tokens.mT @ tokens / tokens.shape[1])
+        self.time.copy_(axes.flip(-1)[..., : c.channels])
+        std = variance.flip(-1)[..., : c.channels].clamp_min(0).sqrt()
+        # Half-whitened: strong components stay stronger, weak ones are not drowned by the flow's noise.
+        # One unit for all windows (the strongest component), another for the pose.
+        top = std.amax(-1, keepdim=True)
+        top[:-1] = top[:-1].max()
+        self.scale.copy_((std.clamp_min(1e-3 * top) * top).sqrt())
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Encode clips (B, F, 3, S, S) in [0, 1], F = K T, to latents (B, K, N, C) of about unit scale."""
+        pose, residual = self.analyse(frames)
+        tokens = self._gather(pose, self._residual_to_space(residual.flatten(0, 1)))
+        return rearrange(tokens @ self.time, "n (b k) c -> b k n c", b=len(frames)) / self.scale
+
+    def decode(self, portrait: Tensor, latents: Tensor) -> Tensor:
+        """Decode latents (B, K, N, C) of a portrait (B, 3, S, S) to frames (B, K T, 3, S, S) in [0, 1]."""
+        c, (b, k) = self.config, latents.shape[:2]
+        tokens = rearrange(latents * self.scale, "b k n c -> n (b k) c") @ self.time.mT
+        space = rearrange(tokens[:-1], "n bk (t k) -> n (bk t) k", t=c.chunk_frames)
+        pose = rearrange(tokens[-1, :, : c.chunk_frames * POSE], "bk (t p) -> (bk t) p", p=POSE)
+        residual = self._space_to_residual(space)
+        still = portrait.repeat_interleave(k * c.chunk_frames, 0) + residual
+        return warp(still, pose).clamp(0, 1).unflatten(0, (b, k * c.chunk_frames))
+
+
+# ---------------------------------------------------------------- the transformer
+
+def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (L, D/2) of three-part rotary positions (L, 3): time in frames, row, column.
+
+    Frequencies are dealt out in turn (time, row, time, column), so that each part has fast and slow ones.
+    A token whose time is nan stands outside time: its time channels are zeroed, in queries and keys
+    alike, so that it looks the same from every instant. That is how the portrait stays a sink
+    however far the video has gone. Angles are computed in float64: exact after hours of video.
+    """
+    half = head_dim // 2
+    part = torch.tensor([0, 1, 0, 2], device=positions.device).repeat(-(-half // 4))[:half]
+    frequency = base ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
+    angle = positions.double()[:, part] * frequency                      # (L, D/2)
+    return angle.cos().nan_to_num(0).float(), angle.sin().nan_to_num(0).float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, H, L, D) by (L, D/2) angles: channel i pairs with channel i + D/2, as in Llama and Qwen."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the portrait and of the last W context blocks, in constant memory.
+
+    A ring of tokens per layer: the portrait's first, never overwritten, then W blocks, oldest replaced first.
+    Order inside the ring is free, since keys are rotated by absolute positions before they are stored. The
+    ring evicts whole blocks because only block 0, which lacks its video part, is shorter, and it goes first.
+    """
+
+    def __init__(self, config: Config, batch: int, device, dtype):
+        ring = config.window * (config.video_tokens + config.chunk_frames)
+        shape = (batch, config.kv_heads, config.video_tokens + ring, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.sink, self.ring, self.written = config.video_tokens, ring, 0
+
+    def slots(self, n: int) -> Tensor:
+        """Where the next n tokens go: the portrait to the sink, the rest round the ring."""
+        at = torch.arange(self.written, self.written + n)
+        return torch.where(at < self.sink, at, self.sink + (at - self.sink) % self.ring)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, write: bool) -> Tensor:
+        """Attend to the cache and to the new keys, which are stored if `write` (`advance` then moves on)."""
+        keys, values = self.keys[layer], self.values[layer]
+        if write:
+            at = self.slots(k.shape[2]).to(k.device)
+            keys[:, :, at], values[:, :, at] = k, v
+            n = min(self.written + k.shape[2], self.sink + self.ring)
+            return attention(q, keys[:, :, :n], values[:, :, :n])
+        n = min(self.written, self.sink + self.ring)
+        return attention(q, torch.cat([keys[:, :, :n], k], 2), torch.cat([values[:, :, :n], v], 2))
+
+    def advance(self, n: int) -> None:
+        self.written += n
+
+
+class Block(nn.Module):
+    """One decoder layer of a modern language model, modulated by the noise level (adaLN, zero-initialised)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.heads, self.kv_heads = c.heads, c.kv_heads
+        self.attention_norm = nn.RMSNorm(c.width, elementwise_affine=True, eps=1e-6)
+        self.q = nn.Linear(c.width, c.heads * c.head_dim, bias=False)
+        self.k = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
+        self.v = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
+        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, eps=1e-6)
+        self.k_norm = nn.RMSNorm(c.head_dim, eps=1e-6)
+        self.mlp_norm = nn.RMSNorm(c.width, eps=1e-6)
+        self.gate = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.up = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.down = nn.Linear(c.mlp_width, c.width, bias=False)
+        self.modulation = nn.Linear(c.width, 6 * c.width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, modulate: Callable[[nn.Linear], Tensor], rope: tuple[Tensor, Tensor],
+                attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Transform (B, L, width). `modulate` gives the (B, L or 1, 6 width) of the tokens' noise levels;
+        `attend` is attention under the mask (training) or against the cache (generation)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulate(self.modulation).chunk(6, -1)
+        h = self.attention_norm(x) * (1 + scale_a) + shift_a
+        q = self.q_norm(rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads))
+        k = self.k_norm(rearrange(self.k(h), "b l (h d) -> b h l d", h=self.kv_heads))
+        v = rearrange(self.v(h), "b l (h d) -> b h l d", h=self.kv_heads)
+        h = attend(rotate(q, *rope), rotate(k, *rope), v)
+        x = x + (1 + gate_a) * self.out(rearrange(h, "b h l d -> b l (h d)"))
+        h = self.mlp_norm(x) * (1 + scale_m) + shift_m
+        return x + (1 + gate_m) * self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class TokenLinear(nn.Module):
+    """A linear map of its own for each token of a chunk, since each codec window has its own components."""
+
+    def __init__(self, tokens: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(tokens, inputs, outputs) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(tokens, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:                      # (..., N, inputs) -> (..., N, outputs)
+        return torch.einsum("...ni,nio->...no", x, self.weight) + self.bias
+
+
+class Generator(nn.Module):
+    """Portrait, sound and clean past in; velocity of the noisy chunks out."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = c = config
+        self.codec = MotionCodec(c)
+        self.portrait_in = nn.Linear(3 * PATCH ** 2, c.width)
+        self.portrait_place = nn.Parameter(0.02 * torch.randn(c.video_tokens, c.width))
+        self.audio_in = nn.Sequential(nn.Linear(c.mel_channels, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.no_audio = nn.Parameter(0.02 * torch.randn(c.width))
+        self.video_in = TokenLinear(c.video_tokens, c.channels, c.width)
+        self.sigma_in = nn.Sequential(nn.Linear(64, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = nn.RMSNorm(c.width, eps=1e-6)
+        self.video_out = TokenLinear(c.video_tokens, c.width, c.channels)
+        nn.init.zeros_(self.video_out.weight)
+        g = c.grid
+        place = torch.cartesian_prod(torch.arange(g), torch.arange(g))
+        self.register_buffer("place", torch.cat([place, torch.tensor([[g, g]])]).double(), persistent=False)
+
+    # -- tokens
+
+    def embed_portrait(self, portrait: Tensor) -> Tensor:
+        """(B, 3, S, S) in [0, 1] -> (B, N, width): the codec's windows, and last the whole picture from afar."""
+        def patch(picture):
+            return F.interpolate(picture, (PATCH, PATCH), mode="area").flatten(1)
+        windows = [patch(w) for w in self.codec.cut(portrait)] + [patch(portrait)]
+        return self.portrait_in(torch.stack(windows, 1) * 2 - 1) + self.portrait_place
+
+    def embed_audio(self, mel: Tensor, heard: Tensor | None = None) -> Tensor:
+        """(B, F, mel_channels) -> (B, F, width); where `heard` (B,) is false the clip has no sound at all."""
+        tokens = self.audio_in(mel)
+        return tokens if heard is None else torch.where(heard[:, None, None], tokens, self.no_audio)
+
+    def embed_sigma(self, sigma: Tensor) -> Tensor:
+        """(...) in [0, 1] -> (..., width)"""
+        frequency = torch.exp(torch.linspace(0, math.log(1000), 32, device=sigma.device))
+        angle = sigma[..., None].float() * frequency
+        return self.sigma_in(torch.cat([angle.cos(), angle.sin()], -1))
+
+    def positions(self, chunk: int | Tensor, kind: str) -> Tensor:
+        """(L, 3) of the tokens of one chunk: time in frames, row, column."""
+        c = self.config
+        if kind == "audio":
+            time = chunk * c.chunk_frames + torch.arange(c.chunk_frames, device=self.place.device)
+            return F.pad(time.double()[:, None], (0, 2), value=c.grid)
+        time = float("nan") if kind == "portrait" else float(chunk * c.chunk_frames)
+        return F.pad(self.place, (1, 0), value=time)
+
+    def rope(self, *positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(torch.cat(positions), self.config.head_dim, self.config.rope_base)
+
+    def to_velocity(self, x: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Read the network's output out as velocity = noise - clean = (x_sigma - clean) / sigma."""
+        out = self.video_out(self.norm(x)).float()
+        return (noisy - out) / sigma if self.config.prediction == "clean" else out
+
+    # -- training: all chunks in one pass
+
+    def forward(self, portrait: Tensor, mel: Tensor, clean: Tensor, noisy: Tensor, sigma: Tensor,
+                heard: Tensor | None = None) -> Tensor:
+        """Predict the velocity of every noisy chunk, each given the clean past of its own clip.
+
+        Args:
+            portrait: (B, 3, S, S) in [0, 1].    mel: (B, K T, mel_channels).
+            clean: (B, K, N, C) the context; its last chunk is no one's past and is not read.
+            noisy: (B, M, K, N, C), M independently noised copies.    sigma: (B, M, K).
+            heard: (B,) bool, false where the sound is dropped.
+
+        Returns: (B, M, K, N, C) velocity, fp32.
+        """
+        c, (b, m, k, n, _) = self.config, noisy.shape
+        layout = Layout(k, n, c.chunk_frames, m, c.window)
+        audio = rearrange(self.embed_audio(mel, heard), "b (k t) w -> b k t w", k=k)
+        past = torch.cat([self.embed_portrait(portrait)[:, None], self.video_in(clean[:, :-1])], 1)
+        context = torch.cat([past, audio], 2).flatten(1, 2)                           # (B, K (N+T), width)
+        x = torch.cat([context, self.video_in(noisy).flatten(1, 3)], 1)               # (B, L, width)
+
+        level = self.embed_sigma(sigma)                                               # (B, M, K, width)
+        at_rest = self.embed_sigma(sigma.new_zeros(b, 1))
+        condition = F.silu(torch.cat([at_rest, level.flatten(1, 2)], 1))              # (B, 1 + M K, width)
+
+        def modulate(linear):
+            mod = linear(condition)
+            context, noisy = mod[:, :1], mod[:, 1:]
+            return torch.cat([context.expand(-1, layout.context_length, -1), noisy.repeat_interleave(n, 1)], 1)
+
+        videos = [self.positions(i, "video") for i in range(k)]
+        sounds = [self.positions(i, "audio") for i in range(k)]
+        before = [self.positions(-1, "portrait")] + videos[:-1]
+        rope = self.rope(*[p for pair in zip(before, sounds) for p in pair], *(videos * m))
+        for block in self.blocks:
+            x = block(x, modulate, rope, lambda q, k, v: attention(q, k, v, layout))
+        x = rearrange(x[:, layout.context_length:], "b (m k n) w -> b m k n w", m=m, k=k)
+        return self.to_velocity(x, noisy, sigma[..., None, None])
+
+    # -- generation: chunk by chunk against the cache
+
+    def extend(self, cache: KVCache, tokens: Tensor, positions: list[Tensor]) -> None:
+        """Run clean context tokens (B, L, width) through the trunk and keep their keys and values."""
+        condition = F.silu(self.embed_sigma(tokens.new_zeros(len(tokens), 1)))
+        rope = self.rope(*positions)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, lambda linear: linear(condition), rope,
+                           lambda q, k, v: cache.attend(i, q, k, v, write=True))
+        cache.advance(tokens.shape[1])
+
+    def velocity(self, cache: KVCache, noisy: Tensor, sigma: float, chunk: int) -> Tensor:
+        """Predict the velocity of one noisy chunk (B, N, C) given the cache."""
+        level = self.embed_sigma(torch.full((len(noisy), 1), sigma, device=noisy.device))
+        condition, rope = F.silu(level), self.rope(self.positions(chunk, "video"))
+        x = self.video_in(noisy)
+        for i, block in enumerate(self.blocks):
+            x = block(x, lambda linear: linear(condition), rope,
+                      lambda q, k, v: cache.attend(i, q, k, v, write=False))
+        return self.to_velocity(x, noisy, sigma)
+
+    @torch.no_grad()
+    def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor], steps: int = 4,
+                 guidance: float = 1.0, step=flow_step) -> Iterator[tuple[Tensor, Tensor]]:
+        """Generate video chunk by chunk: denoise a chunk against the cache, then write it into the cache.
+
+        Args:
+            portrait: (B, 3, S, S) in [0, 1].    mel: (B, K T, mel_channels).
+            noise: chunk index -> (B, N, C), the noise that chunk starts from.
+            steps: flow steps per chunk.
+            guidance: weight of the sound; 1 is none, above 1 exaggerates what the sound adds.
+            step: step(x, velocity, sigma, next_sigma) -> x at next_sigma; where reinforcement learning
+                puts a stochastic step.
+
+        Yields: per chunk its latent (B, N, C) and its frames (B, T, 3, S, S) in [0, 1].
+        """
+        c, b = self.config, len(portrait)
+        audio = self.embed_audio(mel)
+        guided = guidance != 1
+        if guided:                                                # the second half of the batch hears nothing
+            audio = torch.cat([audio, self.no_audio.expand_as(audio)])
+        twice = (lambda t: torch.cat([t, t])) if guided else (lambda t: t)
+        cache = KVCache(c, len(audio), portrait.device, audio.dtype)
+        self.extend(cache, twice(self.embed_portrait(portrait)), [self.positions(-1, "portrait")])
+        sigmas, past = sigma_schedule(steps), []
+        for chunk in range(mel.shape[1] // c.chunk_frames):
+            sound = audio[:, chunk * c.chunk_frames:][:, : c.chunk_frames]
+            places = [self.positions(chunk - 1, "video")] * len(past) + [self.positions(chunk, "audio")]
+            self.extend(cache, torch.cat([*past, sound], 1), places)
+            x = noise(chunk)
+            for sigma, next_sigma in zip(sigmas, sigmas[1:]):
+                velocity = self.velocity(cache, twice(x), sigma, chunk)
+                if guided:
+                    heard, unheard = velocity.chunk(2)
+                    velocity = unheard + guidance * (heard - unheard)
+                x = step(x, velocity, sigma, next_sigma)
+            past = [twice(self.video_in(x))]
+            yield x, self.codec.decode(portrait, x[:, None])
+
+
+
+# ---------------------------------------------------------------- saving, loading, presets
+
+def save_generator(model: Generator, folder: Path, weights: dict[str, Tensor] | None = None, **more) -> None:
+    """Write folder/model.safetensors and config.json, each to a temporary name first.
+
+    Args: weights: a state dict to save instead of the model's own (its moving average); more: further entries
+        for config.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in (weights or model.state_dict()).items()}
+    with replacing(folder / "model.safetensors") as path:
+        save_file(weights, path)
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps({"model": asdict(model.config), **more}, indent=1))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to, and move it to `path` when the block ends well: nothing is half-written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_generator(folder: str | Path) -> Generator:
+    """Load what `save_generator` wrote. Raises: MediaError where the folder holds no checkpoint or a broken one."""
+    folder = Path(folder)
+    try:
+        model = Generator(Config(**json.loads((folder / "config.json").read_text())["model"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except FileNotFoundError as error:
+        raise MediaError(folder, f"holds no {Path(error.filename or 'model.safetensors').name}; "
+                                 "give the folder of a run that train.py wrote") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise MediaError(folder, f"is not a checkpoint of this version ({str(error).splitlines()[0]}); "
+                                 "train it again") from None
+    return model
+
+
+PRESETS = {
+    "tiny": Config(),                                       # 64x64, two CPU cores
+    "small": Config(size=128, grid=7, width=512, layers=8, heads=8, kv_heads=4, head_dim=64,
+                    mlp_width=1408, window=12),             # 128x128, one GPU of 8 to 24 GB
+}

@@ -1,0 +1,243 @@
+"""The generator: its cache against its parallel pass, its causality, its positions, its codec."""
+
+import pytest
+import torch
+
+import model as m
+from data import HOP, LOOK_AHEAD, SAMPLES_PER_FRAME, MediaError, log_mel
+from model import Config, Generator, KVCache, MotionCodec
+from sample import seeded_noise
+
+SMALL = dict(size=32, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48, space_channels=6, channels=8)
+
+
+def generator(**changes) -> Generator:
+    """A small generator whose every weight matters: nothing is left at its zero initialisation."""
+    torch.manual_seed(0)
+    model = Generator(Config(**{**SMALL, **changes})).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.abs().sum() == 0 or "modulation" in name:
+                p.normal_(std=0.2)
+        model.codec.space.normal_(std=0.05)
+        model.codec.time.normal_(std=0.05)
+    return model
+
+
+def inputs(model: Generator, chunks: int, batch: int = 2, seed: int = 1):
+    g, c = torch.Generator().manual_seed(seed), model.config
+    return (torch.rand(batch, 3, c.size, c.size, generator=g),
+            torch.randn(batch, chunks * c.chunk_frames, c.mel_channels, generator=g))
+
+
+def noise_for(model: Generator, batch: int = 2, seed: int = 0):
+    return seeded_noise(seed, range(batch), (model.config.video_tokens, model.config.channels))
+
+
+def roll(model: Generator, chunks: int, steps: int = 3, **kwargs):
+    """Generate, keeping every (x, velocity, sigma) that the flow step was given."""
+    seen = []
+
+    def step(x, velocity, sigma, next_sigma):
+        seen.append((x, velocity, sigma))
+        return x + (next_sigma - sigma) * velocity
+    latents = [x for x, _ in model.generate(*inputs(model, chunks), noise_for(model), steps, step=step, **kwargs)]
+    x, velocity = (torch.stack([s[i] for s in seen], 1).unflatten(1, (chunks, steps)).transpose(1, 2) for i in (0, 1))
+    sigma = torch.tensor([s[2] for s in seen[:steps]])[None, :, None].expand(len(x), steps, chunks)
+    return torch.stack(latents, 1), x, velocity, sigma             # x (B, S, K, N, C)
+
+
+@pytest.mark.parametrize("prediction", ["clean", "velocity"])
+@pytest.mark.parametrize("window", [1, 2, 3, 50])
+def test_generation_against_the_cache_equals_one_parallel_pass(window, prediction):
+    """All chunks and all steps of a rollout, rescored at once as M noisy segments: the same velocities. With 9 chunks
+    and a window of 1 to 3 the ring has rolled over several times."""
+    model = generator(window=window, prediction=prediction)
+    clean, x, velocity, sigma = roll(model, chunks=9)
+    with torch.no_grad():
+        parallel = model(*inputs(model, 9), clean, x, sigma)
+    assert velocity.abs().max() > 0.1
+    assert (parallel - velocity).abs().max() <= 1e-5 * max(1, velocity.abs().max().item())
+
+
+def test_the_sink_stands_outside_time():
+    """Time zero moved by a million frames changes nothing: relative time is all there is, and the portrait has none."""
+    model = generator(window=2)
+    with torch.no_grad():
+        near = model(*inputs(model, 4), *parallel_inputs(model, 4))
+        positions = model.positions
+        model.positions = lambda chunk, kind: positions(chunk + 250_000, kind)
+        far = model(*inputs(model, 4), *parallel_inputs(model, 4))
+        model.positions = lambda chunk, kind: positions(2 * chunk, kind)
+        stretched = model(*inputs(model, 4), *parallel_inputs(model, 4))
+    assert torch.allclose(near, far, atol=1e-5)
+    assert not torch.allclose(near, stretched, atol=1e-3)           # time does matter
+
+
+def parallel_inputs(model: Generator, chunks: int, segments: int = 1, batch: int = 2):
+    g, c = torch.Generator().manual_seed(2), model.config
+    shape = (batch, segments, chunks, c.video_tokens, c.channels)
+    return (torch.randn(shape[:1] + shape[2:], generator=g), torch.randn(shape, generator=g),
+            torch.rand(shape[:3], generator=g).clamp_min(0.1))
+
+
+def test_segments_do_not_see_each_other():
+    model = generator()
+    clean, noisy, sigma = parallel_inputs(model, 3, segments=3)
+    with torch.no_grad():
+        together = model(*inputs(model, 3), clean, noisy, sigma)
+        alone = [model(*inputs(model, 3), clean, noisy[:, i:i + 1], sigma[:, i:i + 1]) for i in range(3)]
+    assert torch.allclose(together, torch.cat(alone, 1), atol=1e-5)
+
+
+def test_a_chunk_never_depends_on_the_clean_answer_or_on_later_chunks():
+    model = generator()
+    clean, noisy, sigma = parallel_inputs(model, 4)
+    clean.requires_grad_(), noisy.requires_grad_()
+    model(*inputs(model, 4), clean, noisy, sigma)[:, :, 2].sum().backward()
+    assert clean.grad[:, :2].abs().amax((0, 2, 3)).min() > 0 and clean.grad[:, 2:].abs().max() == 0
+    others = [0, 1, 3]
+    assert noisy.grad[:, :, 2].abs().max() > 0 and noisy.grad[:, :, others].abs().max() == 0
+
+
+def test_a_finished_chunk_never_changes_with_sound_beyond_the_look_ahead():
+    model = generator(mel_channels=m.MEL_DIM)
+    c, portrait = model.config, inputs(model, 1, batch=1)[0]
+    sound = torch.randn(1, 16 * SAMPLES_PER_FRAME, generator=torch.Generator().manual_seed(3))
+    limit = 2 * c.chunk_frames * SAMPLES_PER_FRAME + LOOK_AHEAD * HOP          # chunks 0 and 1 hear no later sample
+
+    def first_chunks(sound):
+        made = model.generate(portrait, log_mel(sound, 16), noise_for(model, 1), 2)
+        return torch.cat([next(made)[0], next(made)[0]])
+    late, early = sound.clone(), sound.clone()
+    late[:, limit:] = 0.5
+    early[:, limit - 1] += 0.5
+    assert torch.equal(first_chunks(sound), first_chunks(late))
+    assert not torch.equal(first_chunks(sound), first_chunks(early))
+
+
+def test_cache_slots_that_were_never_written_change_nothing(monkeypatch):
+    model = generator(window=4)
+    before = roll(model, chunks=3)[0]
+    create = KVCache.__init__
+
+    def poisoned(self, *args):
+        create(self, *args)
+        for tensor in self.keys + self.values:
+            tensor.fill_(float("nan"))
+    monkeypatch.setattr(KVCache, "__init__", poisoned)
+    assert torch.equal(roll(model, chunks=3)[0], before)
+
+
+def test_the_cache_never_grows():
+    model = generator(window=2)
+    sizes = []
+    attend = KVCache.attend
+    try:
+        KVCache.attend = lambda self, layer, q, k, v, write: (
+            sizes.append(self.keys[layer].numel()), attend(self, layer, q, k, v, write))[1]
+        for _ in model.generate(*inputs(model, 30, 1), noise_for(model, 1), 1):
+            pass
+    finally:
+        KVCache.attend = attend
+    assert len(set(sizes)) == 1
+
+
+def test_the_seed_reproduces_and_changes_and_a_video_does_not_depend_on_its_batch():
+    model = generator()
+    portrait, mel = inputs(model, 3)
+    def make(seed, rows=slice(None)):
+        noise = seeded_noise(seed, range(2)[rows], (model.config.video_tokens, model.config.channels))
+        return torch.cat([f for _, f in model.generate(portrait[rows], mel[rows], noise, 2)], 1)
+    assert torch.equal(make(0), make(0))
+    assert (make(0) - make(1)).abs().max() > 1e-3
+    assert torch.allclose(make(0)[1:], make(0, slice(1, 2)), atol=1e-5)
+
+
+def test_guidance_is_the_formula_and_one_is_no_guidance():
+    """velocity = unheard + g (heard - unheard): for one chunk and one step, checked against two plain runs."""
+    model = generator()
+    portrait, mel = inputs(model, 1)
+    def first(guidance, silent=False):
+        if silent:
+            embed = model.embed_audio
+            model.embed_audio = lambda mel: model.no_audio.expand_as(embed(mel))
+        x = next(model.generate(portrait, mel, noise_for(model), 1, guidance))[0]
+        model.__dict__.pop("embed_audio", None)
+        return x
+    heard, unheard = first(1.0), first(1.0, silent=True)
+    assert not torch.allclose(heard, unheard, atol=1e-3)
+    assert torch.allclose(first(2.5), unheard + 2.5 * (heard - unheard), atol=1e-4)
+
+
+def test_rotation_keeps_lengths_and_depends_on_time_differences_only():
+    x, y = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    def turn(v, time, row, col):
+        cos, sin = m.rotary(torch.tensor([[time, row, col]]), 16, 100.0)
+        return m.rotate(v, cos, sin)
+    assert torch.allclose(turn(x, 3.0, 1, 2).norm(), x.norm())
+    near, far = ((turn(x, t + 5.0, 1, 2) * turn(y, t, 0, 1)).sum() for t in (0.0, 90_000.0))
+    assert torch.allclose(near, far, atol=1e-6)
+
+
+def test_the_codec_finds_a_head_motion_that_was_put_in():
+    torch.manual_seed(0)
+    portrait = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8), 64, mode="bicubic").clamp(0, 1)
+    pose = torch.tensor([[0, 0, 0, 0, 0, 0], [0.06, 0.02, 0, -0.04, 0, 0.02], [-0.05, 0, 0.05, 0.05, -0.05, 0]])
+    frames = m.warp(portrait.expand(3, -1, -1, -1), pose)
+    found = m.estimate_pose(frames[None])[0]
+    assert (found - pose).abs().max() < 0.01
+    assert (m.unwarp(frames, pose)[:, :, 8:-8, 8:-8] - portrait[:, :, 8:-8, 8:-8]).abs().mean() < 0.02
+
+
+def test_the_codec_returns_what_lies_in_its_components():
+    """Clips whose residual has few degrees of freedom survive encode and decode; latent zero is the portrait."""
+    torch.manual_seed(0)
+    config = Config(size=32, space_channels=6, channels=24)
+    smooth = lambda n, side: torch.nn.functional.interpolate(torch.rand(n, 3, side, side), 32, mode="bicubic")
+    portrait = smooth(24, 16) * 0.6 + 0.1                           # texture, so that no motion is imagined
+    spot = torch.exp(-((m.pixel_grid(32) - torch.tensor([0.0, 0.5])) ** 2).sum(-1) / 0.02)
+    opening = torch.rand(24, 8, 1, 1, 1) * 0.2
+    opening[:, 0] = 0
+    frames = portrait[:, None] + opening * spot
+    codec = MotionCodec(config)
+    codec.fit(frames)
+    latents = codec.encode(frames)
+    assert latents.shape == (24, 2, config.video_tokens, config.channels)
+    made = codec.decode(frames[:, 0], latents)
+    still = (frames - frames[:, :1]).square().mean()
+    assert (made - frames).square().mean() < 0.02 * still
+    nothing = codec.decode(frames[:, 0], torch.zeros_like(latents))
+    assert torch.allclose(nothing, frames[:, :1].expand_as(nothing), atol=1e-4)
+
+
+def test_windows_leave_no_seam():
+    """The squares of the sine windows add up to 1 everywhere: a residual that every window keeps comes back whole."""
+    codec = MotionCodec(Config(size=32, space_channels=1))
+    ones = (codec.analysis * codec.synthesis)[:, :, 0]                             # (N-1, 1, side, side)
+    whole = torch.nn.functional.fold(ones.flatten(1).T[None], 32, codec.side, stride=codec.stride)
+    assert torch.allclose(whole, torch.ones_like(whole), atol=1e-5)
+
+
+def test_a_checkpoint_returns_the_same_generator_and_says_what_is_wrong(tmp_path):
+    model = generator()
+    m.save_generator(model, tmp_path)
+    same = m.load_generator(tmp_path)
+    assert same.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(MediaError, match="holds no config.json"):
+        m.load_generator(tmp_path / "nothing")
+    (tmp_path / "model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(MediaError, match="not a checkpoint"):
+        m.load_generator(tmp_path)
+
+
+def test_a_fresh_trunk_is_a_plain_language_model_layer():
+    """adaLN starts at zero with gates of the form 1 + gate: whatever the noise level, it modulates nothing."""
+    torch.manual_seed(0)
+    block = m.Block(Config(**SMALL)).eval()
+    x, rope = torch.randn(1, 5, 32), m.rotary(torch.arange(5.0)[:, None].expand(5, 3), 8, 100.0)
+    attend = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    outs = [block(x, lambda linear: linear(torch.randn(1, 1, 32)), rope, attend) for _ in range(2)]
+    assert torch.equal(*outs)
