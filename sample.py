@@ -1,0 +1,148 @@
+"""Animate a portrait with speech, and measure how well it is done.
+
+    python sample.py --checkpoint runs/tiny --image portrait.jpg --audio speech.wav --out video.mp4
+
+The video is generated chunk by chunk and written as it comes, in constant memory: speech may be of any length.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import reward
+from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, load_portrait, load_speech, log_mel,
+                  write_video)
+from model import Generator, estimate_pose, load_generator
+
+
+def seeded_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], device="cpu") -> Callable[[int], Tensor]:
+    """Return a function that draws the noise of each next chunk, (len(indices), *shape), on `device`.
+
+    Every video has a generator of its own, keyed by (seed, index), and the numbers are drawn on the CPU: a video
+    does not change with the batch that it is made in, nor with the device.
+    """
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices]
+    return lambda chunk: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+# ---------------------------------------------------------------- measure
+
+@torch.no_grad()
+def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = 4, guidance: float = 1.0,
+            seed: int = 0) -> Tensor:
+    """Generate each clip anew from its own first frame and its own sound. Returns (B, frames, 3, S, S) in [0, 1]."""
+    device = next(model.parameters()).device
+    portrait = torch.stack([clip.frames[0] for clip in clips]).to(device) / 255
+    mel = torch.stack([log_mel(clip.audio, frames) for clip in clips]).to(device)
+    shape = (model.config.video_tokens, model.config.channels)
+    noise = seeded_noise(seed, range(len(clips)), shape, device)
+    return torch.cat([video.cpu() for _, video in model.generate(portrait, mel, noise, steps, guidance)], 1)
+
+
+def head_motion(frames: Tensor) -> Tensor:
+    """Return how far a head wanders: the standard deviation of its measured shift, in fractions of the frame's half."""
+    return estimate_pose(frames[None])[0, :, [0, 3]].std(0).norm()
+
+
+def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int) -> dict[str, Tensor]:
+    """Measure videos (B, F, 3, S, S) in [0, 1] against their true clips by the held-out metrics of reward.py.
+
+    Returns: name -> (B,) values. Drawn talkers have lip_sync and amplitude. Real clips have mouth_own, the
+    mouth-motion correlation with the true clip, and the same video against its true clip 5 frames later
+    (mouth_late) and against another clip (mouth_other): chance levels that mouth_own must exceed.
+    """
+    frames = videos.shape[1]
+    truths = [clip.frames[:frames] / 255 for clip in clips]
+    values = {"psnr": [reward.psnr(v, t) for v, t in zip(videos, truths)],
+              "motion": [reward.motion(v) / reward.motion(t) for v, t in zip(videos, truths)],
+              "head": [head_motion(v) / head_motion(t) for v, t in zip(videos, truths)],
+              "still_psnr": [reward.still_psnr(v, t[0]) for v, t in zip(videos, truths)],
+              "jerk": [reward.jerk(v) / reward.jerk(t) for v, t in zip(videos, truths)],
+              "seam": [reward.seam(v, chunk_frames) for v in videos]}
+    if clips[0].truth:
+        truth = [{k: x[:frames] if x.ndim and len(x) >= frames else x for k, x in c.truth.items()} for c in clips]
+        values["lip_sync"] = [reward.lip_sync_correlation(v, t) for v, t in zip(videos, truth)]
+        values["amplitude"] = [reward.mouth_amplitude(v, t, k) for v, t, k in zip(videos, truths, truth)]
+    else:
+        axis = reward.mouth_axis(truths)
+        made, true = ([reward.mouth_motion(v, axis) for v in vs] for vs in (videos, truths))
+        values["mouth_own"] = [reward.correlation(m, t) for m, t in zip(made, true)]
+        values["mouth_late"] = [reward.shifted_correlation(m, t, 5) for m, t in zip(made, true)]
+        values["mouth_other"] = [reward.correlation(m, t) for m, t in zip(made, true[1:] + true[:1])]
+        values["amplitude"] = [m.std() / t.std() for m, t in zip(made, true)]
+    return {name: torch.stack(v) for name, v in values.items()}
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Return the mean of (B,) values and half its 95% confidence interval (normal approximation)."""
+    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(max(len(values), 2))
+
+
+# ---------------------------------------------------------------- animate
+
+def animate(model: Generator, portrait: Tensor, speech: Tensor, steps: int, guidance: float,
+            seed: int) -> Iterator[Tensor]:
+    """Yield the frames (3, S, S) uint8 of a portrait (3, S, S) uint8 speaking (T,) 16 kHz; ceil(T / 640) of them."""
+    c, device = model.config, next(model.parameters()).device
+    frames = math.ceil(len(speech) / SAMPLES_PER_FRAME)
+    mel = log_mel(speech, math.ceil(frames / c.chunk_frames) * c.chunk_frames)[None].to(device)
+    noise = seeded_noise(seed, [0], (c.video_tokens, c.channels), device)
+    left = frames
+    for _, chunk in model.generate(portrait[None].to(device) / 255, mel, noise, steps, guidance):
+        yield from (chunk[0, :left] * 255).round().byte().cpu()
+        left -= chunk.shape[1]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--checkpoint", required=True, help="the folder of a run, as train.py writes it")
+    p.add_argument("--image", required=True, help="the portrait: any picture, its centre square is used")
+    p.add_argument("--crop", type=crop_argument, help="x,y,size: use this square of the picture, in pixels")
+    p.add_argument("--audio", required=True, help="the speech: any file with sound that ffmpeg reads")
+    p.add_argument("--out", required=True, help="the mp4 to write")
+    p.add_argument("--steps", type=int, default=4, help="flow steps per chunk (default 4)")
+    p.add_argument("--guidance", type=float, default=1.0, help="weight of the sound; 1 is none (default 1)")
+    p.add_argument("--seed", type=int, default=0, help="what the sound leaves open: head, blinks (default 0)")
+    p.add_argument("--max-seconds", type=float, help="use only the start of the speech")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
+    args = p.parse_args(argv)
+    if args.steps < 1 or (args.max_seconds is not None and args.max_seconds <= 0):
+        p.error("--steps must be at least 1 and --max-seconds above 0")
+    return args
+
+
+def crop_argument(text: str) -> tuple[int, int, int]:
+    """Read 'x,y,size' into three whole numbers."""
+    try:
+        x, y, size = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"want x,y,size in pixels, such as 40,0,320, got {text!r}") from None
+    return x, y, size
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    model = load_generator(args.checkpoint).to(args.device).eval()
+    portrait = load_portrait(args.image, model.config.size, args.crop)
+    speech = load_speech(args.audio, args.max_seconds)
+    seconds = len(speech) / SAMPLE_RATE
+    frames = animate(model, portrait, speech, args.steps, args.guidance, args.seed)
+    start = time.perf_counter()
+    write_video(args.out, tqdm(frames, "frames", math.ceil(seconds * FPS), leave=False), speech)
+    spent = time.perf_counter() - start
+    print(f"{args.out}: {seconds:.2f} s of video in {spent:.1f} s, {spent / seconds:.2f} s per second; "
+          f"streaming latency {1000 * (LATENCY + model.config.chunk_frames / FPS):.0f} ms of sound")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MediaError as error:
+        sys.exit(f"error: {error}")

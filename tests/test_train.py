@@ -1,0 +1,151 @@
+"""Training and sampling as a user runs them: resume, seeds, flags, files."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from data import SAMPLES_PER_FRAME, MediaError, load_speech, write_video
+from model import load_generator
+
+TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
+        "--channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2").split()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One clip cache for the whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(cache, tmp_path_factory):
+    """A finished run of six steps, and the folder it left."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*TINY, "--steps", "6", "--validate-every", "4", "--out", str(folder)])
+    return folder
+
+
+def weights(folder):
+    state = torch.load(folder / "state.pt", weights_only=True)
+    flat = {}
+
+    def walk(prefix, value):
+        if isinstance(value, dict | list):
+            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+                walk(f"{prefix}.{k}", v)
+        else:
+            flat[prefix] = value
+    walk("", state)
+    return flat
+
+
+def test_a_stopped_and_resumed_run_is_bit_equal_to_an_unbroken_one(run, tmp_path, monkeypatch, capsys):
+    """Stopped by Ctrl-C after step 3, resumed: weights, average, both optimizers and step are the same bits."""
+    advance = train.Pretraining.advance
+
+    def interrupted(self, data):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return advance(self, data)
+    monkeypatch.setattr(train.Pretraining, "advance", interrupted)
+    with pytest.raises(SystemExit, match="go on with: python train.py --resume"):
+        train.main([*TINY, "--steps", "6", "--validate-every", "4", "--out", str(tmp_path / "half")])
+    assert weights(tmp_path / "half")[".step"] == 3
+    monkeypatch.setattr(train.Pretraining, "advance", advance)
+    train.main(["--resume", str(tmp_path / "half")])
+    whole, half = weights(run), weights(tmp_path / "half")
+    assert whole.keys() == half.keys() and len(whole) > 50
+    for name in whole:
+        assert torch.equal(torch.as_tensor(whole[name]), torch.as_tensor(half[name])), name
+
+
+def test_a_run_leaves_everything_it_names(run):
+    names = {p.name for p in run.iterdir()}
+    assert names == {"config.json", "model.safetensors", "state.pt", "log.jsonl", "sheet.png", "sample.mp4"}
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in entries if "held_out" in e] == [4, 6]
+    assert {"lip_sync", "amplitude", "still_psnr", "psnr", "motion", "jerk", "seam"} <= set(entries[-1]["held_out"])
+    assert Image.open(run / "sheet.png").size == (12 * 32, 2 * 2 * 32)
+
+
+def test_the_seed_changes_the_run(run, cache, tmp_path):
+    train.main([*TINY, "--steps", "1", "--seed", "1", "--out", str(tmp_path)])
+    assert not torch.equal(weights(run)[".model.no_audio"], weights(tmp_path)[".model.no_audio"])
+
+
+def test_the_loss_is_the_velocity_error_of_the_levels_it_draws(cache):
+    """Against a stand-in that returns a known velocity, the loss is a weighted mean square that a loop can compute."""
+    args = train.parse_arguments([*TINY, "--audio-dropout", "0", "--context-noise", "0"])
+    clean = torch.randn(5, 3, 10, 8)
+    data = train.Latents(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.zeros(5, 12, 4), clean)
+    seen = {}
+
+    def velocity(portrait, mel, context, noisy, sigma, heard):
+        seen.update(noisy=noisy, sigma=sigma, context=context)
+        return torch.zeros_like(noisy)
+    loss, bins = train.flow_matching_loss(velocity, data, args, step=7)
+    total = []
+    for b in range(2):
+        for k in range(3):
+            sigma, x = seen["sigma"][b, 0, k].item(), seen["noisy"][b, 0, k]
+            origin = seen["context"][b, k]
+            noise = (x - (1 - sigma) * origin) / sigma
+            total.append(min(sigma / 0.2, 1) ** 2 * ((noise - origin) ** 2).mean().item())
+    assert math.isclose(loss.item(), sum(total) / 6, rel_tol=1e-4)
+    assert bins.nansum() > 0
+
+
+@pytest.mark.parametrize("wrong", ["--steps 0", "--preset huge", "--crop 1,2", "--seconds 0.5", "--grid 4",
+                                   "--resume nowhere", "--batch -1", "--prediction noise"])
+def test_bad_flags_end_with_one_clear_line(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(wrong.split())
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_flags_win_over_the_preset():
+    args = train.parse_arguments("--preset small --width 256 --steps 7 --out x".split())
+    assert (args.config.width, args.config.size, args.steps, args.batch) == (256, 128, 7, 32)
+
+
+def test_a_real_picture_speaks_and_the_video_is_as_long_as_the_sound(run, tmp_path):
+    """1.31 s of sound: ceil(1.31 * 25) = 33 frames, not a multiple of the chunk."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70, 3), np.uint8)).save(tmp_path / "face.png")
+    tone = torch.sin(torch.arange(int(1.31 * 16000)) * 0.05) * 0.3
+    write_video(tmp_path / "tone.mp4", torch.zeros(33, 3, 16, 16, dtype=torch.uint8), tone)
+    out = tmp_path / "out.mp4"
+    sample.main(["--checkpoint", str(run), "--image", str(tmp_path / "face.png"), "--audio", str(tmp_path / "tone.mp4"),
+                 "--out", str(out), "--steps", "1", "--guidance", "1.5"])
+    import imageio_ffmpeg
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(out))
+    assert frames == 33 and abs(len(load_speech(out)) - 1.31 * 16000) <= SAMPLES_PER_FRAME
+
+
+def test_max_seconds_and_seed_are_obeyed(run):
+    model, portrait = load_generator(run).eval(), torch.full((3, 32, 32), 128, dtype=torch.uint8)
+    speech = torch.randn(5 * SAMPLES_PER_FRAME)
+    made = [torch.stack(list(sample.animate(model, portrait, speech, 2, 1.0, seed))) for seed in (0, 0, 1)]
+    assert made[0].shape == (5, 3, 32, 32) and torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_bad_input_is_one_line_and_a_failing_exit(run, tmp_path):
+    (tmp_path / "face.png").write_bytes(b"not a picture")
+    done = subprocess.run([sys.executable, "sample.py", "--checkpoint", str(run), "--image", str(tmp_path / "face.png"),
+                           "--audio", "missing.wav", "--out", str(tmp_path / "o.mp4")], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error:") and "face.png" in done.stderr
+    assert not (tmp_path / "o.mp4").exists()
+    with pytest.raises(MediaError, match="holds no config.json"):
+        sample.main(["--checkpoint", str(tmp_path), "--image", "a", "--audio", "b", "--out", "c"])
