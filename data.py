@@ -1,6 +1,6 @@
 """Portraits, speech and video clips: everything that enters or leaves the generator.
 
-1. Media in. ffmpeg turns any picture or sound into 25 RGB frames and 16,000 mono samples a second: a frame is exactly
+1. Media in. ffmpeg turns any video or sound into 25 RGB frames and 16,000 mono samples a second: a frame is exactly
    640 samples.
 2. Sound as the generator hears it: log-mel energies of a frame's own 40 ms, of 40 ms before and of 80 ms after. Those
    80 ms are the *latency* of the whole system: a speaker's lips round before the vowel is heard.
@@ -21,9 +21,10 @@ import shutil
 import subprocess
 import tempfile
 import time
+import wave
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -454,7 +455,7 @@ class Sheet:
         low, high = (((row, column) + sign * half) * self.size for sign in (-1, 1))
         crop = tuple(slice(int(a), int(b) + 1) for a, b in zip(low, high))
         mask = opacity * cover(ellipse(self.u[crop] - x, self.v[crop] - y, rx, ry), blur)
-        paint(self.pixels[:, *crop], mask if inside is None else mask * inside[crop], colour)
+        paint(self.pixels[(slice(None), *crop)], mask if inside is None else mask * inside[crop], colour)
 
     def paint_face(self) -> None:
         """Paint ears and face, lit from one side; cheeks and nose are only light and shade."""
@@ -582,7 +583,7 @@ def draw_frames(who: dict, m: dict, sheet: Tensor, wall: Tensor, size: int) -> T
         near = (np.abs(u) < wide) & (np.abs(v - at) < high)               # the part, wherever the head has taken it
         rows, columns = (np.flatnonzero(near.any(axes)) for axes in ((0, 2), (0, 1)))
         crop = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        draw(frames[:, *crop], u[crop], v[crop], who, m, 1 / size)
+        draw(frames[(slice(None), *crop)], u[crop], v[crop], who, m, 1 / size)
     return torch.from_numpy((frames.clip(0, 1) * 255 + 0.5).astype(np.uint8).swapaxes(0, 1))
 
 
@@ -820,6 +821,24 @@ def synthetic_clips(count: int, size: int, seconds: float = 2.0, seed: int = 0, 
 
 
 # ---- Writing video ---------------------------------------------------------------------------------------------------
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to, and move it to `path` when the block ends well: nothing is half-written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_speech(path: Path, audio: Tensor) -> None:
+    """Write (T,) float32 in [-1, 1] at 16 kHz as a 16-bit wav file."""
+    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
+        file.writeframes((audio.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
+
 
 def write_video(path: str | Path, frames: Iterable[Tensor], audio: Tensor) -> None:
     """Write an mp4 that plays in browsers: H.264 4:2:0 and AAC, every frame and all of the sound.

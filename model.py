@@ -27,9 +27,7 @@ S pixels per side, L tokens of a sequence, H heads, D head dim.
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data import MEL_DIM, MediaError
+from data import MEL_DIM, MediaError, replacing
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
@@ -59,19 +57,22 @@ class Config:
     space_channels: int = 64      # principal components kept per window and frame
     channels: int = 128           # C, channels per video token
     mel_channels: int = MEL_DIM   # audio features per frame
-    width: int = 96
+    width: int = 96               # of a token in the trunk
     layers: int = 4
-    heads: int = 3
-    kv_heads: int = 3
-    head_dim: int = 32
-    mlp_width: int = 256
+    heads: int = 3                # query heads
+    kv_heads: int = 3             # key and value heads, shared by groups of query heads
+    head_dim: int = 32            # D
+    mlp_width: int = 256          # hidden width of SwiGLU
     window: int = 8               # W, context blocks that a token sees
-    rope_base: float = 100.0
+    rope_base: float = 100.0      # slowest rotary wavelength, about 600 frames: the window is far shorter
     prediction: str = "clean"     # the network's output: "clean" latent or "velocity"
 
     def __post_init__(self):
-        if self.grid % 2 == 0 or 2 * self.size % (self.grid + 1):
-            raise ValueError(f"grid {self.grid} must be odd, and size {self.size} a multiple of {self.grid + 1} / 2")
+        small = [k for k, v in asdict(self).items() if isinstance(v, int | float) and v < 1]
+        if small:
+            raise ValueError(f"{', '.join(small)} must be at least 1")
+        if self.grid % 2 == 0 or self.size % (self.grid + 1):
+            raise ValueError(f"grid {self.grid} must be odd, and size {self.size} a multiple of {self.grid + 1}")
         if self.prediction not in ("clean", "velocity"):
             raise ValueError(f"prediction must be clean or velocity, got {self.prediction!r}")
         if self.heads % self.kv_heads or self.head_dim % 8:
@@ -163,7 +164,7 @@ class MotionCodec(nn.Module):
     so that identity comes from the portrait for free, the head moves as one piece, and mouth and eyes stay in
     place in the residual. The residual is cut into grid x grid windows that overlap by half under
     a sine window s (sum of s^2 = 1: no seams), each written in its principal components, first in space, then
-    over the frames of a chunk. The pose is one more token. Linear but for the warp, fitted in closed form.
+    over the frames of a chunk. The pose is one more token. The components are fitted in closed form.
 
     A codec offers `fit`, `encode` and `decode`; a learned one may take this one's place.
     """
@@ -191,7 +192,8 @@ class MotionCodec(nn.Module):
 
     def _focus(self) -> Tensor:
         """(1, 1, S, S): how much an error matters. A mouth is a few pixels wide, and hair and collar, never
-        quite aligned, would take the components that it needs."""
+        quite aligned, would take the components that it needs. A portrait's mouth lies at about y = 0.47 of -1..1;
+        width and strength were chosen by the lip-sync and amplitude that are left after the codec."""
         x, y = pixel_grid(self.config.size).unbind(-1)
         return (1 + 12 * torch.exp(-(x ** 2 + (y - 0.47) ** 2) / (2 * 0.2 ** 2)))[None, None]
 
@@ -281,9 +283,9 @@ def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tenso
     alike, so that it looks the same from every instant. That is how the portrait stays a sink
     however far the video has gone. Angles are computed in float64: exact after hours of video.
     """
-    half = head_dim // 2
-    part = torch.tensor([0, 1, 0, 2], device=positions.device).repeat(-(-half // 4))[:half]
-    frequency = base ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
+    index = torch.arange(head_dim // 2, device=positions.device)
+    part = torch.where(index % 2 == 0, 0, 1 + index % 4 // 2)             # 0 1 0 2, 0 1 0 2, ...
+    frequency = base ** (-index.double() / len(index))
     angle = positions.double()[:, part] * frequency                      # (L, D/2)
     return angle.cos().nan_to_num(0).float(), angle.sin().nan_to_num(0).float()
 
@@ -309,24 +311,20 @@ class KVCache:
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.sink, self.ring, self.written = config.video_tokens, ring, 0
 
-    def slots(self, n: int) -> Tensor:
-        """Where the next n tokens go: the portrait to the sink, the rest round the ring."""
-        at = torch.arange(self.written, self.written + n)
-        return torch.where(at < self.sink, at, self.sink + (at - self.sink) % self.ring)
+    def reserve(self, n: int) -> None:
+        """Choose where the next n tokens go: the portrait to the sink, the rest round the ring."""
+        at = torch.arange(self.written, self.written + n, device=self.keys[0].device)
+        self.at = torch.where(at < self.sink, at, self.sink + (at - self.sink) % self.ring)
+        self.written += n
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, write: bool) -> Tensor:
-        """Attend to the cache and to the new keys, which are stored if `write` (`advance` then moves on)."""
+        """Attend to the cache and the new keys (B, H_kv, L, D), which go to the reserved places if `write`."""
         keys, values = self.keys[layer], self.values[layer]
-        if write:
-            at = self.slots(k.shape[2]).to(k.device)
-            keys[:, :, at], values[:, :, at] = k, v
-            n = min(self.written + k.shape[2], self.sink + self.ring)
-            return attention(q, keys[:, :, :n], values[:, :, :n])
         n = min(self.written, self.sink + self.ring)
+        if write:
+            keys[:, :, self.at], values[:, :, self.at] = k.to(keys.dtype), v.to(values.dtype)
+            return attention(q, keys[:, :, :n], values[:, :, :n])
         return attention(q, torch.cat([keys[:, :, :n], k], 2), torch.cat([values[:, :, :n], v], 2))
-
-    def advance(self, n: int) -> None:
-        self.written += n
 
 
 class Block(nn.Module):
@@ -335,7 +333,7 @@ class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads = c.heads, c.kv_heads
-        self.attention_norm = nn.RMSNorm(c.width, elementwise_affine=True, eps=1e-6)
+        self.attention_norm = nn.RMSNorm(c.width, eps=1e-6)
         self.q = nn.Linear(c.width, c.heads * c.head_dim, bias=False)
         self.k = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.v = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
@@ -375,6 +373,11 @@ class TokenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                      # (..., N, inputs) -> (..., N, outputs)
         return torch.einsum("...ni,nio->...no", x, self.weight) + self.bias
+
+
+def ode_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, chunk: int) -> Tensor:
+    """The default step of `generate`: Euler's rule, the same for every chunk."""
+    return flow_step(x, velocity, sigma, next_sigma)
 
 
 class Generator(nn.Module):
@@ -480,15 +483,14 @@ class Generator(nn.Module):
         """Run clean context tokens (B, L, width) through the trunk and keep their keys and values."""
         condition = F.silu(self.embed_sigma(tokens.new_zeros(len(tokens), 1)))
         rope = self.rope(*positions)
+        cache.reserve(tokens.shape[1])
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, lambda linear: linear(condition), rope,
                            lambda q, k, v: cache.attend(i, q, k, v, write=True))
-        cache.advance(tokens.shape[1])
 
-    def velocity(self, cache: KVCache, noisy: Tensor, sigma: float, chunk: int) -> Tensor:
+    def velocity(self, cache: KVCache, noisy: Tensor, sigma: float, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Predict the velocity of one noisy chunk (B, N, C) given the cache."""
-        level = self.embed_sigma(torch.full((len(noisy), 1), sigma, device=noisy.device))
-        condition, rope = F.silu(level), self.rope(self.positions(chunk, "video"))
+        condition = F.silu(self.embed_sigma(torch.full((len(noisy), 1), sigma, device=noisy.device)))
         x = self.video_in(noisy)
         for i, block in enumerate(self.blocks):
             x = block(x, lambda linear: linear(condition), rope,
@@ -497,42 +499,41 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor], steps: int = 4,
-                 guidance: float = 1.0, step=flow_step) -> Iterator[tuple[Tensor, Tensor]]:
+                 guidance: float = 1.0, step: Callable[..., Tensor] = ode_step) -> Iterator[tuple[Tensor, Tensor]]:
         """Generate video chunk by chunk: denoise a chunk against the cache, then write it into the cache.
 
         Args:
             portrait: (B, 3, S, S) in [0, 1].    mel: (B, K T, mel_channels).
             noise: chunk index -> (B, N, C), the noise that chunk starts from.
             steps: flow steps per chunk.
-            guidance: weight of the sound; 1 is none, above 1 exaggerates what the sound adds.
-            step: step(x, velocity, sigma, next_sigma) -> x at next_sigma; where reinforcement learning
+            guidance: how far to exaggerate what the sound adds, velocity = unheard + guidance * (heard - unheard);
+                1 leaves it as learned and costs half.
+            step: step(x, velocity, sigma, next_sigma, chunk) -> x at next_sigma; where reinforcement learning
                 puts a stochastic step.
 
         Yields: per chunk its latent (B, N, C) and its frames (B, T, 3, S, S) in [0, 1].
         """
-        c, b = self.config, len(portrait)
-        audio = self.embed_audio(mel)
-        guided = guidance != 1
-        if guided:                                                # the second half of the batch hears nothing
-            audio = torch.cat([audio, self.no_audio.expand_as(audio)])
-        twice = (lambda t: torch.cat([t, t])) if guided else (lambda t: t)
-        cache = KVCache(c, len(audio), portrait.device, audio.dtype)
-        self.extend(cache, twice(self.embed_portrait(portrait)), [self.positions(-1, "portrait")])
-        sigmas, past = sigma_schedule(steps), []
-        for chunk in range(mel.shape[1] // c.chunk_frames):
-            sound = audio[:, chunk * c.chunk_frames:][:, : c.chunk_frames]
-            places = [self.positions(chunk - 1, "video")] * len(past) + [self.positions(chunk, "audio")]
-            self.extend(cache, torch.cat([*past, sound], 1), places)
-            x = noise(chunk)
+        t, guided = self.config.chunk_frames, guidance != 1
+        twice = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)    # the second half hears nothing
+        face = twice(self.embed_portrait(portrait))
+        cache = KVCache(self.config, len(face), face.device, face.dtype)
+        self.extend(cache, face, [self.positions(-1, "portrait")])
+        sigmas, past, places = sigma_schedule(steps), [], []
+        for chunk in range(mel.shape[1] // t):
+            sound = self.embed_audio(mel[:, chunk * t:(chunk + 1) * t])
+            if guided:
+                sound = torch.cat([sound, self.no_audio.expand_as(sound)])
+            self.extend(cache, torch.cat([*past, sound], 1), [*places, self.positions(chunk, "audio")])
+            x, places = noise(chunk), [self.positions(chunk, "video")]
+            rope = self.rope(*places)
             for sigma, next_sigma in zip(sigmas, sigmas[1:]):
-                velocity = self.velocity(cache, twice(x), sigma, chunk)
+                velocity = self.velocity(cache, twice(x), sigma, rope)
                 if guided:
                     heard, unheard = velocity.chunk(2)
                     velocity = unheard + guidance * (heard - unheard)
-                x = step(x, velocity, sigma, next_sigma)
+                x = step(x, velocity, sigma, next_sigma, chunk)
             past = [twice(self.video_in(x))]
             yield x, self.codec.decode(portrait, x[:, None])
-
 
 
 # ---------------------------------------------------------------- saving, loading, presets
@@ -551,24 +552,13 @@ def save_generator(model: Generator, folder: Path, weights: dict[str, Tensor] | 
         path.write_text(json.dumps({"model": asdict(model.config), **more}, indent=1))
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to, and move it to `path` when the block ends well: nothing is half-written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def load_generator(folder: str | Path) -> Generator:
     """Load what `save_generator` wrote. Raises: MediaError where the folder holds no checkpoint or a broken one."""
     folder = Path(folder)
     try:
         model = Generator(Config(**json.loads((folder / "config.json").read_text())["model"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise MediaError(folder, f"holds no {Path(error.filename or 'model.safetensors').name}; "
                                  "give the folder of a run that train.py wrote") from None
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -580,5 +570,5 @@ def load_generator(folder: str | Path) -> Generator:
 PRESETS = {
     "tiny": Config(),                                       # 64x64, two CPU cores
     "small": Config(size=128, grid=7, width=512, layers=8, heads=8, kv_heads=4, head_dim=64,
-                    mlp_width=1408, window=12),             # 128x128, one GPU of 8 to 24 GB
+                    mlp_width=1408),                        # 128x128, one GPU of 8 to 24 GB
 }

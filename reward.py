@@ -95,6 +95,11 @@ def motion(frames: Tensor) -> Tensor:
     return frames.diff(dim=0).abs().mean()
 
 
+def head_motion(pose: Tensor) -> Tensor:
+    """Return how far a head wanders: the deviation of its measured shift, poses (F, 6) as model.estimate_pose gives."""
+    return pose[:, [0, 3]].std(0).norm()
+
+
 def mouth_box(frames: Tensor) -> Tensor:
     """Return (F, P), the grey lower middle of each frame minus that of the first, in which a real mouth moves."""
     size = frames.shape[-1]
@@ -127,10 +132,17 @@ def mouth_motion(frames: Tensor, axis: Tensor) -> Tensor:
 
 
 def shifted_correlation(made: Tensor, true: Tensor, shift: int = 0) -> Tensor:
-    """Correlate two signals (F,), `made` at frame f with `true` at frame f + shift, over the frames that both have."""
+    """Correlate two signals (F,), `made` at frame f + shift with `true` at frame f, over the frames that both have."""
     n = len(true) - abs(shift)
-    made, true = (made[:n], true[shift:]) if shift >= 0 else (made[-shift:], true[:n])
+    made, true = (made[shift:], true[:n]) if shift >= 0 else (made[:n], true[-shift:])
     return correlation(made, true)
+
+
+def sync_offset(made: Tensor, true: Tensor, most: int = 8) -> Tensor:
+    """Return by how many frames `made` (F,) comes after `true` (F,): the shift at which they correlate best."""
+    shifts = range(-most, most + 1)
+    best = torch.stack([shifted_correlation(made, true, shift) for shift in shifts]).argmax()
+    return torch.tensor(float(shifts[best]))
 
 
 # ---------------------------------------------------------------- metrics that need no truth
@@ -142,7 +154,7 @@ def still_psnr(frames: Tensor, portrait: Tensor) -> Tensor:
     """
     size = frames.shape[-1]
     sides = torch.cat([torch.arange(size // 8), torch.arange(size - size // 8, size)])
-    return psnr(frames[:, :, : size // 2, sides], portrait[:, : size // 2, sides].expand_as(frames[:, :, : size // 2, sides]))
+    return psnr(frames[:, :, : size // 2, sides], portrait[None, :, : size // 2, sides])
 
 
 def jerk(frames: Tensor) -> Tensor:

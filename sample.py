@@ -22,13 +22,17 @@ from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError
 from model import Generator, estimate_pose, load_generator
 
 
+def generator(seed: int, index: int) -> torch.Generator:
+    """Return a random generator of its own for each (seed, index), on the CPU: the same numbers on every device."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
+
+
 def seeded_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], device="cpu") -> Callable[[int], Tensor]:
     """Return a function that draws the noise of each next chunk, (len(indices), *shape), on `device`.
 
-    Every video has a generator of its own, keyed by (seed, index), and the numbers are drawn on the CPU: a video
-    does not change with the batch that it is made in, nor with the device.
+    Every video has a generator of its own, so that it does not change with the batch it is made in.
     """
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices]
+    generators = [generator(seed, i) for i in indices]
     return lambda chunk: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
@@ -46,43 +50,54 @@ def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = 4
     return torch.cat([video.cpu() for _, video in model.generate(portrait, mel, noise, steps, guidance)], 1)
 
 
-def head_motion(frames: Tensor) -> Tensor:
-    """Return how far a head wanders: the standard deviation of its measured shift, in fractions of the frame's half."""
-    return estimate_pose(frames[None])[0, :, [0, 3]].std(0).norm()
+NEED_NO_TRUTH = "still_psnr", "jerk", "seam"           # reported apart: a reward may come to optimise these
 
 
 def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int) -> dict[str, Tensor]:
     """Measure videos (B, F, 3, S, S) in [0, 1] against their true clips by the held-out metrics of reward.py.
 
-    Returns: name -> (B,) values. Drawn talkers have lip_sync and amplitude. Real clips have mouth_own, the
-    mouth-motion correlation with the true clip, and the same video against its true clip 5 frames later
-    (mouth_late) and against another clip (mouth_other): chance levels that mouth_own must exceed.
+    Returns: name -> (B,) values. Of drawn talkers, lip_sync is the correlation with the true mouth. Of real clips,
+    mouth_own is the mouth-motion correlation with the true clip, mouth_late the same against the true clip 5 frames
+    later, mouth_other against another clip; over_late and over_other are by how much the first exceeds these.
     """
     frames = videos.shape[1]
     truths = [clip.frames[:frames] / 255 for clip in clips]
+    heads = [[reward.head_motion(estimate_pose(v[None])[0]) for v in vs] for vs in (videos, truths)]
     values = {"psnr": [reward.psnr(v, t) for v, t in zip(videos, truths)],
               "motion": [reward.motion(v) / reward.motion(t) for v, t in zip(videos, truths)],
-              "head": [head_motion(v) / head_motion(t) for v, t in zip(videos, truths)],
+              "head": [made / true for made, true in zip(*heads)],
+              "jerk_ratio": [reward.jerk(v) / reward.jerk(t) for v, t in zip(videos, truths)],
               "still_psnr": [reward.still_psnr(v, t[0]) for v, t in zip(videos, truths)],
-              "jerk": [reward.jerk(v) / reward.jerk(t) for v, t in zip(videos, truths)],
+              "jerk": [reward.jerk(v) for v in videos],
               "seam": [reward.seam(v, chunk_frames) for v in videos]}
     if clips[0].truth:
         truth = [{k: x[:frames] if x.ndim and len(x) >= frames else x for k, x in c.truth.items()} for c in clips]
-        values["lip_sync"] = [reward.lip_sync_correlation(v, t) for v, t in zip(videos, truth)]
+        made = [reward.mouth_opening_from_pixels(v, t) for v, t in zip(videos, truth)]
+        true = [t["opening"] * t["width"] for t in truth]
+        values["lip_sync"] = [reward.correlation(m, t) for m, t in zip(made, true)]
         values["amplitude"] = [reward.mouth_amplitude(v, t, k) for v, t, k in zip(videos, truths, truth)]
     else:
         axis = reward.mouth_axis(truths)
         made, true = ([reward.mouth_motion(v, axis) for v in vs] for vs in (videos, truths))
-        values["mouth_own"] = [reward.correlation(m, t) for m, t in zip(made, true)]
-        values["mouth_late"] = [reward.shifted_correlation(m, t, 5) for m, t in zip(made, true)]
-        values["mouth_other"] = [reward.correlation(m, t) for m, t in zip(made, true[1:] + true[:1])]
+        values["mouth_own"] = own = [reward.correlation(m, t) for m, t in zip(made, true)]
+        values["mouth_late"] = late = [reward.shifted_correlation(m, t, -5) for m, t in zip(made, true)]
+        values["over_late"] = [a - b for a, b in zip(own, late)]
+        if len(clips) > 1:
+            values["mouth_other"] = other = [reward.correlation(m, t) for m, t in zip(made, true[1:] + true[:1])]
+            values["over_other"] = [a - b for a, b in zip(own, other)]
         values["amplitude"] = [m.std() / t.std() for m, t in zip(made, true)]
+    values["offset"] = [reward.sync_offset(m, t) for m, t in zip(made, true)]
     return {name: torch.stack(v) for name, v in values.items()}
 
 
-def interval(values: Tensor) -> tuple[float, float]:
-    """Return the mean of (B,) values and half its 95% confidence interval (normal approximation)."""
-    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(max(len(values), 2))
+def summary(metrics: dict[str, Tensor]) -> str:
+    """Write metrics, name -> (B,), as means with 95% confidence intervals; those that need no truth on a second line."""
+    def text(name, values):
+        half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return f"{name} {values.mean().item():.3f}±{half:.3f}"
+    apart = [text(k, v) for k, v in metrics.items() if k in NEED_NO_TRUTH]
+    rest = [text(k, v) for k, v in sorted(metrics.items()) if k not in NEED_NO_TRUTH]
+    return f"  against the truth  {'  '.join(rest)}\n  without it         {'  '.join(apart)}"
 
 
 # ---------------------------------------------------------------- animate
@@ -108,10 +123,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--audio", required=True, help="the speech: any file with sound that ffmpeg reads")
     p.add_argument("--out", required=True, help="the mp4 to write")
     p.add_argument("--steps", type=int, default=4, help="flow steps per chunk (default 4)")
-    p.add_argument("--guidance", type=float, default=1.0, help="weight of the sound; 1 is none (default 1)")
+    p.add_argument("--guidance", type=float, default=1.0, help="how far to exaggerate what the sound adds; 1: as learned (default 1)")
     p.add_argument("--seed", type=int, default=0, help="what the sound leaves open: head, blinks (default 0)")
     p.add_argument("--max-seconds", type=float, help="use only the start of the speech")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if present")
+    p.add_argument("--device", type=device_argument, default=device_argument(), help="default: cuda if present")
     args = p.parse_args(argv)
     if args.steps < 1 or (args.max_seconds is not None and args.max_seconds <= 0):
         p.error("--steps must be at least 1 and --max-seconds above 0")
@@ -122,9 +137,21 @@ def crop_argument(text: str) -> tuple[int, int, int]:
     """Read 'x,y,size' into three whole numbers."""
     try:
         x, y, size = (int(part) for part in text.split(","))
+        if min(x, y) < 0 or size < 1:
+            raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(f"want x,y,size in pixels, such as 40,0,320, got {text!r}") from None
     return x, y, size
+
+
+def device_argument(text: str | None = None) -> str:
+    """Check the name of a device by using it; without a name, choose CUDA where it is present."""
+    text = text or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({str(error).splitlines()[0]})") from None
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -146,3 +173,5 @@ if __name__ == "__main__":
         main()
     except MediaError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; no video was written")

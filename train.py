@@ -6,7 +6,7 @@
 
 Pretraining by flow matching: a clip's latent chunks are noised, each to a noise level of its own,
 
-    x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ U(0, 1) per chunk
+    x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ U(0.02, 1) per chunk
 
 and the generator, which sees the portrait, the sound and the clean past of each chunk, learns the velocity
 
@@ -19,9 +19,12 @@ All randomness of step s comes from a generator keyed by (seed, s), so that a re
 import argparse
 import json
 import math
+import pickle
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -32,14 +35,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import FPS, Clip, MediaError, folder_clips, log_mel, synthetic_clips, write_video
-from model import PRESETS, Config, Generator, replacing, save_generator
-from sample import crop_argument, evaluate, imitate, interval
+from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, log_mel, replacing, synthetic_clips,
+                  write_speech, write_video)
+from model import PRESETS, Config, Generator, save_generator
+from sample import crop_argument, device_argument, evaluate, generator, imitate, summary
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
-    "tiny": dict(steps=2200, batch=8, clips=1000),
-    "small": dict(steps=40_000, batch=32, clips=20_000),
+    "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50),
+    "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500),
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 CODEC_CLIPS = 256                  # enough to fit the codec's components
@@ -63,11 +67,10 @@ class Latents:
 def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
     """Return the training and held-out clips, each at least `args.frames` frames long."""
     if args.data:
-        train, held_out = folder_clips(args.data, args.config.size, args.frames / FPS, args.crop)
+        train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop)
     else:
-        seconds = args.frames / FPS
-        train = synthetic_clips(args.clips, args.config.size, seconds, args.seed)
-        held_out = synthetic_clips(args.validate_clips, args.config.size, seconds, HELD_OUT_SEED + args.seed)
+        train = synthetic_clips(args.clips, args.config.size, args.seconds, args.seed)
+        held_out = synthetic_clips(args.validate_clips, args.config.size, args.seconds, HELD_OUT_SEED + args.seed)
     long = [[clip for clip in clips if len(clip.frames) >= args.frames] for clips in (train, held_out)]
     if not all(long):
         raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(long[0])} to train on, "
@@ -78,6 +81,14 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
 def pixels(clips: Sequence[Clip], frames: int) -> Tensor:
     """(B, F, 3, S, S) in [0, 1]"""
     return torch.stack([clip.frames[:frames] for clip in clips]) / 255
+
+
+def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace) -> None:
+    """Fit the motion codec to clips that are spread over the training set."""
+    if len(clips) * args.frames < args.config.space_channels:
+        raise MediaError(args.data or "--clips", f"{len(clips)} clips are too few to fit the codec; add some")
+    spread = np.linspace(0, len(clips) - 1, min(len(clips), CODEC_CLIPS)).astype(int)
+    model.codec.fit(pixels([clips[i] for i in spread], args.frames).to(args.device))
 
 
 def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Latents:
@@ -91,13 +102,9 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
 
 # ---------------------------------------------------------------- one step
 
-def seeded(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
 def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace, step: int) -> tuple[Tensor, Tensor]:
     """Draw the batch of a step and return its loss and the loss per chunk's noise level, (bins,), nan where empty."""
-    rng, device = seeded(args.seed, step), args.device
+    rng, device = generator(args.seed, step), args.device
     rows = torch.randint(len(data), (args.batch,), generator=rng)
     clean = data.clean[rows]                                                         # (B, K, N, C)
     sigma = torch.rand(clean.shape[:2], generator=rng).clamp_min(0.02)[:, None]      # (B, 1, K)
@@ -120,7 +127,7 @@ def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace
 
 
 def optimizers(model: Generator, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the trunk, AdamW for the rest (Jordan et al., 2024; as in nanochat)."""
+    """Muon for the matrices of the trunk (Jordan et al., 2024), AdamW for the rest, as nanochat has it."""
     trunk = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
     inside = {id(p) for p in trunk}
     rest = [p for p in model.parameters() if id(p) not in inside]
@@ -171,14 +178,16 @@ class Pretraining:
                         "optimizers": [o.state_dict() for o in self.optimizers]}, path)
 
     def load(self, folder: Path) -> None:
+        """Take up the state that `save` wrote. Raises: MediaError where it is missing or broken."""
         try:
             state = torch.load(folder / "state.pt", map_location=self.args.device, weights_only=True)
-        except FileNotFoundError:
-            raise MediaError(folder, "holds no state.pt to resume from; start it anew without --resume") from None
-        self.step, self.average = state["step"], state["average"]
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+            self.step, self.average = state["step"], state["average"]
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+        except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise MediaError(folder / "state.pt", f"cannot be resumed from ({str(error).splitlines()[0]}); "
+                                                  "start the run anew without --resume") from None
 
 
 # ---------------------------------------------------------------- reporting
@@ -196,13 +205,9 @@ def validate(model: Generator, clips: list[Clip], args: argparse.Namespace) -> t
     return evaluate(videos, clips, model.config.chunk_frames), videos
 
 
-def summary(metrics: dict[str, Tensor]) -> str:
-    return "  ".join(f"{name} {mean:.3f}±{half:.3f}" for name, (mean, half) in
-                     ((name, interval(values)) for name, values in metrics.items()))
-
-
 def write_pictures(folder: Path, videos: Tensor, clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
-    """Write sheet.png, truth above generated for some clips, and sample.mp4, truth beside generated, with sound."""
+    """Write sheet.png, truth above generated for some clips, and sample.mp4, truth beside generated, with sound;
+    and the portrait and the speech of the first clip, to try sample.py with."""
     frames = videos.shape[1]
     truths, size = pixels(clips[:rows], frames), videos.shape[-1]
     at = torch.linspace(0, frames - 1, columns).long()
@@ -210,58 +215,68 @@ def write_pictures(folder: Path, videos: Tensor, clips: list[Clip], rows: int = 
     sheet = (pairs.permute(0, 3, 1, 4, 2).reshape(len(pairs) * size, columns * size, 3) * 255).round().byte()
     with replacing(folder / "sheet.png") as path:
         Image.fromarray(np.ascontiguousarray(sheet)).save(path, format="png")
+    with replacing(folder / "portrait.png") as path:
+        Image.fromarray(clips[0].frames[0].permute(1, 2, 0).numpy()).save(path, format="png")
+    write_speech(folder / "speech.wav", clips[0].audio)
     pair = (torch.cat([truths[0], videos[0]], -1) * 255).round().byte()
     enlarged = pair.repeat_interleave(4, -1).repeat_interleave(4, -2)
-    write_video(folder / "sample.mp4", enlarged, clips[0].audio[: frames * 640])
+    write_video(folder / "sample.mp4", enlarged, clips[0].audio[: frames * SAMPLES_PER_FRAME])
 
 
 class Log:
-    """One line of JSON per event, appended to RUN/log.jsonl."""
+    """One line of JSON per event in RUN/log.jsonl; a resumed run drops the steps that it will repeat."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, step: int):
         self.path, self.start = folder / "log.jsonl", time.perf_counter()
+        old = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = [line for line in old if json.loads(line).get("step", 0) <= step]
+        with replacing(self.path) as path:
+            path.write_text("".join(line + "\n" for line in kept))
 
     def __call__(self, **entry) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps({"seconds": round(time.perf_counter() - self.start, 2), **entry}) + "\n")
 
 
+def means(metrics: dict[str, Tensor]) -> dict[str, float]:
+    return {name: round(values.mean().item(), 5) for name, values in metrics.items()}
+
+
 # ---------------------------------------------------------------- command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     g = p.add_argument_group("run")
-    g.add_argument("--preset", choices=PRESETS, default="tiny", help="the generator's shape and training defaults")
-    g.add_argument("--out", type=Path, help="folder of the run (default runs/PRESET)")
+    g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and training defaults (%(default)s)")
+    g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
     g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, with the flags it had")
-    g.add_argument("--seed", type=int, default=0, help="of everything random")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    g.add_argument("--device", type=device_argument, default=device_argument(), help="cpu or cuda (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile the generator: slow to start, faster steps")
     g = p.add_argument_group("data")
     g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
     g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
-    g.add_argument("--clips", type=int, help="how many synthetic talkers to train on (default by preset)")
-    g.add_argument("--seconds", type=float, help="length of a training clip (default 2, with --data 3)")
+    g.add_argument("--clips", type=int, help="how many synthetic talkers to train on (by preset)")
+    g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=int, help="training steps (default by preset)")
-    g.add_argument("--batch", type=int, help="clips per step (default by preset)")
-    g.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (embeddings, norms, modulation)")
-    g.add_argument("--muon-lr", type=float, default=0.02, help="learning rate of Muon (the trunk's matrices)")
-    g.add_argument("--warmup", type=int, default=50, help="steps of warm-up")
-    g.add_argument("--ema", type=float, default=0.98, help="decay of the moving average of the weights")
-    g.add_argument("--grad-clip", type=float, default=1.0, help="largest norm of the gradient")
-    g.add_argument("--audio-dropout", type=float, default=0.1, help="share of clips trained without sound")
-    g.add_argument("--context-noise", type=float, default=0.1, help="most noise on the clean past")
+    g.add_argument("--steps", type=int, help="training steps (by preset)")
+    g.add_argument("--batch", type=int, help="clips per step (by preset)")
+    g.add_argument("--lr", type=float, default=2e-3, help="of AdamW: embeddings, norms, modulation (%(default)s)")
+    g.add_argument("--muon-lr", type=float, default=0.02, help="of Muon: the trunk's matrices (%(default)s)")
+    g.add_argument("--warmup", type=int, help="steps of warm-up (by preset)")
+    g.add_argument("--ema", type=float, help="decay of the moving average of the weights (by preset)")
+    g.add_argument("--grad-clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
+    g.add_argument("--audio-dropout", type=float, default=0.1, help="share of clips without sound (%(default)s)")
+    g.add_argument("--context-noise", type=float, default=0.1, help="most noise on the clean past (%(default)s)")
     g = p.add_argument_group("validation and checkpoints")
-    g.add_argument("--validate-every", type=int, default=0, help="steps between validations; 0: at the end only")
-    g.add_argument("--validate-clips", type=int, default=48, help="held-out clips to generate")
-    g.add_argument("--sampling-steps", type=int, default=4, help="flow steps per chunk when generating")
-    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    g = p.add_argument_group("generator (default by preset)")
+    g.add_argument("--validate-every", type=int, help="steps between validations (only at the end)")
+    g.add_argument("--validate-clips", type=int, default=48, help="held-out clips to generate (%(default)s)")
+    g.add_argument("--sampling-steps", type=int, default=4, help="flow steps per chunk when generating (%(default)s)")
+    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (%(default)s)")
+    g = p.add_argument_group("generator", "shape of the generator (by preset); model.Config explains each")
     for field in fields(Config):
         if field.name != "mel_channels":
-            g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=argparse.SUPPRESS)
+            g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
     args = p.parse_args(argv)
     return resumed(p, args) if args.resume else complete(p, args)
 
@@ -277,24 +292,35 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.preset
-    for name in ("steps", "batch", "clips", "warmup", "validate_clips", "sampling_steps", "save_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    chunk, seconds = args.config.chunk_frames, args.seconds or (3 if args.data else 2)
-    args.frames = round(seconds * FPS) // chunk * chunk
-    if args.frames < FPS:
-        p.error(f"--seconds must hold at least one second of whole chunks, got {seconds}")
+    if args.out.exists() and not args.out.is_dir():
+        p.error(f"--out {args.out} is a file; name a folder")
+    at_least = dict(seed=0, steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1, save_every=1,
+                    validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0, ema=0)
+    for name, least in at_least.items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    for name in ("ema", "audio_dropout"):
+        if getattr(args, name) >= 1:
+            p.error(f"--{name.replace('_', '-')} must be below 1, got {getattr(args, name)}")
+    if args.seconds is None:
+        args.seconds = 3.0 if args.data else 2.0
+    if not 1 <= args.seconds < math.inf:
+        p.error(f"--seconds must be at least 1, got {args.seconds}")
+    args.frames = round(args.seconds * FPS) // args.config.chunk_frames * args.config.chunk_frames
     return args
 
 
 def resumed(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Take every flag from the run that is resumed, but for --device."""
+    given = [k for k, v in vars(args).items() if v != p.get_default(k) and k not in ("resume", "device")]
+    if given:
+        p.error(f"--resume goes on with the flags the run had; leave out --{given[0].replace('_', '-')}")
     try:
         saved = json.loads((args.resume / "config.json").read_text())
-    except (OSError, ValueError):
-        p.error(f"{args.resume} holds no config.json; --resume wants the folder of a run")
-    old = argparse.Namespace(**saved["training"], resume=args.resume, out=args.resume, device=args.device)
-    old.config, old.data = Config(**saved["model"]), old.data and Path(old.data)
+        old = argparse.Namespace(**saved["training"], resume=args.resume, out=args.resume, device=args.device)
+        old.config, old.data = Config(**saved["model"]), old.data and Path(old.data)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        p.error(f"{args.resume} is not a run of this version ({error}); --resume wants the folder that train.py wrote")
     return old
 
 
@@ -306,69 +332,81 @@ def flags(args: argparse.Namespace) -> dict:
 
 # ---------------------------------------------------------------- the run
 
+@contextmanager
+def deferred_interrupt() -> Iterator[list]:
+    """Let Ctrl-C wait for the end of a step: the list that is given fills, and a second Ctrl-C stops at once."""
+    asked, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def pretrain(run: Pretraining, data: Latents, held_out: list[Clip], log: Log) -> None:
     """Train to the last step, with validations and checkpoints on the way."""
-    args = run.args
+    args, smooth = run.args, None
     bar = tqdm(range(run.step, args.steps), "training", initial=run.step, total=args.steps, unit="step")
-    smooth = None
-    try:
+    with deferred_interrupt() as asked:
         for _ in bar:
             entry = run.advance(data)
+            if not math.isfinite(entry["loss"]):
+                raise MediaError(args.out, f"the loss is {entry['loss']} at step {run.step}; lower --lr and --muon-lr")
             smooth = entry["loss"] if smooth is None else 0.98 * smooth + 0.02 * entry["loss"]
             bar.set_postfix(loss=f"{smooth:.4f}")
             log(step=run.step, **entry)
-            if not math.isfinite(entry["loss"]):
-                raise MediaError(args.out, f"the loss is {entry['loss']} at step {run.step}; lower --lr and --muon-lr")
             if args.validate_every and run.step % args.validate_every == 0 and run.step < args.steps:
                 metrics, _ = validate(averaged(run), held_out, args)
-                log(step=run.step, held_out={k: v.mean().item() for k, v in metrics.items()})
-                bar.write(f"step {run.step}: {summary(metrics)}")
-            if run.step % args.save_every == 0 or run.step == args.steps:
+                log(step=run.step, held_out=means(metrics))
+                bar.write(f"step {run.step}:\n{summary(metrics)}")
+            if run.step % args.save_every == 0 or run.step == args.steps or asked:
                 run.save(args.out)
-    except KeyboardInterrupt:
-        run.save(args.out)
-        sys.exit(f"\nstopped at step {run.step}; go on with: python train.py --resume {args.out}")
+            if asked:
+                bar.close()
+                sys.exit(f"stopped at step {run.step}; go on with: python train.py --resume {args.out}")
 
 
-def prepare(args: argparse.Namespace) -> tuple[Pretraining, Latents, list[Clip]]:
-    """Load the clips, make the generator, fit or load its codec, and encode the clips."""
-    clips, held_out = load_clips(args)
-    torch.manual_seed(args.seed)
-    run = Pretraining(Generator(args.config).to(args.device), args)
-    codec = run.model.codec
-    if args.resume:
-        run.load(args.resume)
-    else:
-        spread = np.linspace(0, len(clips) - 1, min(len(clips), CODEC_CLIPS)).astype(int)
-        codec.fit(pixels([clips[i] for i in spread], args.frames).to(args.device))
-        run.average.update({f"codec.{k}": v.clone() for k, v in codec.state_dict().items()})
-    data = encode(run.model, clips, args.frames, args.device)
-    truth = pixels(held_out, args.frames).to(args.device)
-    coded = codec.decode(truth[:, 0], codec.encode(truth)).cpu()
-    print(f"codec alone, held-out clips: {summary(evaluate(coded, held_out, args.config.chunk_frames))}")
-    return run, data, held_out
+def codec_alone(model: Generator, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
+    """Measure the codec by itself: held-out clips, encoded and decoded. Nothing generated can be better."""
+    coded = encode(model, clips, args.frames, args.device)
+    videos = [model.codec.decode(p[None].to(args.device) / 255, z[None].to(args.device)).cpu()
+              for p, z in zip(coded.portrait, coded.clean)]
+    return evaluate(torch.cat(videos), clips, args.config.chunk_frames)
 
 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     args = parse_arguments(argv)
+    clips, held_out = load_clips(args)
+    torch.manual_seed(args.seed)
+    run = Pretraining(Generator(args.config).to(args.device), args)
+    if args.resume:
+        run.load(args.resume)
+    else:
+        fit_codec(run.model, clips, args)
+        run.average.update({f"codec.{k}": v.clone() for k, v in run.model.codec.state_dict().items()})
     args.out.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out)
-    run, data, held_out = prepare(args)
+    log = Log(args.out, run.step)
+    data = encode(run.model, clips, args.frames, args.device)
+    codec = codec_alone(run.model, held_out, args)
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"{len(data)} training clips of {args.frames} frames, {len(held_out)} held out; "
-          f"generator of {parameters / 1e6:.2f} M parameters on {args.device}; "
-          f"ready after {time.perf_counter() - start:.0f} s")
-    log(config=asdict(args.config), training=flags(args), parameters=parameters)
+    log(config=asdict(args.config), training=flags(args), parameters=parameters, codec=means(codec))
+    print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
+          f"{len(data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
+          f"on {args.device}; ready after {time.perf_counter() - start:.0f} s")
     pretrain(run, data, held_out, log)
 
     metrics, videos = validate(averaged(run), held_out, args)
-    log(step=run.step, held_out={k: v.mean().item() for k, v in metrics.items()})
+    log(step=run.step, held_out=means(metrics))
     write_pictures(args.out, videos, held_out)
-    print(f"held-out clips, generated from portrait and sound: {summary(metrics)}")
-    print(f"{args.out}: log.jsonl, sheet.png (truth above generated), sample.mp4 (truth beside generated), "
-          f"after {(time.perf_counter() - start) / 60:.1f} minutes\ntry next:\n  python sample.py "
-          f"--checkpoint {args.out} --image PORTRAIT.jpg --audio SPEECH.wav --out video.mp4")
+    print(f"{len(held_out)} held-out clips, generated from portrait and sound:\n{summary(metrics)}\n"
+          f"{args.out}: sheet.png (truth above generated), sample.mp4 (truth beside generated), log.jsonl; "
+          f"{(time.perf_counter() - start) / 60:.1f} minutes in all\nto try next:\n  python sample.py "
+          f"--checkpoint {args.out} --image {args.out}/portrait.png --audio {args.out}/speech.wav --out video.mp4")
 
 
 if __name__ == "__main__":
@@ -376,3 +414,5 @@ if __name__ == "__main__":
         main()
     except MediaError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped before the next checkpoint")

@@ -1,4 +1,4 @@
-"""What reward.py promises of the pixel oracle: how open a drawn mouth is, judged by truth, by loudness and by blur."""
+"""What reward.py promises of its metrics: the pixel oracle against truth, loudness and blur; the rest by hand."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as nnf
 
 from data import LIP_LEAD, Clip, render_talker
-from reward import correlation, lip_sync_correlation, mouth_amplitude, mouth_opening_from_pixels
+from reward import (correlation, head_motion, jerk, lip_sync_correlation, motion, mouth_amplitude, mouth_axis,
+                    mouth_motion, mouth_opening_from_pixels, psnr, seam, shifted_correlation, still_psnr, sync_offset)
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,61 @@ def test_the_oracle_does_not_care_where_the_head_is(clips):
     for clip in clips[:10]:
         a, b = (mouth_opening_from_pixels(x, clip.truth) for x in (clip.frames, clip.frames.roll((2, -2), (2, 3))))
         assert (a - b).abs().max() < 0.25 * a.max()
+
+
+# ---------------------------------------------------------------- metrics of any clip
+
+def test_shifting_one_signal_by_n_frames_moves_the_measured_offset_by_n(clips, measured):
+    """The mouth read from pixels against the true mouth, whose sound comes n frames earlier or later: n is found."""
+    for n in (-5, -2, 0, 3):
+        found = []
+        for clip, area in zip(clips, measured):
+            truth = (clip.truth["opening"] * clip.truth["width"]).roll(-n)          # the truth leads by n frames
+            found.append(sync_offset(torch.as_tensor(area), truth).item())
+        assert np.median(found) == n and np.mean(np.array(found) == n) > 0.9
+
+
+def test_shifted_correlation_compares_the_frames_that_both_have():
+    a = torch.randn(30)
+    later = torch.cat([torch.randn(4), a])[:30]                                     # a, four frames later
+    assert shifted_correlation(later, a, 4) > 0.999 and abs(shifted_correlation(later, a, 0)) < 0.9
+    assert shifted_correlation(a, later, -4) > 0.999
+
+
+def test_simple_metrics_equal_hand_computed_values():
+    frames = torch.zeros(9, 3, 16, 16)
+    assert psnr(frames, frames + 0.1).item() == pytest.approx(20, abs=1e-3)
+    steady = frames + torch.arange(9.0)[:, None, None, None] / 100                  # brighter by 0.01 a frame
+    assert motion(steady).item() == pytest.approx(0.01, abs=1e-6)
+    assert jerk(steady).item() == pytest.approx(0, abs=1e-6)
+    cubic = frames + (torch.arange(9.0) ** 3)[:, None, None, None] / 1000           # third difference of n^3 is 6
+    assert jerk(cubic).item() == pytest.approx(0.006, abs=1e-6)
+    stairs = frames + torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12.0])[:, None, None, None] / 100
+    assert seam(stairs, 4).item() == pytest.approx(3, abs=1e-4) and seam(steady, 4).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_still_psnr_sees_the_background_and_not_the_face():
+    portrait = torch.rand(3, 32, 32)
+    frames = portrait.repeat(4, 1, 1, 1)
+    frames[:, :, 8:, 8:24] = 0
+    assert still_psnr(frames, portrait) > 90
+    frames[:, :, :16, :4] += 0.1                                                    # half of the compared pixels
+    assert still_psnr(frames, portrait).item() == pytest.approx(20 + 10 * np.log10(2), abs=0.01)
+
+
+def test_mouth_motion_follows_the_true_mouth_of_clips_whose_truth_it_is_not_told(clips):
+    """The metric for real clips, tried where truth is known: along an axis fitted to other clips of the same talker."""
+    own = [render_talker(3, 5, 64, 300)]
+    frames, truth = own[0].frames / 255, own[0].truth
+    axis = mouth_axis([frames[:150]])
+    signal = mouth_motion(frames[150:], axis)
+    true = (truth["opening"] * truth["width"])[150:]
+    assert abs(correlation(signal, true)) > 0.7
+    frozen = frames[:1].repeat(150, 1, 1, 1)
+    assert mouth_motion(frozen, axis).abs().max() < 1e-6
+
+
+def test_head_motion_is_the_deviation_of_the_shift():
+    pose = torch.zeros(50, 6)
+    pose[:, 0], pose[:, 3] = 0.03 * torch.randn(50), 0.04 * torch.randn(50)
+    assert head_motion(pose).item() == pytest.approx((pose[:, 0].var() + pose[:, 3].var()).sqrt().item(), rel=1e-5)
