@@ -110,7 +110,8 @@ def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace
     sigma = torch.rand(clean.shape[:2], generator=rng).clamp_min(0.02)[:, None]      # (B, 1, K)
     noise = torch.randn(clean.shape, generator=rng)[:, None]                         # (B, 1, K, N, C)
     heard = torch.rand(args.batch, generator=rng) >= args.audio_dropout
-    # A little noise on the past, so that generation, whose past is never perfect, does not drift.
+    # Noise on the past, anything from none to as much as there is signal: generation's own past is never perfect,
+    # and a trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
     slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, generator=rng)
     context = clean + slip * torch.randn(clean.shape, generator=rng)
     clean = clean[:, None]
@@ -267,7 +268,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--ema", type=float, help="decay of the moving average of the weights (by preset)")
     g.add_argument("--grad-clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
     g.add_argument("--audio-dropout", type=float, default=0.1, help="share of clips without sound (%(default)s)")
-    g.add_argument("--context-noise", type=float, default=0.1, help="most noise on the clean past (%(default)s)")
+    g.add_argument("--context-noise", type=float, default=1.0, help="most noise on the clean past (%(default)s)")
     g = p.add_argument_group("validation and checkpoints")
     g.add_argument("--validate-every", type=int, help="steps between validations (only at the end)")
     g.add_argument("--validate-clips", type=int, default=48, help="held-out clips to generate (%(default)s)")
@@ -412,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except MediaError as error:
+    except (MediaError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped before the next checkpoint")

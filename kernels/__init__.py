@@ -1,1 +1,1 @@
-"""The two hot operations of the project, each in one file with its plain PyTorch twin."""
+"""The two hot operations of the generator, one file each, in plain PyTorch."""
