@@ -17,9 +17,9 @@ What you learn here, in the order of the file:
 4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished chunk into
    the cache, and goes on: constant memory and constant time per chunk, for speech of any length.
 
-The paper's sizes and training data are not public. Chosen here, and why: a linear codec (fits in seconds, and a learned
-one takes minutes to learn a mouth at all), a trunk shaped like a Qwen3 layer (so that one can be loaded), a portrait that
-stands outside rotary time (so that it is the same sink for chunk 3 and chunk 3000).
+The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds, where a
+learned one takes minutes to learn a mouth at all), a trunk shaped like a Qwen3 layer (so that one can be loaded), a
+portrait that stands outside rotary time (so that it is the same sink for chunk 3 and chunk 3000).
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk, C channels,
 S pixels per side, L tokens of a sequence, H heads, D head dim.
@@ -78,7 +78,8 @@ class Config:
         if self.heads % self.kv_heads or self.head_dim % 8:
             raise ValueError(f"{self.kv_heads} kv_heads must divide {self.heads} heads, and 8 head_dim {self.head_dim}")
         if self.chunk_frames * self.space_channels < max(self.channels, self.chunk_frames * POSE):
-            raise ValueError(f"{self.channels} channels do not fit {self.chunk_frames} x {self.space_channels} components")
+            raise ValueError(f"{self.channels} channels need as many components, and a pose {POSE} a frame; got "
+                             f"{self.chunk_frames} x {self.space_channels}")
 
     @property
     def video_tokens(self) -> int:

@@ -26,7 +26,8 @@ def mouth_palette(truth: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     tint = lambda colour, *shades: torch.stack([colour * torch.tensor(s) for s in shades])
     skins = torch.cat([tint(skin, 0.5, 0.65, 0.8, 0.9, 1.0, (0.70, 0.56, 0.53), (0.82, 0.74, 0.72), (0.48, 0.36, 0.33),
                             (0.97, 0.80, 0.78)), 0.75 * skin[None] + 0.22])
-    lips = torch.cat([tint(lip, 1.0, (0.76, 0.70, 0.70), (0.88, 0.85, 0.85), (0.55, 0.45, 0.45)), 0.7 * lip[None] + 0.3])
+    lips = torch.cat([tint(lip, 1.0, (0.76, 0.70, 0.70), (0.88, 0.85, 0.85), (0.55, 0.45, 0.45)),
+                      0.7 * lip[None] + 0.3])
     tongue = 0.6 * interior + 0.4 * torch.tensor([0.70, 0.26, 0.36])
     opens = torch.stack([interior, teeth, 0.85 * teeth, (interior + teeth) / 2, tongue])
     part = torch.linspace(0, 1, 5)
@@ -39,9 +40,9 @@ def mouth_palette(truth: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def mouth_opening_from_pixels(frames: Tensor, truth: dict[str, Tensor]) -> Tensor:
     """Measure the open area of the mouth, in fractions of the frame; it grows as opening * width.
 
-    A quadratic in (r, g, b), fitted to the palette's mixtures, says how much of a pixel is open mouth; a colour far from
-    every mixture (wall, hair, clothes) counts for nothing; the mouth is the mouth-sized window that holds most, wherever
-    in the box the head has taken it.
+    A quadratic in (r, g, b), fitted to the palette's mixtures, says how much of a pixel is open mouth; a colour far
+    from every mixture (wall, hair, clothes) counts for nothing; the mouth is the mouth-sized window that holds most,
+    wherever in the box the head has taken it.
 
     Args: frames (F, 3, S, S) uint8, or float in 0..1; truth of the clip: only its colours and mouth_box are read.
     Returns: area (F,) float32.

@@ -91,7 +91,7 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int) -> dict[s
 
 
 def summary(metrics: dict[str, Tensor]) -> str:
-    """Write metrics, name -> (B,), as means with 95% confidence intervals; those that need no truth on a second line."""
+    """Write metrics, name -> (B,), as means with 95% confidence intervals; on a second line what needs no truth."""
     def text(name, values):
         half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return f"{name} {values.mean().item():.3f}±{half:.3f}"
@@ -123,7 +123,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--audio", required=True, help="the speech: any file with sound that ffmpeg reads")
     p.add_argument("--out", required=True, help="the mp4 to write")
     p.add_argument("--steps", type=int, default=4, help="flow steps per chunk (default 4)")
-    p.add_argument("--guidance", type=float, default=1.0, help="how far to exaggerate what the sound adds; 1: as learned (default 1)")
+    p.add_argument("--guidance", type=float, default=1.0,
+                   help="how far to exaggerate what the sound adds; 1: as learned (default 1)")
     p.add_argument("--seed", type=int, default=0, help="what the sound leaves open: head, blinks (default 0)")
     p.add_argument("--max-seconds", type=float, help="use only the start of the speech")
     p.add_argument("--device", type=device_argument, default=device_argument(), help="default: cuda if present")

@@ -434,7 +434,8 @@ def test_unusable_speech_is_an_error_in_plain_words(tmp_path):
     (tmp_path / "empty.wav").touch()
     (tmp_path / "text.mp3").write_text("hello")
     words = {"silence.wav": "is silent", "10ms.wav": "10 ms", "no_audio.mp4": "no audio track", "empty.wav": "is empty",
-             "corrupt.wav": "not audio or video", "text.mp3": "not audio or video", "missing.wav": "does not exist", ".": "is a folder"}
+             "corrupt.wav": "not audio or video", "text.mp3": "not audio or video",
+             "missing.wav": "does not exist", ".": "is a folder"}
     for name, reason in words.items():
         with pytest.raises(data.MediaError) as caught:
             data.load_speech(tmp_path / name)

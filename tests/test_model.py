@@ -195,7 +195,7 @@ def test_the_codec_returns_what_lies_in_its_components():
     torch.manual_seed(0)
     config = Config(size=32, space_channels=6, channels=24)
     smooth = lambda n, side: torch.nn.functional.interpolate(torch.rand(n, 3, side, side), 32, mode="bicubic")
-    portrait = (smooth(24, 16) * 0.6 + 0.1).clamp(0, 0.8)                           # texture, so that no motion is imagined
+    portrait = (smooth(24, 16) * 0.6 + 0.1).clamp(0, 0.8)                # texture, so that no motion is imagined
     spot = torch.exp(-((m.pixel_grid(32) - torch.tensor([0.0, 0.5])) ** 2).sum(-1) / 0.02)
     opening = torch.rand(24, 8, 1, 1, 1) * 0.2
     opening[:, 0] = 0
@@ -231,8 +231,8 @@ def test_every_preset_generates():
     for config in m.PRESETS.values():
         model = Generator(config).eval()
         portrait = torch.rand(1, 3, config.size, config.size)
-        mel, shape = torch.zeros(1, 2 * config.chunk_frames, config.mel_channels), (config.video_tokens, config.channels)
-        made = [f for _, f in model.generate(portrait, mel, seeded_noise(0, [0], shape), 1)]
+        mel = torch.zeros(1, 2 * config.chunk_frames, config.mel_channels)
+        made = [f for _, f in model.generate(portrait, mel, noise_for(model, 1), 1)]
         assert made[1].shape == (1, config.chunk_frames, 3, config.size, config.size)
 
 

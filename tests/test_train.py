@@ -203,7 +203,8 @@ def test_a_folder_of_clips_trains_and_resumes(cache, tmp_path):
 def test_bad_input_is_one_line_and_a_failing_exit(run, tmp_path):
     (tmp_path / "face.png").write_bytes(b"not a picture")
     done = subprocess.run([sys.executable, "sample.py", "--checkpoint", str(run), "--image", str(tmp_path / "face.png"),
-                           "--audio", "missing.wav", "--out", str(tmp_path / "o.mp4")], capture_output=True, text=True, cwd=Path(train.__file__).parent)
+                           "--audio", "missing.wav", "--out", str(tmp_path / "o.mp4")],
+                          capture_output=True, text=True, cwd=Path(train.__file__).parent)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("error:") and "face.png" in done.stderr
     assert not (tmp_path / "o.mp4").exists()
