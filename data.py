@@ -718,6 +718,13 @@ def _decode(path: Path, size: int, crop: tuple[int, int, int] | None, part: Path
     return np.memmap(rgb, np.uint8, "r", shape=(n_frames, size, size, 3)).transpose(0, 3, 1, 2), sound.numpy()
 
 
+def load_clip(path: str | Path, size: int, crop: tuple[int, int, int] | None = None) -> Clip:
+    """Read one video file as a Clip at `size` pixels, of a second or more. Raises: MediaError if it cannot be used."""
+    with tempfile.TemporaryDirectory() as folder:
+        frames, audio = _decode(Path(path), size, crop, Path(folder) / "clip")
+        return Clip(str(path), torch.from_numpy(frames.copy()), torch.from_numpy(audio))
+
+
 def _decode_all(folder: Path, names: list[str], size: int, length: int, crop, parts: Path, skipped: dict) -> Iterator:
     """Decode files side by side (ffmpeg works, threads wait) and cut them, in order, into clips of `length` frames."""
     def attempt(i: int):

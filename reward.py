@@ -1,18 +1,1292 @@
-"""What a good talking portrait is, in numbers.
+"""What a good talking portrait is, in numbers: a judge, a composite reward, and metrics that no reward may use.
 
-This file holds the held-out metrics: measurements that no training ever sees as a target, so that they can judge it.
-They come in two kinds, reported apart.
+    python reward.py --video V.mp4 [--portrait P.png]       every component, the total, and the held-out metrics
+    python reward.py --train-judge [--data DIR]             teach the embedded judge, on drawn talkers or your clips
+    python reward.py --validate-judge [--judge NAME]        can this judge hear, see and tell? on your clips?
+    python reward.py --align ratings.csv                    does it agree with people? and a calibration to their scale
+    python reward.py --train-sync [--data DIR]              train the sync network of the held-out metrics
 
-    need the truth      lip-sync correlation and mouth amplitude of drawn talkers (the pixel oracle), mouth-motion
-                        correlation with a real clip, distance to the true frames, motion relative to the true clip
-    need no truth       still background, jerk, seams at chunk borders: a reward may one day optimise these
+What you learn here, in the order of the file:
 
-A video is (F, 3, S, S), uint8 or float in [0, 1]; frames are 40 ms apart.
+1. The judge: a multimodal language model (any Qwen-Omni thinker: a tiny one is embedded, a real one is loaded by name
+   or asked over HTTP) watches and hears a clip and answers one question per aspect with a digit,
+
+       score = sum_d d p(d) / sum_d p(d),    d = 1..5,    aspects: lip-sync, expressiveness, motion quality
+
+2. The regularisers: still background, identity, amount of motion, jerk, flicker, chunk seams, each held against what
+   real clips show; and the composite reward = sum_i weight_i component_i.
+3. How the embedded judge is taught: clips of known quality, spoilt in graded ways.
+4. Whether to trust a judge: known faults, and ratings of people.
+5. Held-out metrics. Nothing in 1..3 uses them: a generator that is trained on the reward is measured by them.
+
+The paper's judge, prompts and weights are not public; what is chosen here is said where it is chosen.
+
+A video is (F, 3, S, S), uint8 or float in [0, 1]; frames are 40 ms apart; sound is 640 samples a frame.
+B clips, F frames, K chunks, S pixels per side.
 """
 
+import argparse
+import base64
+import csv
+import http.client
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+import torchvision
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm, trange
+
+from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips,
+                  load_clip, load_portrait, log_mel, normalise_loudness, replacing, synthetic_clips, write_speech,
+                  write_video)
+
+# ---------------------------------------------------------------- the judge: a multimodal language model
+
+ASPECTS = ("lip_sync", "expressiveness", "motion")
+
+# What each aspect looks at, ignores, and means by 1, 3 and 5. A folder may carry wording of its own, in judge.json.
+RUBRIC = {
+    "template": "{look} {ignore} Answer with one digit from 1 to 5. {scale} Your rating:",
+    "lip_sync": {
+        "look": "Rate how well the lips follow the speech: do they open, close and round when the sound does?",
+        "ignore": "Ignore picture quality, head motion and what is said.",
+        "1": "the lips have nothing to do with the sound", "3": "they follow it loosely, or early, or late",
+        "5": "every sound is seen on the lips at its moment"},
+    "expressiveness": {
+        "look": "Rate how lively the person speaks: how far the mouth opens, whether brows, eyes and head move along.",
+        "ignore": "Ignore whether the motion fits the sound, and picture quality.",
+        "1": "a still face, or lips that barely part", "3": "subdued", "5": "as lively as in a conversation"},
+    "motion": {
+        "look": "Rate how natural and clean the motion is: continuous, steady and sharp.",
+        "ignore": "Ignore the sound, and how much the face moves.",
+        "1": "broken: trembling, freezing, jumping, ghosting, blurred or noisy", "3": "visible faults",
+        "5": "as filmed"},
+}
+
+# model_type of a checkpoint -> the part of it that watches, listens and answers in text (its "thinker").
+THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+            "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
+MIN_MASS = 0.5                                       # below it, most of the answer is not a rating
+DEFAULT_JUDGE = Path(__file__).parent / "assets" / "judge"
+
+
+def prompt(aspect: str, descending: bool = False, rubric: dict = RUBRIC) -> str:
+    """Write the question about one aspect; `descending` lists the scale from 5 to 1."""
+    words = rubric[aspect]
+    scale = [f"{digit}: {words[digit]}." for digit in ("531" if descending else "135")]
+    return rubric["template"].format(look=words["look"], ignore=words["ignore"], scale=" ".join(scale))
+
+
+@dataclass
+class Ratings:
+    """What a judge says of B clips, aspects in the order of ASPECTS."""
+
+    score: Tensor                                    # (B, 3) expected rating, 1..5
+    mass: Tensor                                     # (B, 3) probability that the answer is a digit 1..5 at all
+
+
+def expected_rating(p: Tensor) -> Ratings:
+    """score = sum_d d p(d) / mass,  mass = sum_d p(d),  over the digits d = 1..5.
+
+    The mean over the digits ranks better than the one digit that would be written (Q-Align, 2312.17090).
+
+    Args: p (B, 3, orders, 5), for each order of the scale; scores are averaged over the orders, the least mass counts.
+    """
+    mass = p.sum(-1)
+    score = p @ torch.arange(1.0, 6.0, device=p.device) / mass
+    return Ratings(score.mean(-1), mass.amin(-1))
+
+
+def check_ratings(ratings: Ratings, names: Sequence[str]) -> Ratings:
+    """Return the ratings, or raise MediaError where one is no number or hardly any of the answer is a digit."""
+    for name, scores, masses in zip(names, ratings.score.tolist(), ratings.mass.tolist()):
+        for aspect, score, mass in zip(ASPECTS, scores, masses):
+            if not (mass >= MIN_MASS and 1 <= score <= 5):                           # not a number is refused, too
+                raise MediaError(name, f"the judge does not rate its {aspect}: the digits 1..5 have probability "
+                                       f"{mass:.2g}, the rating is {score:.2g}; use an instruction-tuned model that "
+                                       "does not think aloud, in a dtype it was made for")
+    return ratings
+
+
+class Judge:
+    """A multimodal language model that watches and hears a clip and answers each question with a digit.
+
+    The clip comes first and the question last, so the clip is read once: its keys and values are kept and every
+    aspect's question is asked against them. transformers places pictures and sound on one clock (TMRoPE, 2503.20215).
+
+    Args:    model, processor: a thinker of transformers and its processor; rubric: the wording, as RUBRIC.
+             side: pixels per side at which a frame is shown, None for the processor's own choice.
+             window: frames that are judged at once, None for any number; longer videos are cut (see Reward).
+             orders: False asks with the scale from 1 to 5, True from 5 to 1; several are averaged.
+             batch: clips at once.    offload: keep the model on the CPU between two uses.
+    """
+
+    def __init__(self, model: nn.Module, processor, rubric: dict = RUBRIC, side: int | None = None,
+                 window: int | None = None, orders: Sequence[bool] = (False,), batch: int = 8, device: str = "cpu",
+                 offload: bool = False):
+        self.model, self.processor, self.rubric, self.side, self.window = model, processor, rubric, side, window
+        self.orders, self.batch, self.device, self.offload = tuple(orders), batch, device, offload
+        self.digits = [processor.tokenizer.encode(d, add_special_tokens=False)[-1] for d in "12345"]
+        # Only the next token counts: without this, a clip of 3000 tokens would give 3000 rows of 150,000 logits.
+        model.lm_head.register_forward_pre_hook(lambda head, inputs: (inputs[0][:, -1:],))
+        if not offload:
+            model.to(device)
+
+    @classmethod
+    def load(cls, name: str | Path = DEFAULT_JUDGE, dtype: str | None = None, device: str = "cpu",
+             **settings) -> "Judge":
+        """Load a folder, or, where `name` is no folder, a model of the hub: naming one asks for its download.
+
+        Args: dtype: of torch, by name; None: float32 on a CPU, else bfloat16. settings: of the constructor.
+        Raises: MediaError where there is no such model, or one that cannot watch and hear.
+        """
+        import transformers                          # here: it takes seconds, and not every use needs a judge
+        name, local = str(name), Path(name).is_dir()
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        try:
+            kind = transformers.AutoConfig.from_pretrained(name, local_files_only=local).model_type
+            if (kind := kind.removesuffix("_thinker")) not in THINKERS:
+                raise MediaError(name, f"is a {kind}, which cannot watch and hear; use one of {', '.join(THINKERS)}")
+            transformers.logging.set_verbosity_error()           # a talker's weights that nobody asked for are no news
+            transformers.logging.disable_progress_bar()
+            model, loaded = getattr(transformers, THINKERS[kind]).from_pretrained(
+                name, dtype=dtype, local_files_only=local, output_loading_info=True)
+            if loaded["missing_keys"]:
+                raise MediaError(name, f"lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}; "
+                                       "copy the folder again")
+            processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local)
+            own = Path(name) / "judge.json"
+            settings = (json.loads(own.read_text()) if own.exists() else {}) | settings
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, MediaError):
+                raise
+            raise MediaError(name, f"cannot be loaded as a judge ({str(error).strip().splitlines()[0][:200]}); give a "
+                                   "folder with model, tokenizer and processor, or a name on the hub") from None
+        return cls(model.eval().requires_grad_(False), processor, device=device, **settings)
+
+    def questions(self) -> tuple[str, list[str]]:
+        """Return the text up to the end of the clip, and, for each aspect and order, the text that follows."""
+        texts = []
+        for aspect in ASPECTS:
+            for order in self.orders:
+                content = [{"type": "video"}, {"type": "text", "text": prompt(aspect, order, self.rubric)}]
+                texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                                add_generation_prompt=True))
+        end = texts[0].index(self.processor.vision_eos_token) + len(self.processor.vision_eos_token)
+        return texts[0][:end], [text[end:] for text in texts]
+
+    def read(self, frames: Tensor, audio: Tensor, text: str) -> dict:
+        """Tokenize clips (B, F, 3, S, S) uint8 with sound (B, F * 640), each after the same text, for the model."""
+        # Silent defaults: 2 frames a second, 317 pixels, 30 s of sound, pictures before sound. All are said here.
+        size = {} if self.side is None else {"min_pixels": self.side ** 2, "max_pixels": self.side ** 2}
+        self.processor.feature_extractor.n_samples = audio.shape[1]
+        return self.processor(text=[text] * len(frames), videos=list(frames), audio=list(audio.numpy()), **size,
+                              fps=float(FPS), do_sample_frames=False, cap_pixels_per_frame=False,
+                              sampling_rate=SAMPLE_RATE, use_audio_in_video=True,
+                              return_tensors="pt").to(self.device)
+
+    def logits(self, frames: Tensor, audio: Tensor) -> Tensor:
+        """Return (B, 3 * orders, vocabulary): of the first token of each answer. Gradients flow where they are on."""
+        prefix, questions = self.questions()
+        inputs = self.read(frames, audio, prefix)
+        cache = self.model(**inputs, use_audio_in_video=True, use_cache=True).past_key_values
+        logits, length = [], inputs["input_ids"].shape[1]
+        for question in questions:
+            ids = self.processor.tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids
+            ids = ids.to(self.device).expand(len(frames), -1)
+            # The clip spans fewer instants than tokens: text goes on at the last instant + 1, on all three axes.
+            place = length + torch.arange(ids.shape[1], device=self.device) + self.model.rope_deltas.view(-1, 1)
+            place = place.expand(3, len(frames), -1)
+            logits.append(self.model(input_ids=ids, position_ids=place, past_key_values=cache).logits[:, -1])
+            cache.crop(-ids.shape[1])
+        return torch.stack(logits, 1)
+
+    @torch.no_grad()
+    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Ratings:
+        """Rate clips of one length.
+
+        Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); B names, for messages.
+        Returns: Ratings on the CPU, fp32. Raises: MediaError, naming the clip, where the answer is no rating.
+        """
+        self.model.to(self.device)
+        p = []
+        for i in range(0, len(frames), self.batch):
+            pictures = (frames[i:i + self.batch].detach().cpu().clamp(0, 1) * 255).round().byte()
+            logits = self.logits(pictures, audio[i:i + self.batch].detach().cpu().float())
+            p.append(logits.float().softmax(-1)[..., self.digits].cpu())
+        if self.offload:
+            self.model.to("cpu")
+        return check_ratings(expected_rating(torch.cat(p).unflatten(1, (len(ASPECTS), -1))), names)
+
+
+# ---------------------------------------------------------------- the judge behind an endpoint
+
+BACKOFF, LONGEST_PAUSE = 0.5, 60.0                   # seconds before the first retry, and before any
+
+# What vLLM needs to see and hear a clip as it is (chat_utils.py, qwen2_5_omni_thinker.py). It takes the sound out of
+# the mp4 only if the *request* says use_audio_in_video (vllm#36319; the server's own flag does not, vllm#47788), and
+# an input_audio part beside it would be a second sound. It keeps 32 frames of a video unless told to keep all, and
+# takes two frames for a whole second unless told otherwise: once for positions, once for weaving in the sound.
+VLLM = {"mm_processor_kwargs": {"use_audio_in_video": True, "fps": FPS, "second_per_grid_ts": [2 / FPS]},
+        "media_io_kwargs": {"video": {"num_frames": -1}}}
+
+
+def _gist(answer: bytes) -> str:
+    """Return what a server said on one line: its error message, else the beginning of the answer."""
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        answer = json.loads(answer)["error"]["message"].encode()
+    return " ".join(answer.decode(errors="replace").split())[:200] or "nothing"
+
+
+def digit_probabilities(answer: bytes) -> Tensor:
+    """Read p (5,) of the digits 1..5 from a chat completion: the top log-probabilities of its first token.
+
+    Tokens that differ in white space alone are one digit. Raises: ValueError for anything else than such an answer.
+    """
+    try:
+        p = [0.0] * 5
+        for token in json.loads(answer)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            if (digit := token["token"].strip()) in tuple("12345"):
+                p[int(digit) - 1] += math.exp(token["logprob"])
+    except (LookupError, TypeError, AttributeError, OverflowError, ValueError):
+        raise ValueError("no log-probabilities") from None
+    if not sum(p) <= 1.01:                           # not a number is also refused
+        raise ValueError("no probabilities")
+    return torch.tensor(p)
+
+
+class RemoteJudge:
+    """A multimodal language model that rates clips behind an OpenAI-compatible endpoint, such as vLLM's.
+
+        vllm serve Qwen/Qwen2.5-Omni-7B                        # of April 2026 or later
+        RemoteJudge("http://localhost:8000/v1", "Qwen/Qwen2.5-Omni-7B").rate(frames, audio, names)
+
+    One worker asks all prompts of one clip in turn, media first: the server finds the clip in its prefix cache.
+
+    Args:    timeout: seconds of silence after which a request has failed; retries: of a request that may succeed
+             later; at_once: requests under way; key: of the endpoint, else OPENAI_API_KEY; interleave: send VLLM's
+             fields. Turn it off for a server that ignores them, as it would judge without sound: it then gets a wav
+             after the video, which says less about lips than sound woven into the pictures. orders: as of Judge.
+    """
+
+    def __init__(self, url: str, model: str, timeout: float = 120.0, retries: int = 4, at_once: int = 4,
+                 key: str | None = None, interleave: bool = True, orders: Sequence[bool] = (False,)):
+        if not url.startswith(("http://", "https://")):
+            raise MediaError(url, "is not the address of a judge; pass one like http://localhost:8000/v1")
+        self.url, self.model, self.interleave = f"{url.rstrip('/')}/chat/completions", model, interleave
+        self.timeout, self.retries, self.at_once, self.orders, self.window = timeout, retries, at_once, orders, None
+        self.key = (key or os.environ.get("OPENAI_API_KEY", "")).strip()              # files of keys end in a newline
+
+    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Ratings:
+        """Rate clips as `Judge.rate` does. Raises: MediaError when a request fails for good or its answer is no rating;
+        no other request is then started."""
+        if audio.shape != (len(names), frames.shape[1] * SAMPLES_PER_FRAME) or len(frames) != len(names):
+            raise ValueError(f"clips disagree: {frames.shape=} {audio.shape=} {len(names)=}")
+        stop, pool = threading.Event(), ThreadPoolExecutor(self.at_once)
+        try:
+            jobs = [pool.submit(self._rate_clip, *clip, stop) for clip in zip(frames, audio, names)]
+            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                job.result()                         # raises what went wrong, if anything did
+            ratings = [job.result() for job in jobs]
+            return Ratings(torch.cat([r.score for r in ratings]), torch.cat([r.mass for r in ratings]))
+        finally:
+            stop.set()                               # after an error or Ctrl-C: wait for nobody
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _rate_clip(self, frames: Tensor, audio: Tensor, name: str, stop: threading.Event) -> Ratings | None:
+        """Ask all questions about one clip; none once another clip has failed."""
+        try:
+            media, p = self._media(frames, audio), []
+            for aspect, order in ((aspect, order) for aspect in ASPECTS for order in self.orders):
+                if stop.is_set():
+                    return None
+                content = [*media, {"type": "text", "text": prompt(aspect, order)}]
+                body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": 1,
+                        "temperature": 0, "logprobs": True, "top_logprobs": 20, **(VLLM if self.interleave else {})}
+                answer = self._post(json.dumps(body).encode(), name, stop)
+                try:
+                    p.append(digit_probabilities(answer))
+                except ValueError as error:
+                    raise MediaError(name, f"{self.url} answered with {error} of a first token but: {_gist(answer)}; "
+                                           "use a server that supports logprobs and top_logprobs") from None
+            p = torch.stack(p).view(1, len(ASPECTS), -1, 5)                          # (1, aspects, orders, digits)
+            return check_ratings(expected_rating(p), [name])
+        except Exception:
+            stop.set()
+            raise
+
+    def _media(self, frames: Tensor, audio: Tensor) -> list[dict]:
+        """Encode a clip as the parts of a message: an mp4 with its sound, and the sound alone if not interleaved."""
+        with tempfile.TemporaryDirectory() as folder:
+            mp4, wav = Path(folder, "clip.mp4"), Path(folder, "clip.wav")
+            write_video(mp4, (frames.detach().clamp(0, 1) * 255).round().byte().cpu(), audio)
+            write_speech(wav, audio.detach().cpu())
+            video, sound = (base64.b64encode(path.read_bytes()).decode() for path in (mp4, wav))
+        parts = [{"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{video}"}},
+                 {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}}]
+        return parts[:1] if self.interleave else parts
+
+    def _post(self, body: bytes, name: str, stop: threading.Event) -> bytes:
+        """Send a request, again after time-outs, lost connections, HTTP 429 and 5xx. Returns: the answer's body."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        for attempt in range(self.retries + 1):
+            # Jitter keeps the workers from coming back together; SystemRandom leaves every seed alone.
+            pause = BACKOFF * 2**attempt * random.SystemRandom().uniform(0.5, 1)
+            try:
+                request = urllib.request.Request(self.url, body, headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    return answer.read()
+            except urllib.error.HTTPError as error:
+                said = f"HTTP {error.code}"
+                with error, suppress(OSError, http.client.HTTPException):             # its words may be cut off
+                    said += f": {_gist(error.read())}"
+                if error.code != 429 and error.code < 500:
+                    raise MediaError(name, f"{self.url} refuses it ({said}); check model, key and server") from None
+                if (after := error.headers.get("Retry-After", "")).isdecimal():       # seconds; a date is left aside
+                    pause = max(pause, int(after))
+            except (OSError, http.client.HTTPException) as error:
+                said = str(getattr(error, "reason", error)) or type(error).__name__
+            if attempt == self.retries or stop.wait(min(pause, LONGEST_PAUSE)):
+                raise MediaError(name, f"{self.url} failed {attempt + 1} times (last: {said}); "
+                                       "check that the server runs, or allow more time or retries")
+
+
+# ---------------------------------------------------------------- regularisers: what needs no judge
+#
+# Perceptual: is it still the portrait? Temporal: does it move as real clips do? Both are compared with real clips of
+# the same kind, so that a frozen face, as still and smooth as can be, does not win.
+
+STILL_SCALES = 1, 2, 4                               # pixels are averaged over squares of this side
+STILL_DEVIATION = 0.02                               # grey levels of 1 by which a place may stray and count as still
+TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
+
+
+def in_chunks(signal: Tensor, frames: int, chunk_frames: int) -> Tensor:
+    """Cut (B, F - n), a difference of n + 1 frames filed under its last, into chunks (B, K, T); ends are repeated."""
+    tail = -frames % chunk_frames
+    return nnf.pad(signal, (frames - signal.shape[1], tail), "replicate").unflatten(1, (-1, chunk_frames))
+
+
+def straying(frames: Tensor, portrait: Tensor, still: Tensor) -> Tensor:
+    """Measure how far the background strays from the portrait's: |difference| at three scales, in grey levels of 1.
+
+    Args: frames (B, F, 3, S, S), portrait (B, 3, S, S), still (S, S) weights. Returns: (B, F).
+    """
+    error, total = (frames - portrait[:, None]).flatten(0, 1), 0
+    for scale in STILL_SCALES:
+        pooled, weight = nnf.avg_pool2d(error, scale), nnf.avg_pool2d(still[None, None], scale)
+        total = total + (pooled.abs().mean(1, keepdim=True) * weight).sum((1, 2, 3)) / weight.sum().clamp_min(1e-6)
+    return total.view(frames.shape[:2]) / len(STILL_SCALES)
+
+
+def likeness(frames: Tensor, portrait: Tensor) -> Tensor:
+    """Compare local brightness, colour and contrast with the portrait's, at three scales: 1 is the portrait itself.
+
+    SSIM's first two factors (Wang et al. 2004), at several scales (Wang et al. 2003), without the third: lips and lids
+    move, so pixels need not agree, but a face that is blurred, noisy, tinted or another's has other means or contrasts.
+
+    Args: frames (B, F, 3, S, S), portrait (B, 3, S, S). Returns: (B, F) in 0..1.
+    """
+    def moments(x):
+        mean = nnf.avg_pool2d(x, TEXTURE_WINDOW, TEXTURE_WINDOW // 2)
+        return mean, (nnf.avg_pool2d(x * x, TEXTURE_WINDOW, TEXTURE_WINDOW // 2) - mean * mean).clamp_min(0)
+
+    similarity, x, y = [], frames.flatten(0, 1), portrait.repeat_interleave(frames.shape[1], 0)
+    while len(similarity) < 3 and x.shape[-1] >= TEXTURE_WINDOW:
+        (mean_x, var_x), (mean_y, var_y) = moments(x), moments(y)
+        light = (2 * mean_x * mean_y + 0.01 ** 2) / (mean_x ** 2 + mean_y ** 2 + 0.01 ** 2)
+        contrast = (2 * (var_x * var_y).sqrt() + 0.03 ** 2) / (var_x + var_y + 0.03 ** 2)
+        similarity.append((light * contrast).mean((1, 2, 3)))
+        x, y = nnf.avg_pool2d(x, 2), nnf.avg_pool2d(y, 2)
+    return torch.stack(similarity).mean(0).view(frames.shape[:2])
+
+
+class PretrainedLikeness:
+    """Compare frames with the portrait by the features of a vision model of transformers, such as DINOv2 or CLIP."""
+
+    def __init__(self, name: str, device: str = "cpu"):
+        import transformers
+        local = Path(name).is_dir()
+        try:
+            model = transformers.AutoModel.from_pretrained(name, local_files_only=local)
+            self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
+            self.processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=local)
+        except (OSError, ValueError, KeyError) as error:
+            raise MediaError(name, f"cannot be loaded as a vision model ({str(error).strip().splitlines()[0][:200]}); "
+                                   "give a folder, or a name on the hub") from None
+        self.device = device
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] -> (N, D), of length 1."""
+        inputs = self.processor(list((pictures * 255).round().byte().cpu()), return_tensors="pt").to(self.device)
+        return nnf.normalize(self.model(pixel_values=inputs["pixel_values"]).pooler_output, dim=-1).cpu()
+
+    def __call__(self, frames: Tensor, portrait: Tensor) -> Tensor:
+        """frames (B, F, 3, S, S), portrait (B, 3, S, S) -> cosine (B, F)."""
+        seen = self.features(frames.flatten(0, 1)).view(*frames.shape[:2], -1)
+        return (seen * self.features(portrait)[:, None]).sum(-1)
+
+
+def temporal(frames: Tensor, chunk_frames: int) -> dict[str, Tensor]:
+    """Measure motion per chunk, as logarithms: name -> (B, K). frames (B, F, 3, S, S) in [0, 1].
+
+    activity    mean change from frame to frame, in grey levels of 1
+    jerk        third difference over first: trembling per motion, however much motion there is
+    flicker     second difference of areas of S/8 over the same first difference: light that trembles
+    seam        change across the border to the chunk before over change inside; 0 in the first chunk
+    """
+    cut = lambda d: in_chunks(d.abs().mean((2, 3, 4)), frames.shape[1], chunk_frames) + 1e-4     # (B, K, T)
+    areas = nnf.adaptive_avg_pool2d(frames.flatten(0, 1), 8).unflatten(0, frames.shape[:2])
+    change = cut(frames.diff(dim=1))
+    moving = change.mean(2).log()
+    seam = (change[:, :, 0] / change[:, :, 1:].mean(2)).log()
+    return {"activity": moving, "jerk": cut(frames.diff(n=3, dim=1)).mean(2).log() - moving,
+            "flicker": cut(areas.diff(n=2, dim=1)).mean(2).log() - moving,
+            "seam": torch.cat([torch.zeros_like(seam[:, :1]), seam[:, 1:]], 1)}
+
+
+@dataclass
+class RealClips:
+    """What real clips of the same set show: the measure that regularisers hold generated ones against."""
+
+    still: Tensor                                    # (S, S) in 0..1, high where real clips do not move
+    straying: float                                  # their own distance to their first frame, where still
+    likeness: float                                  # and likeness to it
+    temporal: dict[str, float]                       # mean of each of `temporal`
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, clips: Sequence[Clip], chunk_frames: int, likeness=likeness, most: int = 64) -> "RealClips":
+        """Measure clips spread over the set, at the size that will be compared with them."""
+        chosen = [clips[i] for i in torch.linspace(0, len(clips) - 1, min(most, len(clips))).long().tolist()]
+        videos = [clip.frames[None] / 255 for clip in chosen]
+        stray = torch.stack([(v - v[:, :1]).abs().mean((0, 1, 2)) for v in videos]).mean(0)
+        still = torch.exp(-stray / STILL_DEVIATION)
+        mean = lambda values: torch.cat([v.flatten() for v in values]).mean().item()
+        motion = [temporal(v, chunk_frames) for v in videos]
+        return cls(still, mean(straying(v, v[:, 0], still) for v in videos),
+                   mean(likeness(v, v[:, 0]) for v in videos),
+                   {name: mean(m[name] for m in motion) for name in motion[0]})
+
+
+# ---------------------------------------------------------------- the composite reward
+
+@dataclass(frozen=True)
+class Weights:
+    """What each component counts for in the total. 0 switches it off; a judge is only asked if an aspect counts."""
+
+    lip_sync: float = 1.0
+    expressiveness: float = 0.5
+    motion: float = 0.5
+    still: float = 0.5
+    identity: float = 0.5
+    activity: float = 0.25
+    jerk: float = 0.25
+    flicker: float = 0.25
+    seam: float = 0.25
+
+
+# Name -> range, unit and meaning. Of all, more is better; the regularisers reach 0 where real clips are.
+COMPONENTS = {
+    "lip_sync": ("1..5", "rating", "judge: do the lips follow the sound"),
+    "expressiveness": ("1..5", "rating", "judge: how lively"),
+    "motion": ("1..5", "rating", "judge: how natural and clean"),
+    "still": ("-1..0", "grey level", "background's distance to the portrait, beyond that of real clips"),
+    "identity": ("-1..0", "similarity", "likeness to the portrait, as far as below that of real clips"),
+    "activity": ("..0", "log ratio", "amount of motion against real clips, more or less"),
+    "jerk": ("..0", "log ratio", "trembling per motion against real clips, more or less"),
+    "flicker": ("..0", "log ratio", "trembling light per motion against real clips, more or less"),
+    "seam": ("..0", "log ratio", "jumps at chunk borders against real clips, more or less"),
+}
+CREDIT_WIDTH, CREDIT_HOP = FPS, FPS // 3             # frames that are judged for the credit of the chunks in them
+
+
+@dataclass
+class Scores:
+    """A reward of B clips. Components are raw: a group's mean and deviation are the business of the RL side."""
+
+    total: Tensor                                    # (B,) sum of weight * component
+    components: dict[str, Tensor]                    # name -> (B,)
+    per_chunk: dict[str, Tensor]                     # name -> (B, K), what is localised in time, if asked for
+    mass: Tensor | None = None                       # (B, 3) of the judge's answers
+
+
+def spans(frames: int, width: int | None, hop: int | None = None) -> list[tuple[int, int]]:
+    """Cover a video by spans (start, stop) of `width` frames, evenly, as few as can be or about one every `hop`."""
+    if width is None or frames <= width:
+        return [(0, frames)]
+    gaps = math.ceil((frames - width) / (hop or width))
+    starts = [round(i * (frames - width) / gaps) for i in range(gaps + 1)]
+    return [(start, start + width) for start in starts]
+
+
+class Reward:
+    """The composite reward: a judge's ratings and the regularisers, each named, and their weighted sum.
+
+    Args:    judge: anything with `rate(frames, audio, names)` and `window`; None if no aspect has a weight.
+             real: of the clips that generated ones shall resemble; calibration: aspect -> knots, from `align`.
+             likeness: how frames are compared with the portrait, `likeness` or a PretrainedLikeness.
+    """
+
+    def __init__(self, judge, real: RealClips, weights: Weights = Weights(), chunk_frames: int = 4,
+                 calibration: dict | None = None, likeness=likeness):
+        self.judge, self.real, self.chunk_frames, self.likeness = judge, real, chunk_frames, likeness
+        self.weights, self.calibration = {k: w for k, w in asdict(weights).items() if w}, calibration or {}
+        if judge is None and set(ASPECTS) & set(self.weights):
+            raise ValueError("the weights count a judge's ratings, but there is no judge")
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor, audio: Tensor, portrait: Tensor, names: Sequence[str],
+                 per_chunk: bool = False) -> Scores:
+        """Score clips of one length.
+
+        Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names, for messages.
+                 per_chunk: also say when: lip_sync by judging spans of a second, which costs twice the judge again.
+        Raises:  MediaError, naming the clip, where the judge fails or a component is not a number.
+        """
+        if frames.shape[1] < 4 or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
+            raise ValueError(f"want 4 frames or more and {SAMPLES_PER_FRAME} samples for each: "
+                             f"got {tuple(frames.shape)} and {tuple(audio.shape)}")
+        chunks, mass = self.regularisers(frames.cpu().float(), portrait.cpu().float()), None
+        components = {name: values.mean(1) for name, values in chunks.items()}
+        for name, base in self.real.temporal.items():                                # more or less: the mean's distance
+            components[name], chunks[name] = -(components[name] - base).abs(), -(chunks[name] - base).abs()
+        if set(ASPECTS) & set(self.weights):
+            n = frames.shape[1]
+            score, mass = self.rate(frames, audio, names, spans(n, self.judge.window))
+            components |= dict(zip(ASPECTS, score.mean(1).T))
+            if per_chunk:
+                chunks["lip_sync"] = self.lip_sync_per_chunk(frames, audio, names)
+        components = {name: components[name] for name in self.weights}
+        for name, values in components.items():
+            if not values.isfinite().all():
+                bad = (~values.isfinite()).nonzero()[0].item()
+                raise MediaError(names[bad], f"its {name} is {values[bad]}; look at the frames that were generated")
+        total = sum(weight * components[name] for name, weight in self.weights.items())
+        return Scores(total, components, {k: v for k, v in chunks.items() if per_chunk and k in self.weights}, mass)
+
+    def regularisers(self, frames: Tensor, portrait: Tensor) -> dict[str, Tensor]:
+        """Return name -> (B, K); still and identity final, temporal ones as measured."""
+        cut = lambda values: in_chunks(values, frames.shape[1], self.chunk_frames).mean(2)
+        still = self.real.still
+        if still.shape[-1] != frames.shape[-1]:
+            still = nnf.interpolate(still[None, None], frames.shape[-2:], mode="bilinear")[0, 0]
+        stray = cut(straying(frames, portrait, still)) - self.real.straying
+        alike = cut(self.likeness(frames, portrait)) - self.real.likeness
+        return {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0), **temporal(frames, self.chunk_frames)}
+
+    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str], parts: list) -> tuple[Tensor, Tensor]:
+        """Judge the spans (start, stop) of every clip. Returns: score (B, spans, 3), calibrated, and mass (B, 3)."""
+        samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
+        ratings = self.judge.rate(torch.stack([frames[:, a:b] for a, b in parts], 1).flatten(0, 1),
+                                  torch.stack([samples[:, a:b].flatten(1) for a, b in parts], 1).flatten(0, 1),
+                                  [name for name in names for _ in parts])
+        score = torch.stack([calibrate(s, self.calibration[a]) if a in self.calibration else s
+                             for a, s in zip(ASPECTS, ratings.score.T)], -1)
+        return score.unflatten(0, (-1, len(parts))), ratings.mass.unflatten(0, (-1, len(parts))).amin(1)
+
+    def lip_sync_per_chunk(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Tensor:
+        """Give each chunk (B, K) the mean rating of the one-second spans that hold its middle."""
+        parts = spans(frames.shape[1], CREDIT_WIDTH, CREDIT_HOP)
+        score = self.rate(frames, audio, names, parts)[0][..., 0]                    # (B, spans)
+        middle = (torch.arange(math.ceil(frames.shape[1] / self.chunk_frames)) + 0.5) * self.chunk_frames
+        middle = middle.clamp_max(frames.shape[1] - 1)
+        holds = torch.tensor([[a <= m < b for a, b in parts] for m in middle.tolist()]).float()    # (K, spans)
+        return score @ (holds / holds.sum(1, keepdim=True)).T
+
+
+# ---------------------------------------------------------------- the embedded judge: what it is taught on
+#
+# Clips of known quality, made from good ones by graded faults. Three numbers say how good a lesson is:
+#
+#     lip_sync         1 + 4 r         r: agreement of the mouth that is shown with the mouth that the sound calls for
+#     expressiveness   1 + 4 l         l: liveliness, the amplitude of mouth (.65) and of brows, eyes, head (.35)
+#     motion           5 - 4 u         u: strength of the worst fault: tremble, freeze, ghost, blur, noise, ...
+#
+# Real clips carry no truth, so there the mouth is read by a proxy, `mouth_motion`: the position of the lower middle of
+# the face along its first principal component.
+
+MATERIAL_FRAMES = 64                                 # of a clip; lessons are windows of it, so sound can be shifted
+LESSON_FRAMES = 36, 48                               # shortest and longest lesson
+SHIFT = 6                                            # frames by which sound is moved at most
+SILENT_MOUTH = 0.02                                  # variance that a mouth must exceed to agree with anything
+MOUTH_SHARE = 0.65                                   # of the mouth in liveliness
+
+
+@dataclass
+class Material:
+    """N clips of P frames to make lessons of. Mouths are in deviations of the whole set."""
+
+    frames: Tensor                                   # (N, P, 3, S, S) uint8
+    audio: Tensor                                    # (N, P, 640)
+    called: Tensor                                   # (N, P) the mouth that the sound calls for
+    shown: Tensor                                    # (N, P) the mouth that is seen
+    lively: Tensor                                   # (N,) 0..1
+    fault: Tensor                                    # (N,) 0..1
+    pose: Tensor | None = None                       # (N, P, 6) of the head, and (N, P, 3, S, S) uint8 the face with
+    face: Tensor | None = None                       # its pose undone; None where a clip cannot be acted anew
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, rows: slice) -> "Material":
+        return Material(*(None if x is None else x[rows] for x in vars(self).values()))
+
+
+def mouths(clips: Sequence[Clip], frames: int) -> Tensor:
+    """Return how open the mouth is, (N, F): of drawn talkers the truth, of real ones the proxy. Unit deviation."""
+    if clips[0].truth:
+        mouth = torch.stack([(clip.truth["opening"] * clip.truth["width"])[:frames] for clip in clips])
+    else:
+        axis = mouth_axis([clip.frames[:frames] / 255 for clip in clips[:200]])
+        mouth = torch.stack([mouth_motion(clip.frames[:frames] / 255, axis) for clip in clips])
+        power = torch.stack([clip.audio.view(-1, SAMPLES_PER_FRAME)[:frames].square().mean(1) for clip in clips])
+        loud = torch.stack([quicken(p) for p in (power + 1e-4).log()])
+        mouth = mouth * correlation(mouth.flatten(), loud.flatten()).sign()          # the axis points to "open"
+    return (mouth - mouth.mean()) / mouth.std()
+
+
+def agreement(shown: Tensor, called: Tensor) -> Tensor:
+    """Correlate two mouths (..., F), -1..1; one that hardly moves agrees with nothing."""
+    s, c = (m - m.mean(-1, keepdim=True) for m in (shown, called))
+    return (s * c).mean(-1) / ((s.square().mean(-1) + SILENT_MOUTH) * c.square().mean(-1).clamp_min(1e-6)).sqrt()
+
+
+def good_material(clips: Sequence[Clip], frames: int = MATERIAL_FRAMES) -> Material:
+    """Take real or drawn clips of `frames` frames or more as they are, and take head and face apart."""
+    from model import estimate_pose, unwarp
+    clips = [clip for clip in clips if len(clip.frames) >= frames]
+    if not clips:
+        raise MediaError("the judge's clips", f"are all shorter than {frames / FPS:.2f} s; give longer ones")
+    pictures = torch.stack([clip.frames[:frames] for clip in clips])
+    pose, face = [], torch.empty_like(pictures)
+    for i in tqdm(range(0, len(clips), 8), "taking faces apart", leave=False):
+        part = pictures[i:i + 8] / 255
+        pose.append(estimate_pose(part))
+        still = unwarp(part.flatten(0, 1), pose[-1].flatten(0, 1)).view_as(part)
+        face[i:i + 8] = to_bytes(still)
+    mouth = mouths(clips, frames)
+    audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME].view(frames, -1) for clip in clips])
+    return Material(pictures, audio, mouth, mouth, torch.ones(len(clips)), torch.zeros(len(clips)),
+                    torch.cat(pose), face)
+
+
+def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) -> Material:
+    """Show what a generator makes of clips, what its codec makes of them, and that with noise on the latents.
+
+    Its quality is measured against the true clips: mouth and head by `sample.evaluate`; the fault is
+    log(jerk / true jerk) / log 3, which puts the codec alone at .2 and a generator of 150 steps at .8.
+    """
+    from model import load_generator
+    from sample import evaluate, imitate
+    model = load_generator(run).eval()
+    c = model.config
+    frames = min(len(clip.frames) for clip in clips) // c.chunk_frames * c.chunk_frames
+    true = torch.stack([clip.frames[:frames] for clip in clips]) / 255
+    with torch.no_grad():
+        latents = torch.cat([model.codec.encode(part) for part in true.split(16)])
+        rng = torch.Generator().manual_seed(seed)
+        noise = torch.rand(len(clips), 1, 1, 1, generator=rng) * torch.randn(latents.shape, generator=rng)
+        videos = [imitate(model, clips, frames, seed=seed), *(model.codec.decode(true[:, 0], z)
+                                                               for z in (latents, latents + 0.5 * noise))]
+    called = mouths(clips, frames)
+    audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME].view(frames, -1) for clip in clips])
+    parts = []
+    for video in videos:
+        measured = evaluate(video, clips, c.chunk_frames)
+        lively = MOUTH_SHARE * measured["amplitude"].clamp(0, 1) + (1 - MOUTH_SHARE) * measured["head"].clamp(0, 1)
+        fault = (measured["jerk_ratio"].log() / math.log(3)).clamp(0, 1)
+        parts.append((to_bytes(video), audio, called, read_mouths(video, clips), lively, fault))
+    return Material(*(torch.cat(p) for p in zip(*parts)))
+
+
+def read_mouths(videos: Tensor, clips: Sequence[Clip]) -> Tensor:
+    """Read the mouths of generated videos (N, F, 3, S, S) on the scale of `mouths` of the true clips. Returns (N, F)."""
+    frames = videos.shape[1]
+    if not clips[0].truth:
+        axis = mouth_axis([clip.frames[:frames] / 255 for clip in clips[:200]])
+        read = lambda video, clip: mouth_motion(video, axis)
+    else:
+        read = lambda video, clip: mouth_opening_from_pixels(video, clip.truth)
+    true = torch.stack([read(clip.frames[:frames] / 255, clip) for clip in clips])
+    made, called = torch.stack([read(*pair) for pair in zip(videos, clips)]), mouths(clips, frames)
+    slope = ((true - true.mean()) * called).mean() / true.var()                      # pixels -> unit deviation
+    return (made - true.mean()) * slope
+
+
+def to_bytes(frames: Tensor) -> Tensor:
+    """[0, 1] float -> uint8."""
+    return (frames.clamp(0, 1) * 255).round().byte()
+
+
+def act(face: Tensor, pose: Tensor, mouth: float, rest: float) -> Tensor:
+    """Act a clip with less or more expression: frame = warp(first + gain (face - first), rest * pose).
+
+    The gain is `mouth` near the mouth and `rest` elsewhere. face (F, 3, S, S) in [0, 1], pose (F, 6). Returns frames.
+    """
+    from model import pixel_grid, warp
+    x, y = pixel_grid(face.shape[-1]).unbind(-1)
+    near = (1.6 * torch.exp(-(x ** 2 + (y - 0.47) ** 2) / (2 * 0.2 ** 2))).clamp_max(1)      # the codec's focus
+    return warp(face[:1] + (rest + (mouth - rest) * near) * (face - face[:1]), rest * pose)
+
+
+def blur(x: Tensor, radius: float) -> Tensor:
+    """Blur (F, 3, S, S) by a Gaussian of this deviation in pixels."""
+    return torchvision.transforms.functional.gaussian_blur(x, 2 * math.ceil(2.5 * radius) + 1, radius)
+
+
+FAULTS = ("tremble", "freeze", "ghost", "blur", "noise", "flicker", "seam")
+
+
+def spoil(fault: str, strength: float, x: Tensor, mouth: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Add one fault of a strength in 0..1 to a clip.
+
+    Args: x (F, 3, S, S) in [0, 1]; mouth (F,) that is shown. Returns: both, as they are seen afterwards.
+    """
+    from model import warp
+    u, f, at = strength, len(x), torch.arange(len(x))
+    normal = lambda *shape: torch.randn(*shape, generator=rng)
+    whole = lambda low, high: torch.randint(low, high, (), generator=rng).item()
+    if fault == "tremble":                           # the head jumps, each frame by itself
+        pose = torch.zeros(f, 6)
+        pose[:, [0, 3]], pose[:, [2, 4]] = 0.035 * u * normal(f, 2), 0.02 * u * normal(f, 1) * torch.tensor([1, -1.0])
+        return warp(x, pose, "bilinear"), mouth
+    if fault == "freeze":                            # up to three quarters of the frames are held
+        shown = at.clone()
+        for _ in range(30):
+            if (shown != at).sum() < 0.75 * u * f:
+                start = whole(0, f - 3)
+                shown[start:start + whole(3, 9)] = shown[start].item()
+        return x[shown], mouth[shown]
+    if fault == "ghost":                             # an earlier frame shines through
+        past, w = (at - whole(2, 8)).clamp_min(0), 0.55 * u
+        return (1 - w) * x + w * x[past], (1 - w) * mouth + w * mouth[past]
+    if fault == "blur":
+        return blur(x, (0.25 + 2 * u) * x.shape[-1] / 64), mouth
+    if fault == "noise":
+        return x + 0.1 * u * normal(*x.shape), mouth
+    if fault == "flicker":                           # light and tint tremble
+        return x * (1 + 0.12 * u * normal(f, 1, 1, 1)) + 0.06 * u * normal(f, 3, 1, 1), mouth
+    chunk = at // whole(3, 7)                        # seam: every few frames head and shading jump
+    n, pose = chunk[-1].item() + 1, torch.zeros(chunk[-1].item() + 1, 6)
+    pose[:, [0, 3]], pose[:, [1, 5]] = 0.04 * u * normal(n, 2), 0.03 * u * normal(n, 2)
+    shade = nnf.interpolate(0.06 * u * normal(n, 3, 6, 6), x.shape[-2:], mode="bicubic")
+    return warp(x, pose[chunk], "bilinear") + shade[chunk], mouth
+
+
+@dataclass
+class Lesson:
+    """A batch of clips of F frames and what to say of them."""
+
+    frames: Tensor                                   # (B, F, 3, S, S) uint8
+    audio: Tensor                                    # (B, F * 640)
+    quality: Tensor                                  # (B, 3) ratings, 1..5
+    shown: Tensor                                    # (B, F) mouth, as in Material
+    called: Tensor                                   # (B, F)
+    faults: Tensor                                   # (B, 7) strength of each of FAULTS, nan where it is not known
+
+
+def lesson(material: Material, other: Material, row: int, frames: int, rng: torch.Generator) -> tuple:
+    """Make one clip of known quality: which window, which sound, how lively, which fault. `other` lends its voices."""
+    uniform = lambda low=0.0, high=1.0: low + (high - low) * torch.rand((), generator=rng).item()
+    whole = lambda low, high: torch.randint(low, high, (), generator=rng).item()
+    start, room = whole(0, material.frames.shape[1] - frames + 1), material.frames.shape[1] - frames
+    window = slice(start, start + frames)
+    x, shown = material.frames[row, window] / 255, material.shown[row, window]
+    lively, fault = material.lively[row].item(), material.fault[row].item()
+
+    # the performance
+    if material.face is not None and uniform() < 0.6:
+        mouth, rest = uniform(0, 1.25), uniform(0, 1.25)
+        x = act(material.face[row, window] / 255, material.pose[row, window], mouth, rest)
+        shown, lively = mouth * shown, MOUTH_SHARE * min(mouth, 1) + (1 - MOUTH_SHARE) * min(rest, 1)
+    if uniform() < 0.1:                              # splice: for a while the mouth does what it did at another time
+        length = whole(8, frames // 2)
+        at, source = whole(0, frames - length), whole(0, frames - length)
+        order = torch.arange(frames)
+        order[at:at + length] = torch.arange(source, source + length)
+        x, shown, fault = x[order], shown[order], max(fault, 0.15)
+
+    # the sound: mostly its own, or early or late, or mixed with another's, or another's
+    kind = uniform()
+    move = whole(1, SHIFT + 1) * (1 if uniform() < 0.5 else -1) if 0.35 < kind < 0.8 else 0
+    move = max(-start, min(move, room - start))
+    sound = material.audio[row, start + move:start + move + frames].flatten()
+    called = material.called[row, start + move:start + move + frames]
+    if kind >= 0.8:
+        w = uniform(0.2, 0.8) if kind < 0.92 else 1.0
+        j, k = whole(0, len(other)), whole(0, other.frames.shape[1] - frames + 1)
+        sound = normalise_loudness((1 - w) * sound + w * other.audio[j, k:k + frames].flatten())
+        called = (1 - w) * called + w * other.called[j, k:k + frames]
+
+    # the fault
+    faults = torch.full((len(FAULTS),), 0.0 if material.face is not None else math.nan)
+    if fault < 0.3 and uniform() < 0.55:
+        kind, strength, amplitude = whole(0, len(FAULTS)), uniform(), shown.std().clamp_min(1e-3)
+        x, shown = spoil(FAULTS[kind], strength, x, shown, rng)
+        lively = lively * (1 - MOUTH_SHARE + MOUTH_SHARE * (shown.std() / amplitude).clamp_max(1).item())
+        fault, faults[kind] = max(fault, strength), strength
+    quality = 1 + 4 * torch.tensor([agreement(shown, called), lively, 1 - fault]).clamp(0, 1)
+    return to_bytes(x), sound, quality, shown, called, faults
+
+
+@torch.no_grad()
+def lessons(good: Material, generated: Material | None, batch: int, seed: int, frames: int | None = None,
+            rows: Sequence[int] | None = None) -> Lesson:
+    """Draw a batch, all of one length, a fifth of it from generators, or of the given rows of `good`. A seed gives the
+    same lessons always."""
+    rng = torch.Generator().manual_seed(seed)
+    whole = lambda low, high: torch.randint(low, high, (), generator=rng).item()
+    frames, made = frames or 2 * whole(LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1), []
+    for i in range(batch):
+        material = generated if generated is not None and i % 5 == 4 else good
+        row = whole(0, len(material)) if rows is None else rows[i]
+        made.append(lesson(material, good, row, frames, rng))
+    return Lesson(*(torch.stack(field) for field in zip(*made)))
+
+
+# ---------------------------------------------------------------- the embedded judge: what it is, and how it learns
+#
+# A thinker of the Qwen2.5-Omni architecture, as small as it can be: the same classes, files and code path as a judge of
+# 3 or 30 billion parameters, from scratch, on a laptop.
+
+TINY_SIDE, TINY_MELS, TINY_WIDTH, TINY_LAYERS, TINY_HEADS = 64, 64, 128, 4, 4
+TINY_RUBRIC = {                                      # few words: it knows no language but these
+    "template": "{look}, {ignore}: {scale}?",
+    "lip_sync": {"look": "lips and sound", "ignore": "not head", "1": "unrelated", "3": "loose", "5": "exact"},
+    "expressiveness": {"look": "liveliness of mouth, brows, head", "ignore": "not sound", "1": "still",
+                       "3": "subdued", "5": "lively"},
+    "motion": {"look": "clean, steady motion", "ignore": "not sound", "1": "broken", "3": "faulty", "5": "as filmed"},
+}
+SPECIAL = {"image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
+           "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+           "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+CHAT = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}<|vision_bos|><|VIDEO|>"
+        "<|vision_eos|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
+
+
+def tiny_processor(rubric: dict = TINY_RUBRIC):
+    """Build a processor: a byte-level tokenizer whose merges are the rubric's words, 64x64 pixels, 64 mel bands."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    texts = [prompt(aspect, order, rubric) for aspect in ASPECTS for order in (False, True)]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<|pad|>", *SPECIAL.values()]))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>",
+                                                     extra_special_tokens=SPECIAL)
+    patches = dict(patch_size=16, temporal_patch_size=2, merge_size=2,
+                   size={"shortest_edge": TINY_SIDE ** 2, "longest_edge": TINY_SIDE ** 2})
+    hear = transformers.WhisperFeatureExtractor(feature_size=TINY_MELS, sampling_rate=SAMPLE_RATE, hop_length=160,
+                                                n_fft=400, chunk_length=30)
+    return transformers.Qwen2_5OmniProcessor(transformers.Qwen2VLImageProcessor(**patches),
+                                             transformers.Qwen2VLVideoProcessor(**patches), hear, tokenizer,
+                                             chat_template=CHAT)
+
+
+def tiny_judge(seed: int = 0) -> Judge:
+    """Build the embedded judge with random weights: 1.7 M parameters, two frames of video to four tokens."""
+    import transformers
+    processor, w, heads = tiny_processor(), TINY_WIDTH, TINY_HEADS
+    token = {name: processor.tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL.items()}
+    config = transformers.Qwen2_5OmniThinkerConfig(
+        audio_config=dict(num_mel_bins=TINY_MELS, d_model=w, encoder_layers=1, encoder_attention_heads=heads,
+                          encoder_ffn_dim=2 * w, output_dim=w, n_window=100),
+        vision_config=dict(depth=2, hidden_size=w, intermediate_size=2 * w, num_heads=heads, patch_size=16,
+                           temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=w, window_size=TINY_SIDE,
+                           fullatt_block_indexes=[0, 1]),
+        text_config=dict(vocab_size=len(processor.tokenizer), hidden_size=w, intermediate_size=5 * w // 2,
+                         num_hidden_layers=TINY_LAYERS, num_attention_heads=heads, num_key_value_heads=heads,
+                         max_position_embeddings=4096, pad_token_id=processor.tokenizer.pad_token_id,
+                         rope_parameters=dict(rope_type="default", rope_theta=1000.0, mrope_section=[8, 4, 4])),
+        image_token_id=token["image_token"], audio_token_id=token["audio_token"],
+        video_token_id=token["video_token"], vision_start_token_id=token["vision_bos_token"],
+        vision_end_token_id=token["vision_eos_token"], audio_start_token_id=token["audio_bos_token"],
+        audio_end_token_id=token["audio_eos_token"], position_id_per_seconds=FPS, seconds_per_chunk=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
+    return Judge(model, processor, TINY_RUBRIC, TINY_SIDE, LESSON_FRAMES[1])
+
+
+class Hints(nn.Module):
+    """Questions on the way, without which so small a model learns nothing: that lips and sound can be compared at all.
+
+    Linear readouts ask the vision tower how open the mouth is and which faults there are; the audio tower, how open the
+    sound wants the mouth, and how loud it is; the second layer, at the audio tokens, for both mouths, which forces it
+    to fetch the picture of the same instant; the third for their product, whose mean is the agreement, and, at the
+    video tokens, for the faults again. They are thrown away after training.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        w, self.seen = TINY_WIDTH, {}
+        self.mouth, self.sound, self.both, self.product = (nn.Linear(*n) for n in ((4 * w, 2), (w, 2), (w, 2), (w, 1)))
+        self.faults, self.faults_again = nn.Linear(8 * w, len(FAULTS)), nn.Linear(2 * w, len(FAULTS))
+        self.tokens = model.config.video_token_id, model.config.audio_token_id
+        places = {"vision": model.visual, "audio": model.audio_tower, "second": model.model.layers[1],
+                  "third": model.model.layers[2]}
+        self.hooks = [model.register_forward_pre_hook(self.keep_ids, with_kwargs=True)]
+        self.hooks += [place.register_forward_hook(self.keep(name)) for name, place in places.items()]
+
+    def keep_ids(self, model, args, inputs) -> None:
+        self.reading = "input_features" in inputs                # the clip, not the questions that follow it
+        if self.reading:
+            self.seen["ids"] = inputs["input_ids"]
+
+    def keep(self, name: str) -> Callable:
+        field = {"vision": "pooler_output", "audio": "last_hidden_state"}.get(name)
+
+        def hook(module, args, out) -> None:
+            if self.reading:
+                self.seen[name] = getattr(out, field) if field else out
+        return hook
+
+    def loss(self, truth: Lesson) -> Tensor:
+        """Return the weighted squared errors of all readouts of the last forward pass."""
+        b, f = truth.shown.shape
+        video, audio = (self.seen["ids"] == token for token in self.tokens)
+        at = lambda name, where: self.seen[name][where].view(b, -1, TINY_WIDTH)
+        spread = lambda x: torch.cat([x.mean(1), x.std(1)], -1)
+        loud = (truth.audio.view(b, f, -1).square().mean(-1) + 1e-3).log() / 2 + 2.5
+        unit = lambda m: (m - m.mean(1, keepdim=True)) / (m.std(1, keepdim=True) + 0.15)
+        product = (unit(truth.shown) * unit(truth.called)).clamp(-3, 3)
+        vision, known = self.seen["vision"].view(b, f // 2, -1), ~truth.faults.isnan()
+        error = lambda guess, target: (guess - target).square().mean()
+        return (0.5 * error(self.mouth(vision), truth.shown.view(b, -1, 2))
+                + 0.3 * error(self.sound(self.seen["audio"].view(b, f, -1)), torch.stack([truth.called, loud], -1))
+                + 0.5 * error(self.both(at("second", audio)), torch.stack([truth.shown, truth.called], -1))
+                + 0.2 * error(self.product(at("third", audio))[..., 0], product)
+                + 3.0 * error(self.faults(spread(vision))[known], truth.faults[known])
+                + 3.0 * error(self.faults_again(spread(at("third", video)))[known], truth.faults[known]))
+
+
+def rating_loss(logits: Tensor, digits: Sequence[int], quality: Tensor) -> Tensor:
+    """Cross-entropy with soft labels: of quality 3.4, the digit 3 holds .6 and 4 holds .4. logits (B, 3, vocabulary)."""
+    soft = (1 - (quality[..., None] - torch.arange(1.0, 6.0)).abs()).clamp_min(0)    # (B, 3, 5)
+    return -(soft * logits.log_softmax(-1)[..., list(digits)]).sum(-1).mean((0, 1))
+
+
+def teach(judge: Judge, good: Material, generated: Material | None, steps: int, batch: int = 32, seed: int = 0,
+          lr: float = 1.5e-3, muon_lr: float = 0.02) -> None:
+    """Train the embedded judge, its digits and its hints together: Muon for the matrices of the layers, else AdamW."""
+    torch.manual_seed(seed)
+    model, hints = judge.model.requires_grad_(True).train(), Hints(judge.model)
+    trunk = [p for name, p in model.named_parameters() if p.ndim == 2 and ("layers." in name or "blocks." in name)]
+    inside = {id(p) for p in trunk}
+    rest = [p for module in (model, hints) for p in module.parameters() if id(p) not in inside]
+    optimizers = [torch.optim.Muon(trunk, lr=muon_lr, weight_decay=0.01),
+                  torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 20, 1, 1.02 - step / steps))
+                 for o in optimizers]
+    mean = None
+    for step in (bar := tqdm(range(steps), "teaching the judge", unit="step")):
+        truth = lessons(good, generated, batch, seed * 1_000_003 + step)
+        judge.orders = (step % 2 == 1,)                                              # learns both orders of the scale
+        ratings = rating_loss(judge.logits(truth.frames, truth.audio), judge.digits, truth.quality)
+        loss = ratings + hints.loss(truth)
+        model.zero_grad(), hints.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*trunk, *rest], 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step(), schedule.step()
+        now = torch.stack([ratings.detach(), loss.detach() - ratings.detach()])
+        if not now.isfinite().all():
+            raise MediaError("the judge", f"its loss is {loss.item()} at step {step}; lower the learning rate")
+        mean = now if mean is None else 0.95 * mean + 0.05 * now
+        bar.set_postfix(ratings=f"{mean[0]:.3f}", hints=f"{mean[1]:.3f}")
+    judge.orders = (False,)
+    for hook in hints.hooks:
+        hook.remove()
+    model.eval().requires_grad_(False)
+
+
+def save_judge(judge: Judge, folder: Path, card: str) -> None:
+    """Write the judge as transformers does, with judge.json (rubric, pixels, window) and the card beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        judge.model.half().save_pretrained(temporary)
+        judge.model.float()
+        judge.processor.save_pretrained(temporary)
+        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window}
+        Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
+        Path(temporary, "README.md").write_text(card)
+        for path in Path(temporary).iterdir():
+            os.replace(path, folder / path.name)
+
+
+# ---------------------------------------------------------------- is a judge to be trusted?
+
+TRUSTED = 0.8                                        # share of pairs that a judge must rank right, of each kind
+
+
+def exam(judge, good: Material, groups: int, of: int = 8, seed: int = 99) -> dict[str, tuple[tuple, tuple]]:
+    """Ask for ratings of fresh lessons, `of` made from each of `groups` clips, and compare them with their quality.
+
+    Returns: aspect -> Spearman over all clips, and the share of pairs, made from one clip and at least half a point
+    apart, that are ranked right, as in GRPO's groups; each as (value, low, high) with a 95% interval.
+    """
+    score, quality = [], []
+    for g in range(groups):
+        truth = lessons(good, None, of, seed * 1_000_003 + g, LESSON_FRAMES[1], [g % len(good)] * of)
+        score.append(judge.rate(truth.frames / 255, truth.audio, [f"lesson {g}.{i}" for i in range(of)]).score)
+        quality.append(truth.quality)
+    score, quality = torch.cat(score), torch.cat(quality)
+    group, result = torch.arange(groups).repeat_interleave(of), {}
+    for a, aspect in enumerate(ASPECTS):
+        pairs = lambda s, q, g: pairwise_accuracy(s, q, g, least=0.5)
+        result[aspect] = (bootstrap(spearman, score[:, a], quality[:, a]),
+                          bootstrap(pairs, score[:, a], quality[:, a], group))
+    return result
+
+
+def battery(judge, good: Material, seed: int = 0) -> str:
+    """Compare each clip with the same clip spoilt in one known way, and say which aspects can be trusted.
+
+    An aspect is to be trusted when the true clip is rated higher in at least 80% of the pairs of each kind.
+
+    Returns: a table: aspect, what was done, share of pairs ranked right with a 95% interval, verdict.
+    """
+    rng, names = torch.Generator().manual_seed(seed), [f"clip {i}" for i in range(len(good))]
+    spare = (good.frames.shape[1] - LESSON_FRAMES[1]) // 2
+    now = slice(spare, spare + LESSON_FRAMES[1])
+    true, heard = good.frames[:, now] / 255, good.audio[:, now].flatten(1)
+    early = lambda by: good.audio[:, spare + by:spare + by + LESSON_FRAMES[1]].flatten(1)
+    acted = lambda mouth, rest: torch.stack([act(f / 255, p, mouth, rest)[now] for f, p in zip(good.face, good.pose)])
+    spoilt = lambda fault, u: torch.stack([spoil(fault, u, x, m[now], rng)[0] for x, m in zip(true, good.shown)])
+    tests = [("lip_sync", f"sound {40 * by:+d} ms", lambda by=by: (true, early(-by))) for by in (-5, -3, 3, 5)]
+    tests += [("lip_sync", "another's sound", lambda: (true, heard.roll(1, 0)))]
+    tests += [("expressiveness", f"mouth x {m}, rest x {r}", lambda m=m, r=r: (acted(m, r), heard))
+              for m, r in ((0.5, 1), (0.5, 0.5), (0, 0))]
+    tests += [("motion", f"{fault} {u}", lambda fault=fault, u=u: (spoilt(fault, u), heard))
+              for fault in FAULTS for u in (0.4, 0.8)]
+    best = judge.rate(true, heard, names).score
+    lines, failed = [f"{'aspect':16}{'spoilt by':26}true clip rated higher"], set()
+    for aspect, name, make in tests:
+        a = ASPECTS.index(aspect)
+        wins = (best[:, a] > judge.rate(*make(), names).score[:, a]).float()
+        share, low, high = bootstrap(lambda w: float(w.mean()), wins)
+        failed |= {aspect} if share < TRUSTED else set()
+        lines.append(f"{aspect:16}{name:26}{share:.2f} [{low:.2f}, {high:.2f}]{'' if share >= TRUSTED else '  fails'}")
+    lines += [f"{aspect}: {'do not trust it: it misses faults above' if aspect in failed else 'to be trusted'}"
+              for aspect in ASPECTS]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- agreement with people
+
+MIN_RATED = 5                                        # videos below which a calibration would fit noise
+
+
+def read_ratings(path: str | Path) -> list[tuple[str, str, list[float]]]:
+    """Read a CSV with the columns video, aspect, rating (1..5), one line for each rater and aspect of a video.
+
+    Returns: (video, aspect, ratings) in order of first appearance. Raises: MediaError naming the file and the line.
+    """
+    rows: dict[tuple[str, str], list[float]] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:                   # Excel writes a byte order mark
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            if missing := [name for name in ("video", "aspect", "rating") if name not in columns]:
+                raise MediaError(path, f"line 1 lacks {', '.join(missing)}; begin it with video,aspect,rating")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                video, aspect, rating = ((row[name] or "").strip() for name in ("video", "aspect", "rating"))
+                if not video or aspect not in ASPECTS:
+                    raise MediaError(where, f"{video=} {aspect=}; name a video and one of {', '.join(ASPECTS)}")
+                with suppress(ValueError):
+                    if 1 <= float(rating) <= 5:
+                        rows.setdefault((video, aspect), []).append(float(rating))
+                        continue
+                raise MediaError(where, f"{rating=} is not a rating; write a number from 1 to 5")
+    except OSError as error:
+        raise MediaError(path, f"cannot be read ({error.strerror}); name a CSV of ratings") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise MediaError(path, "is not text; save it as CSV in UTF-8") from None
+    if not rows:
+        raise MediaError(path, "holds no ratings; write one a line: video,aspect,rating")
+    return [(video, aspect, ratings) for (video, aspect), ratings in rows.items()]
+
+
+def _array(x) -> np.ndarray:
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    scale = math.sqrt(np.vdot(a, a) * np.vdot(b, b))
+    return float(np.vdot(a, b) / scale) if scale > 0 else math.nan
+
+
+def _order(x) -> np.ndarray:
+    """Return (n, n) in {-1, 0, 1}, or nan: how item i compares with item j."""
+    x = _array(x).astype(float)
+    return np.sign(x[:, None] - x)
+
+
+def ranks(x) -> np.ndarray:
+    """Return the ranks 1..n of (n,) values; equal values share the mean of their ranks."""
+    _, place, count = np.unique(_array(x), return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place]
+
+
+def spearman(a, b) -> float:
+    """Pearson's correlation of the ranks of (n,) values, in -1..1; nan for constant values or fewer than two."""
+    if np.isnan(_array(a)).any() or np.isnan(_array(b)).any():
+        return math.nan
+    return _cosine(*(r - (len(r) + 1) / 2 for r in (ranks(a), ranks(b))))
+
+
+def kendall(a, b) -> float:
+    """Kendall's tau-b: pairs ranked alike minus pairs ranked apart, over sqrt(pairs not tied in a * not tied in b)."""
+    return _cosine(_order(a), _order(b))
+
+
+def pairwise_accuracy(a, b, groups=None, least: float = 0.0) -> float:
+    """Share of the pairs that differ in the truth `b`, by `least` or more, and that `a` ranks alike; a tie is half right.
+
+    Args:    a, b (n,); groups (n,): only pairs inside a group count, as in GRPO. Returns: 0..1, nan without a pair.
+    """
+    order, truth = _order(b), _array(b)
+    counts = (order != 0) & (np.abs(truth[:, None] - truth) >= least)
+    if groups is not None:
+        counts &= _array(groups)[:, None] == _array(groups)
+    return float(((1 + _order(a) * order) / 2)[counts].mean()) if counts.any() else math.nan
+
+
+def bootstrap(statistic: Callable, *arrays, n: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Return statistic(*arrays) and its 95 % percentile interval over n resamplings of the items, nan ones left out."""
+    arrays, rng = [_array(x) for x in arrays], np.random.default_rng(seed)
+    items = len(arrays[0])
+    draws = [statistic(*(x[chosen] for x in arrays)) for chosen in rng.integers(0, items, (n, items))] if items else []
+    draws = [value for value in draws if not math.isnan(value)]
+    low, high = np.percentile(draws, [2.5, 97.5]) if draws else (math.nan, math.nan)
+    return statistic(*arrays), float(low), float(high)
+
+
+def rater_ceiling(ratings: Sequence[Sequence[float]], n: int = 200, seed: int = 0) -> float:
+    """Measure how well people agree with people: Spearman between the means of two random halves of the raters.
+
+    Raters are anonymous, so every video's ratings are split by themselves, n times; the mean is returned. Half of the
+    raters are noisier than all: a judge compared with the mean of all may come out above it. Videos with one rating
+    say nothing; nan when fewer than two videos have more.
+    """
+    ratings, rng = [np.array(r, float) for r in ratings if len(r) > 1], np.random.default_rng(seed)
+    split = lambda r: (r[: len(r) // 2].mean(), r[len(r) // 2 :].mean())
+    trials = [spearman(*zip(*(split(rng.permutation(r)) for r in ratings))) for _ in range(n if ratings else 0)]
+    trials = [value for value in trials if not math.isnan(value)]
+    return float(np.mean(trials)) if trials else math.nan
+
+
+def isotonic(x, y) -> tuple[np.ndarray, np.ndarray]:
+    """Fit the non-decreasing function with the least squared error, by pooling adjacent violators.
+
+    Neighbours in the wrong order become one block with their mean, until none are left (Ayer et al. 1955).
+
+    Args:    x, y (n,). Returns: the blocks' mean x and mean y (K,), both strictly increasing.
+    """
+    x, y = _array(x).astype(float), _array(y).astype(float)
+    mean = lambda block: block[1:] / block[0]
+    blocks = []                                      # sums of (1, x, y)
+    for value in np.unique(x):                       # equal x must get equal y
+        blocks.append(np.array([(x == value).sum(), x[x == value].sum(), y[x == value].sum()]))
+        while len(blocks) > 1 and mean(blocks[-2])[1] >= mean(blocks[-1])[1]:
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return tuple(np.stack([mean(block) for block in blocks], 1))
+
+
+def calibrate(scores, knots: tuple[Sequence[float], Sequence[float]]):
+    """Map scores of any shape to people's scale, linearly between the knots, which are the centres of blocks.
+
+    The fit itself is a staircase: inside a block two videos would earn the same reward and GRPO would learn nothing.
+    Between centres every improvement counts; beyond the outermost, where nobody rated, the scale ends.
+
+    Returns: a Tensor like `scores` if that is one, else an array.
+    """
+    value = np.interp(_array(scores), *knots)
+    return torch.as_tensor(value, dtype=scores.dtype, device=scores.device) if isinstance(scores, Tensor) else value
+
+
+def save_calibration(path: str | Path, calibration: dict) -> None:
+    """Write {aspect: (knots_x, knots_y)} as JSON."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(json.dumps({aspect: [list(map(float, k)) for k in knots]
+                                         for aspect, knots in calibration.items()}, indent=1) + "\n")
+
+
+def load_calibration(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Read what save_calibration wrote. Raises: MediaError if it is anything else."""
+    try:
+        read = {aspect: np.array(knots, float) for aspect, knots in json.loads(Path(path).read_text()).items()}
+        if not read or not set(read) <= set(ASPECTS):
+            raise ValueError(f"has {', '.join(read) or 'no aspect'}, not {', '.join(ASPECTS)}")
+        for aspect, knots in read.items():
+            if knots.ndim != 2 or len(knots) != 2 or not knots.size or not np.isfinite(knots).all() \
+                    or not (np.diff(knots) > 0).all():
+                raise ValueError(f"{aspect} is not two increasing lists of numbers")
+    except OSError as error:
+        raise MediaError(path, f"cannot be read ({error.strerror}); fit a calibration with ratings") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MediaError(path, f"is not a calibration ({error}); fit it again with ratings") from None
+    return {aspect: (knots[0], knots[1]) for aspect, knots in read.items()}
+
+
+def align(judge_scores: dict[tuple[str, str], float], rows: list[tuple[str, str, list[float]]],
+          out: Path | None = None) -> str:
+    """Compare the judge with the mean of the raters, aspect by aspect, and save monotone calibrations to `out`.
+
+    Args:    judge_scores {(video, aspect): score}; rows as read_ratings gives. Returns: the table, to be printed.
+    """
+    lines = [f"{'aspect':15}{'videos':>7}{'ratings':>9}   {'Spearman':22}{'Kendall':22}{'pairs ranked alike':22}raters"]
+    notes, calibration = [], {}
+    for aspect in ASPECTS:
+        rated = {video: ratings for video, name, ratings in rows if name == aspect}
+        if missing := [video for video in rated if (video, aspect) not in judge_scores]:
+            raise MediaError(missing[0], f"people rated its {aspect}, the judge did not; score it or drop the rating")
+        judge, people = [judge_scores[video, aspect] for video in rated], [np.mean(r) for r in rated.values()]
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(f, judge, people))
+                 for f in (spearman, kendall, pairwise_accuracy)]
+        lines.append(f"{aspect:15}{len(rated):7}{sum(map(len, rated.values())):9}   "
+                     f"{''.join(f'{cell:22}' for cell in cells)}{rater_ceiling(list(rated.values())):.2f}")
+        knots = isotonic(judge, people) if len(rated) >= MIN_RATED else ()
+        if knots and len(knots[0]) > 1:
+            calibration[aspect] = knots
+        else:                                        # a single block would give every video the same reward
+            notes.append(f"{aspect}: no calibration; " + ("the judge does not rise with people's ratings" if knots else
+                                                          f"{len(rated)} videos rated, {MIN_RATED} needed"))
+    if out and calibration:
+        save_calibration(out, calibration)
+        notes.append(f"calibration of {', '.join(calibration)} saved to {out}")
+    return "\n".join(lines + notes)
+
+
+# ---------------------------------------------------------------- held-out metrics
+#
+# From here on stands what no reward may use: `Reward` calls nothing below, so that what it has trained can be measured
+# by it. (The embedded judge's lessons are labelled by the truth; the judge itself sees a clip and nothing else.)
 
 # ---------------------------------------------------------------- metrics that need the truth: drawn talkers
 
@@ -168,3 +1442,477 @@ def seam(frames: Tensor, chunk_frames: int) -> Tensor:
     change = frames.diff(dim=0).abs().mean((1, 2, 3))                                # (F - 1,)
     border = torch.arange(1, len(frames)) % chunk_frames == 0
     return change[border].mean() / change[~border].mean().clamp_min(1e-8)
+
+
+# ---------------------------------------------------------------- held-out metrics: the sync network
+#
+# Does this sound belong to these lips? Two encoders learn it from clips alone (Chung & Zisserman 2016, "Out of time"):
+# one watches five frames of the mouth, one hears the same 200 ms, and they shall agree at the right moment only. It is
+# an instrument: trained apart from the generator, used by no reward. Its metrics follow SyncNet's definitions, but the
+# network is our own and small: they are *not* the LSE-D and LSE-C of the literature, nor comparable with them, nor
+# comparable between two networks trained on different clips.
+
+SYNC_FRAMES = 5                                      # frames in a window, 200 ms, as in SyncNet
+SYNC_SHIFTS = 15                                     # frames by which the sound is tried early and late, as in SyncNet
+SYNC_SIZE = 64                                       # pixels to which any picture is resized first
+SYNC_BOX = 37, 63, 16, 48                            # of these, the mouth: rows .58 to .98, columns .25 to .75
+SYNC_SPAN = 50                                       # frames of a clip in a training step: 46 windows, 45 wrong moments
+TEMPERATURE = 0.07                                   # of the contrast, as in MoCo (He et al. 2020)
+
+
+def resize(pictures: Tensor) -> Tensor:
+    """Resize float pictures (..., 3, S, S) to (..., 3, 64, 64), averaging where pixels are lost."""
+    if pictures.shape[-2:] == (SYNC_SIZE, SYNC_SIZE):
+        return pictures
+    flat = nnf.interpolate(pictures.flatten(0, -4), (SYNC_SIZE, SYNC_SIZE), mode="bilinear", antialias=True)
+    return flat.unflatten(0, pictures.shape[:-3])
+
+
+class SyncNetwork(nn.Module):
+    """Places moving lips and speech on one unit sphere, and faces on another; what belongs together is near."""
+
+    def __init__(self, width: int = 48, dim: int = 64):
+        super().__init__()
+        self.config = {"width": width, "dim": dim}
+        w = width
+        self.look = nn.Sequential(                                                   # each frame      (N, 1, 26, 32)
+            nn.Conv2d(1, w // 2, 5, 2, 2), nn.GELU(),                                #                 (N, w/2, 13, 16)
+            nn.Conv2d(w // 2, w, 3, 2, 1), nn.GELU(),                                #                 (N, w, 7, 8)
+            nn.Conv2d(w, w, 3, 2, 1), nn.GELU(),                                     #                 (N, w, 4, 4)
+            nn.Flatten(), nn.Linear(16 * w, 2 * w), nn.GELU())                       #                 (N, 2 w)
+        self.watch = nn.Sequential(                                                  # five frames     (B, 2 w, F)
+            nn.Conv1d(2 * w, 3 * w, SYNC_FRAMES), nn.GELU(), nn.Conv1d(3 * w, dim, 1))             # (B, dim, F - 4)
+        # A frame is four hops of 10 ms. Kernels of 4 and 9, both at stride 2, see 20 hops, every 4: the same windows.
+        self.hear = nn.Sequential(                                                   # their sound     (B, MELS, 4 F)
+            nn.Conv1d(MELS, 2 * w, 4, 2), nn.GELU(),                                 #                 (B, 2 w, 2 F - 1)
+            nn.Conv1d(2 * w, 3 * w, 9, 2), nn.GELU(), nn.Conv1d(3 * w, dim, 1))                    # (B, dim, F - 4)
+        self.recognise = nn.Sequential(                                              # who             (N, 3, 64, 64)
+            nn.Conv2d(3, w // 4, 5, 2, 2), nn.GELU(), nn.Conv2d(w // 4, w // 2, 3, 2, 1), nn.GELU(),
+            nn.Conv2d(w // 2, w, 3, 2, 1), nn.GELU(), nn.Conv2d(w, w, 3, 2, 1), nn.GELU(),         # (N, w, 4, 4)
+            nn.Flatten(), nn.Linear(16 * w, dim))
+
+    def visual(self, frames: Tensor) -> Tensor:
+        """Embed the mouth in every five consecutive frames.
+
+        What is seen is grey, minus the clip's mean picture, in units of the clip's contrast: colour, brightness and
+        the face itself are gone, and a mouth that never moves is a blank.
+
+        Args:    frames (B, F, 3, S, S) float in [0, 1], F >= 5.
+        Returns: (B, F - 4, dim), of length 1. Raises: ValueError for any other frames.
+        """
+        if frames.ndim != 5 or frames.shape[1] < SYNC_FRAMES or not frames.is_floating_point():
+            raise ValueError(f"want float frames (B, {SYNC_FRAMES} or more, 3, S, S), "
+                             f"got {frames.dtype} {tuple(frames.shape)}")
+        top, bottom, left, right = SYNC_BOX
+        mouth = resize(frames)[..., top:bottom, left:right]
+        grey = torch.einsum("bfchw,c->bfhw", mouth, mouth.new_tensor((0.299, 0.587, 0.114)))       # ITU-R BT.601
+        contrast = grey.std((1, 2, 3), keepdim=True).clamp_min(1e-3)
+        moving = 3 * (grey - grey.mean(1, keepdim=True)) / contrast                  # 3: to about unit variance
+        seen = self.look(rearrange(moving, "b f h w -> (b f) 1 h w"))
+        windows = self.watch(rearrange(seen, "(b f) c -> b c f", b=len(frames)))
+        return nnf.normalize(windows.mT, dim=-1)
+
+    def sound(self, audio: Tensor) -> Tensor:
+        """Embed the sound of every five consecutive frames.
+
+        Args:    audio (B, F * 640) float at 16 kHz, F >= 5.
+        Returns: (B, F - 4, dim), of length 1. Raises: ValueError for any other audio.
+        """
+        n_frames = audio.shape[-1] // SAMPLES_PER_FRAME
+        if audio.ndim != 2 or audio.shape[1] % SAMPLES_PER_FRAME or n_frames < SYNC_FRAMES:
+            raise ValueError(f"want audio (B, F * {SAMPLES_PER_FRAME}) of {SYNC_FRAMES} frames or more, "
+                             f"got {tuple(audio.shape)}")
+        mel = log_mel(audio, n_frames).unflatten(-1, (-1, MELS))[:, :, LOOK_BACK:-LOOK_AHEAD]      # a frame's own hops
+        return nnf.normalize(self.hear(rearrange(mel, "b f hop m -> b m (f hop)")).mT, dim=-1)
+
+    def identity(self, pictures: Tensor) -> Tensor:
+        """Embed who is seen. Args: pictures (..., 3, S, S) float in [0, 1]. Returns: (..., dim), of length 1."""
+        flat = resize(pictures).flatten(0, -4)
+        return nnf.normalize(self.recognise(3 * (flat - 0.5)), dim=-1).unflatten(0, pictures.shape[:-3])
+
+
+def info_nce(a: Tensor, b: Tensor) -> Tensor:
+    """Ask for each pair to be told from all others, -log softmax_j(a_i . b_j / TEMPERATURE) at j = i, either way round
+    (van den Oord et al. 2018). Args: a, b (N, D), of length 1. Returns: scalar, log N for chance."""
+    logits, own = a @ b.T / TEMPERATURE, torch.arange(len(a), device=a.device)
+    return (nnf.cross_entropy(logits, own) + nnf.cross_entropy(logits.T, own)) / 2
+
+
+def sync_loss(net: SyncNetwork, frames: Tensor, audio: Tensor) -> Tensor:
+    """Contrast each window with all windows of the batch: other clips, and above all other moments of its own, which
+    share voice, face and light, so that nothing but timing tells them apart."""
+    return info_nce(net.visual(frames).flatten(0, 1), net.sound(audio).flatten(0, 1))
+
+
+def jitter(frames: Tensor, rng: torch.Generator) -> Tensor:
+    """Vary what should not matter: a clip (F, 3, S, S) uint8 is moved by up to 3%, mirrored at random, and made float,
+    each colour's gain changed by up to 15% and the brightness by up to 0.15."""
+    reach = frames.shape[-1] / 32
+    move, turn, gain, lift = torch.rand(7, generator=rng).split([2, 1, 3, 1])
+    moved = frames.roll([round((2 * x - 1) * reach) for x in move.tolist()], (-2, -1))
+    moved = moved.flip(-1) if turn < 0.5 else moved
+    return (moved / 255 * (0.85 + 0.3 * gain)[:, None, None] + 0.3 * (lift - 0.5)).clamp(0, 1)
+
+
+def train_sync(clips: Sequence[Clip], seed: int = 0, steps: int = 400, batch: int = 16) -> SyncNetwork:
+    """Train a sync network, and with it the identity encoder, for which two pictures of one clip are one person.
+
+    Args: clips: of at least 20 frames each, at least 2 * batch of them for a fair contrast; seed: decides everything.
+    Returns: the network, frozen. Raises: ValueError if there is nothing to contrast.
+    """
+    span = min([SYNC_SPAN] + [len(clip.frames) for clip in clips])
+    if len(clips) < 2 or span <= SYNC_FRAMES + SYNC_SHIFTS - 1:
+        raise ValueError(f"want two clips or more, of {SYNC_FRAMES + SYNC_SHIFTS} frames or more: "
+                         f"got {len(clips)}, the shortest of {span}")
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda n, count=1: torch.randint(n, (count,), generator=rng).tolist()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SyncNetwork()
+    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=0.05)
+    for _ in (bar := trange(steps, desc="sync network", unit="step")):
+        frames, audio, faces = [], [], []
+        for clip in (clips[row] for row in draw(len(clips), batch)):
+            first, = draw(len(clip.frames) - span + 1)
+            frames.append(jitter(clip.frames[first : first + span], rng))
+            audio.append(clip.audio[first * SAMPLES_PER_FRAME : (first + span) * SAMPLES_PER_FRAME])
+        for row in torch.randperm(len(clips), generator=rng)[: 2 * batch].tolist():  # no clip twice: it is a person
+            pair = clips[row].frames[draw(len(clips[row].frames), 2)]
+            faces.append(torch.stack([jitter(picture[None], rng)[0] for picture in pair]))
+        loss = sync_loss(net, torch.stack(frames), torch.stack(audio))
+        same = info_nce(*net.identity(torch.stack(faces, 1)))
+        optimiser.zero_grad()
+        (loss + same).backward()
+        optimiser.step(), schedule.step()
+        bar.set_postfix(sync=f"{loss.item():.2f}", identity=f"{same.item():.2f}", refresh=False)
+    return net.requires_grad_(False)
+
+
+def offset_curve(visual: Tensor, sound: Tensor) -> Tensor:
+    """Try the sound early and late: D_k = mean_i |v_i - a_(i+k)|, k in -15..15, over the windows i that both have
+    (SyncNet's code pads with zeros instead). Args: (B, W, D) each, W > 15. Returns: (B, 31)."""
+    n = visual.shape[1]
+    if visual.shape != sound.shape or n <= SYNC_SHIFTS:
+        raise ValueError(f"want picture and sound of one length, {SYNC_FRAMES + SYNC_SHIFTS} frames or more, "
+                         f"got {tuple(visual.shape)} and {tuple(sound.shape)} windows")
+    return torch.stack([(visual[:, max(0, -k) : n - max(0, k)] - sound[:, max(0, k) : n - max(0, -k)])
+                        .norm(dim=-1).mean(1) for k in range(-SYNC_SHIFTS, SYNC_SHIFTS + 1)], 1)
+
+
+@torch.no_grad()
+def sync_metrics(net: SyncNetwork, frames: Tensor, audio: Tensor) -> dict[str, Tensor]:
+    """Measure how well lips and sound go together, in SyncNet's definitions but by a network of our own (see above).
+
+    Args:    frames (B, F, 3, S, S) float in [0, 1], audio (B, F * 640), F >= 20.
+    Returns: {name: (B,)}: sync_distance = min_k D_k, in 0..2, low is good; sync_confidence = median_k D_k - min_k D_k,
+             high is good; sync_offset = -argmin_k D_k, the frames by which the picture comes after its sound, 0 is
+             good; sync_own = D_0, the distance as the clip plays, which no lucky shift can lower.
+
+    An offset means nothing where confidence is low: a frozen GRID mouth has offset 0, as its silences match. Compare
+    clips of one length, as fewer windows make a deeper minimum.
+    """
+    curve = offset_curve(net.visual(frames), net.sound(audio))
+    least, best = curve.min(1)
+    return {"sync_distance": least, "sync_confidence": curve.median(1).values - least,
+            "sync_offset": (SYNC_SHIFTS - best).float(), "sync_own": curve[:, SYNC_SHIFTS]}
+
+
+@torch.no_grad()
+def identity_cosine(net: SyncNetwork, frames: Tensor, portrait: Tensor) -> Tensor:
+    """Compare who is seen in each frame with who is on the portrait.
+
+    The encoder knows no people but those it was trained on: where all clips are of one talker, it can only tell
+    pictures of his apart. A frozen portrait scores 1.
+
+    Args: frames (B, F, 3, S, S), portrait (B, 3, S, S), float in [0, 1]. Returns: cosines (B, F).
+    """
+    return (net.identity(frames) * net.identity(portrait)[:, None]).sum(-1)
+
+
+def frechet(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Frechet distance between Gaussians fitted to two sets of features (Dowson & Landau 1982; FID's):
+
+        |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a^1/2 cov_b cov_a^1/2)^1/2)
+
+    Used on `net.visual(frames).flatten(0, 1)`, so it compares mouths in motion. Few samples make it too large, the more
+    so as neighbouring windows overlap: compare sets of one size only, of many more windows than dimensions.
+
+    Args: a (N, D), b (M, D), N and M >= 2. Returns: float64 scalar, at least 0 but for rounding.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"want two sets of features (2 or more, D), got {tuple(a.shape)} and {tuple(b.shape)}")
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+
+
+def save_sync(net: SyncNetwork, folder: str | Path, **more) -> None:
+    """Write folder/model.safetensors in half precision and config.json; more: further entries for config.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "model.safetensors") as path:
+        save_file({name: weight.cpu().half().contiguous() for name, weight in net.state_dict().items()}, path)
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps({"sync": net.config, **more}, indent=1))
+
+
+def load_sync(folder: str | Path) -> SyncNetwork:
+    """Load, frozen, what `save_sync` wrote. Raises: MediaError where there is no sync network or a broken one."""
+    folder = Path(folder)
+    try:
+        net = SyncNetwork(**json.loads((folder / "config.json").read_text())["sync"])
+        net.load_state_dict(load_file(folder / "model.safetensors"))
+    except OSError as error:
+        raise MediaError(folder, f"holds no {Path(error.filename or 'model.safetensors').name}; "
+                                 "give the folder of a sync network") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise MediaError(folder, f"is not a sync network of this version ({str(error).splitlines()[0]}); "
+                                 "train it again") from None
+    return net.requires_grad_(False)
+
+
+# ---------------------------------------------------------------- command line
+
+JUDGE_CLIPS, SYNC_CLIPS = 1500, 1000                 # drawn talkers to teach on
+GENERATED_CLIPS = 80                                 # clips that each generator imitates for the judge
+HELD_OUT_SEED = 2_000_000                            # drawn talkers for exams: other people, other speech
+DEFAULT_SYNC = Path(__file__).parent / "assets" / "sync"
+
+
+def weights_argument(text: str) -> dict[str, float]:
+    """Read 'lip_sync=1,seam=0.5' into {name: weight}."""
+    try:
+        weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+        asdict(Weights(**weights))
+        if not all(0 <= weight < math.inf for weight in weights.values()):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"want name=weight,... with weights of 0 or more and names among "
+                                         f"{', '.join(COMPONENTS)}; got {text!r}") from None
+    return weights
+
+
+def reward_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags that define a reward; train.py has the same."""
+    g = p.add_argument_group("reward")
+    g.add_argument("--judge", default=str(DEFAULT_JUDGE), metavar="NAME", help="a folder, or a model of the hub such as "
+                   "Qwen/Qwen2.5-Omni-3B, which is then downloaded; none: no judge (the embedded one)")
+    g.add_argument("--judge-url", metavar="URL", help="ask an OpenAI-compatible endpoint, http://host:port/v1, instead")
+    g.add_argument("--judge-model", metavar="NAME", help="the model's name at that endpoint")
+    g.add_argument("--judge-dtype", choices=("float32", "bfloat16", "float16"), help="(float32 on a CPU, else bfloat16)")
+    g.add_argument("--judge-size", type=int, metavar="S", help="pixels per side at which it sees frames (its own)")
+    g.add_argument("--judge-batch", type=int, default=8, help="clips at once, or requests under way (%(default)s)")
+    g.add_argument("--judge-order", choices=("ascending", "descending", "both"), default="ascending",
+                   help="of the scale in the question; both are averaged (%(default)s)")
+    g.add_argument("--judge-offload", action="store_true", help="keep the judge in main memory between two uses")
+    g.add_argument("--calibration", metavar="FILE", help="map ratings to people's scale by what --align wrote")
+    g.add_argument("--perceptual", metavar="NAME", help="identity by a vision model of transformers, a folder or a name "
+                   "on the hub such as facebook/dinov2-small (local brightness, colour and contrast)")
+    g.add_argument("--weights", type=weights_argument, default={}, metavar="NAME=W,...",
+                   help="of components: " + ", ".join(f"{k} {w:g}" for k, w in asdict(Weights()).items()))
+
+
+def make_judge(args: argparse.Namespace):
+    """Make the judge that the flags name. Returns: a Judge, a RemoteJudge, or None for --judge none."""
+    orders = {"ascending": (False,), "descending": (True,), "both": (False, True)}[args.judge_order]
+    if args.judge_batch < 1 or (args.judge_size is not None and args.judge_size < 32):
+        raise MediaError("--judge-batch and --judge-size", "must be at least 1 and 32")
+    if args.judge_url:
+        if not args.judge_model:
+            raise MediaError("--judge-url", "needs --judge-model, the name under which the server knows the model")
+        return RemoteJudge(args.judge_url, args.judge_model, at_once=args.judge_batch, orders=orders)
+    if args.judge == "none":
+        return None
+    size = {} if args.judge_size is None else {"side": args.judge_size}
+    return Judge.load(args.judge, args.judge_dtype, orders=orders, batch=args.judge_batch, device=args.device,
+                      offload=args.judge_offload, **size)
+
+
+def make_reward(args: argparse.Namespace, real: Sequence[Clip], chunk_frames: int, judge=None) -> Reward:
+    """Make the reward that the flags define, for clips like the real ones."""
+    judge = judge or make_judge(args)
+    weights = Weights(**args.weights if judge else args.weights | dict.fromkeys(ASPECTS, 0.0))
+    alike = PretrainedLikeness(args.perceptual, args.device) if args.perceptual else likeness
+    calibration = load_calibration(args.calibration) if args.calibration else None
+    return Reward(judge, RealClips.measure(real, chunk_frames, alike), weights, chunk_frames, calibration, alike)
+
+
+def table(reward: Reward, columns: dict[str, Scores]) -> str:
+    """Write components and totals, means over clips, one column each."""
+    lines = [f"{'':16}" + "".join(f"{name:>12}" for name in columns) + "   weight  range  unit, meaning"]
+    for name, weight in reward.weights.items():
+        values = "".join(f"{scores.components[name].mean().item():12.3f}" for scores in columns.values())
+        lines.append(f"{name:16}{values}{weight:9.2f}  {COMPONENTS[name][0]:6} {', '.join(COMPONENTS[name][1:])}")
+    lines.append(f"{'total':16}" + "".join(f"{scores.total.mean().item():12.3f}" for scores in columns.values())
+                 + "           sum of weight * component: more is better")
+    if (masses := [s.mass for s in columns.values() if s.mass is not None]):
+        lines.append(f"the judge's answers are digits with probability {min(m.min().item() for m in masses):.3f} or more")
+    return "\n".join(lines)
+
+
+def score_videos(args: argparse.Namespace) -> None:
+    """Score videos one by one: the components and the total, and, apart, what no reward uses."""
+    clips = [load_clip(path, args.size, args.crop) for path in args.video]
+    real = folder_clips(args.data, args.size, 3.0, args.crop)[0] if args.data else synthetic_clips(64, args.size, 2.0)
+    reward, sync = make_reward(args, real, args.chunk_frames), load_sync(args.sync)
+    for clip in clips:
+        portrait = load_portrait(args.portrait, args.size) if args.portrait else clip.frames[0]
+        frames, portrait = clip.frames[None] / 255, portrait[None] / 255
+        print(f"{clip.name}: {frames.shape[1]} frames\n" + table(reward, {"": reward(
+            frames, clip.audio[None], portrait, [clip.name])}))
+        held_out = {k: v.item() for k, v in sync_metrics(sync, frames, clip.audio[None]).items()}
+        held_out["identity"] = identity_cosine(sync, frames, portrait).mean().item()
+        held_out |= {"still_psnr": still_psnr(frames[0], portrait[0]).item(), "jerk": jerk(frames[0]).item(),
+                     "seam": seam(frames[0], args.chunk_frames).item()}
+        print("held out, no part of the reward:  " + "  ".join(f"{k} {v:.3f}" for k, v in held_out.items()))
+
+
+def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Sequence[Clip]]:
+    """Return clips to learn from, and held-out ones, at the embedded judge's size."""
+    if args.data:
+        return folder_clips(args.data, TINY_SIDE, 3.0, args.crop)
+    seconds = MATERIAL_FRAMES / FPS
+    return (synthetic_clips(count, TINY_SIDE, seconds, args.seed),
+            synthetic_clips(64, TINY_SIDE, seconds, HELD_OUT_SEED + args.seed))
+
+
+CARD = """# The embedded judge
+
+A multimodal language model of the Qwen2.5-Omni thinker architecture with {parameters:.2f} M parameters, trained from
+scratch to rate talking-head clips. It knows no language but its rubric (judge.json) and no clips but those like its
+training data: {data}.
+
+Made by `{command}` in {minutes:.0f} CPU-minutes.
+
+Agreement with the quality of fresh held-out lessons (64 clips, 8 variants each; 95% intervals):
+
+{agreement}
+
+The lessons are graded faults, not ratings of people. It is an instrument for experiments, not a measure of people.
+"""
+
+
+def train_judge(args: argparse.Namespace) -> None:
+    """Teach the embedded judge and write it to --out with its card."""
+    start = time.process_time()
+    clips, held_out = clips_for(args, JUDGE_CLIPS)
+    good, parts = good_material(clips), []
+    for i, run in enumerate(args.generator):
+        parts.append(generated_material(run, clips[i::max(1, len(clips) // GENERATED_CLIPS)], args.seed))
+    generated = Material(*map(torch.cat, zip(*(list(vars(p).values())[:6] for p in parts)))) if parts else None
+    print(f"lessons are made of {len(good)} clips and {len(generated) if parts else 0} generated ones; "
+          f"ready after {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    judge = tiny_judge(args.seed)
+    teach(judge, good, generated, args.steps or 1000, seed=args.seed)
+    minutes = (time.process_time() - start) / 60
+    lines = ["| aspect | Spearman | pairs of one clip ranked right |", "|---|---|---|"]
+    for aspect, cells in exam(judge, good_material(held_out), 64).items():
+        lines.append(f"| {aspect} | " + " | ".join("{:.3f} ({:.3f} to {:.3f})".format(*cell) for cell in cells) + " |")
+    data = f"{len(good)} clips of {args.data}" if args.data else f"{len(good)} drawn talkers"
+    data += f", and {len(generated)} clips made by early generators" if parts else ""
+    command = "python reward.py --train-judge" + "".join(
+        f" --{k} {v}" for k, v in (("data", args.data), ("generator", " ".join(args.generator)), ("steps", args.steps),
+                                   ("seed", args.seed)) if v)
+    save_judge(judge, args.out or Path("runs/judge"), CARD.format(
+        parameters=sum(p.numel() for p in judge.model.parameters()) / 1e6, data=data, command=command, minutes=minutes,
+        agreement="\n".join(lines)))
+    print("\n".join(lines) + f"\n{args.out or 'runs/judge'}: the judge and its card, {minutes:.1f} CPU-minutes; "
+          f"to use it: --judge {args.out or 'runs/judge'}")
+
+
+def train_sync_network(args: argparse.Namespace) -> None:
+    """Train the sync network and say how well it finds the offset of held-out clips."""
+    start = time.process_time()
+    clips, held_out = clips_for(args, SYNC_CLIPS)
+    net = train_sync(clips, args.seed, args.steps or 400)
+    frames = min(len(clip.frames) for clip in held_out)
+    videos, audio = (torch.stack([getattr(c, name)[:n] for c in held_out])
+                     for name, n in (("frames", frames), ("audio", frames * SAMPLES_PER_FRAME)))
+    own, other = (sync_metrics(net, videos / 255, sound) for sound in (audio, audio.roll(1, 0)))
+    save_sync(net, args.out or Path("runs/sync"), clips=str(args.data or f"{len(clips)} drawn talkers"), seed=args.seed)
+    print(f"{len(held_out)} held-out clips: offset within a frame in {(own['sync_offset'].abs() <= 1).float().mean():.0%}"
+          f"; confidence {own['sync_confidence'].mean():.3f}, with another's sound {other['sync_confidence'].mean():.3f}\n"
+          f"{args.out or 'runs/sync'}: the network, {(time.process_time() - start) / 60:.1f} CPU-minutes")
+
+
+def validate_judge(args: argparse.Namespace) -> None:
+    """Run the battery on held-out clips."""
+    judge, (_, held_out) = make_judge(args), clips_for(args, 1)
+    if judge is None:
+        raise MediaError("--judge none", "cannot be validated; name a judge")
+    good = good_material(held_out[:args.clips])
+    print(f"{len(good)} held-out clips of {args.data or 'drawn talkers'}, judge {args.judge_url or args.judge}\n"
+          + battery(judge, good))
+
+
+def align_judge(args: argparse.Namespace) -> None:
+    """Rate every video that people rated, compare, and fit the calibration. Paths are relative to the table."""
+    rows, scores = read_ratings(args.align), {}
+    args.calibration = None                                                          # one is fitted to raw ratings
+    reward = Reward(make_judge(args), None, Weights(*[1.0] * 3, *[0.0] * 6))
+    for video in tqdm(dict.fromkeys(video for video, _, _ in rows), "rating", leave=False):
+        clip = load_clip(args.align.parent / video, args.size, args.crop)
+        score, _ = reward.rate(clip.frames[None] / 255, clip.audio[None], [video],
+                               spans(len(clip.frames), reward.judge.window))
+        scores |= {(video, aspect): score[0, :, a].mean().item() for a, aspect in enumerate(ASPECTS)}
+    print(align(scores, rows, args.out or Path("calibration.json")))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    from sample import crop_argument, device_argument
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    g = p.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
+    g.add_argument("--video", nargs="+", metavar="FILE", help="score videos")
+    g.add_argument("--train-judge", action="store_true", help="teach the embedded judge, into --out (runs/judge)")
+    g.add_argument("--validate-judge", action="store_true", help="try the judge on clips with known faults")
+    g.add_argument("--align", type=Path, metavar="CSV", help="compare the judge with people's ratings (columns video, "
+                   "aspect, rating) and write a calibration to --out (calibration.json)")
+    g.add_argument("--train-sync", action="store_true", help="train the sync network, into --out (runs/sync)")
+    g = p.add_argument_group("with what")
+    g.add_argument("--portrait", help="of the videos (their first frame)")
+    g.add_argument("--data", type=Path, help="a folder of real clips: what to learn from, try on, or compare with "
+                                             "(drawn talkers)")
+    g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels; without it, the centre square")
+    g.add_argument("--size", type=int, default=64, help="pixels per side at which videos are scored (%(default)s)")
+    g.add_argument("--chunk-frames", type=int, default=4, help="of the generator that made them (%(default)s)")
+    g.add_argument("--sync", type=Path, default=DEFAULT_SYNC, help="folder of the sync network (the drawn talkers' one)")
+    g.add_argument("--generator", nargs="+", default=[], metavar="RUN", help="runs of train.py, best of several ages, "
+                   "whose videos the judge also learns from")
+    g.add_argument("--steps", type=int, help="of training (1000 for the judge, 400 for the sync network)")
+    g.add_argument("--clips", type=int, default=64, help="to validate on (%(default)s)")
+    g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    g.add_argument("--out", type=Path, help="where to write")
+    g.add_argument("--device", type=device_argument, default=device_argument(), help="for the judge (%(default)s)")
+    reward_flags(p)
+    args = p.parse_args(argv)
+    for name, least in dict(size=32, chunk_frames=2, steps=1, clips=2, seed=0).items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.video:
+        score_videos(args)
+    elif args.train_judge:
+        train_judge(args)
+    elif args.validate_judge:
+        validate_judge(args)
+    elif args.align:
+        align_judge(args)
+    else:
+        train_sync_network(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MediaError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; nothing was written")

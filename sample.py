@@ -50,15 +50,17 @@ def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = 4
     return torch.cat([video.cpu() for _, video in model.generate(portrait, mel, noise, steps, guidance)], 1)
 
 
-NEED_NO_TRUTH = "still_psnr", "jerk", "seam"           # reported apart: a reward may come to optimise these
+NEED_NO_TRUTH = "still_psnr", "jerk", "seam", "sync_confidence", "sync_own", "identity"      # reported on a line apart
 
 
-def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int) -> dict[str, Tensor]:
+def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
+             sync: reward.SyncNetwork | None = None) -> dict[str, Tensor]:
     """Measure videos (B, F, 3, S, S) in [0, 1] against their true clips by the held-out metrics of reward.py.
 
     Returns: name -> (B,) values. Of drawn talkers, lip_sync is the correlation with the true mouth. Of real clips,
     mouth_own is the mouth-motion correlation with the true clip, mouth_late the same against the true clip 5 frames
-    later, mouth_other against another clip; over_late and over_other are by how much the first exceeds these.
+    later, mouth_other against another clip; over_late and over_other are by how much the first exceeds these. With a
+    sync network, also sync_confidence and sync_own of its offset curve, and identity, the mean cosine to the portrait.
     """
     frames = videos.shape[1]
     truths = [clip.frames[:frames] / 255 for clip in clips]
@@ -70,6 +72,10 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int) -> dict[s
               "still_psnr": [reward.still_psnr(v, t[0]) for v, t in zip(videos, truths)],
               "jerk": [reward.jerk(v) for v in videos],
               "seam": [reward.seam(v, chunk_frames) for v in videos]}
+    if sync is not None:
+        audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
+        values |= {k: v for k, v in reward.sync_metrics(sync, videos, audio).items() if k in NEED_NO_TRUTH}
+        values["identity"] = reward.identity_cosine(sync, videos, torch.stack([t[0] for t in truths])).mean(1)
     if clips[0].truth:
         truth = [{k: x[:frames] if x.ndim and len(x) >= frames else x for k, x in c.truth.items()} for c in clips]
         made = [reward.mouth_opening_from_pixels(v, t) for v, t in zip(videos, truth)]
@@ -87,7 +93,7 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int) -> dict[s
             values["over_other"] = [a - b for a, b in zip(own, other)]
         values["amplitude"] = [m.std() / t.std() for m, t in zip(made, true)]
     values["offset"] = [reward.sync_offset(m, t) for m, t in zip(made, true)]
-    return {name: torch.stack(v) for name, v in values.items()}
+    return {name: torch.stack(tuple(v)) for name, v in values.items()}
 
 
 def summary(metrics: dict[str, Tensor]) -> str:

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, log_mel, replacing, synthetic_clips,
                   write_speech, write_video)
 from model import PRESETS, Config, Generator, save_generator
+from reward import DEFAULT_SYNC, load_sync, make_reward, reward_flags, table
 from sample import crop_argument, device_argument, evaluate, generator, imitate, summary
 
 # What a preset trains with, beside its Config in model.py.
@@ -203,7 +204,21 @@ def averaged(run: Pretraining) -> Generator:
 def validate(model: Generator, clips: list[Clip], args: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor]:
     """Generate the held-out clips and measure them. Returns metrics, name -> (B,), and the videos."""
     videos = imitate(model, clips, args.frames, args.sampling_steps, seed=args.seed)
-    return evaluate(videos, clips, model.config.chunk_frames), videos
+    return held_out_metrics(videos, clips, args), videos
+
+
+def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
+    """Measure videos by what no reward uses, with the sync network of --sync."""
+    return evaluate(videos, clips, args.config.chunk_frames, None if args.sync == "none" else load_sync(args.sync))
+
+
+def rewarded(videos: Tensor, held_out: list[Clip], clips: Sequence[Clip], args: argparse.Namespace) -> str:
+    """Tell, apart from the metrics, what the reward says of videos and of their true clips."""
+    reward = make_reward(args, clips, args.config.chunk_frames)
+    true, audio = pixels(held_out, args.frames), torch.stack([c.audio[:args.frames * SAMPLES_PER_FRAME] for c in held_out])
+    names = [clip.name for clip in held_out]
+    return "the reward, which no metric above is part of:\n" + table(reward, {
+        "generated": reward(videos, audio, true[:, 0], names), "truth": reward(true, audio, true[:, 0], names)})
 
 
 def write_pictures(folder: Path, videos: Tensor, clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
@@ -274,6 +289,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--validate-clips", type=int, default=48, help="held-out clips to generate (%(default)s)")
     g.add_argument("--sampling-steps", type=int, default=4, help="flow steps per chunk when generating (%(default)s)")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (%(default)s)")
+    g.add_argument("--sync", help="folder of a sync network for these clips, from reward.py --train-sync; none: no sync "
+                   "metrics (the one for drawn talkers; with --data none)")
+    reward_flags(p)
     g = p.add_argument_group("generator", "shape of the generator (by preset); model.Config explains each")
     for field in fields(Config):
         if field.name != "mel_channels":
@@ -303,6 +321,7 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
     for name in ("ema", "audio_dropout"):
         if getattr(args, name) >= 1:
             p.error(f"--{name.replace('_', '-')} must be below 1, got {getattr(args, name)}")
+    args.sync = args.sync or ("none" if args.data else str(DEFAULT_SYNC))
     if args.seconds is None:
         args.seconds = 3.0 if args.data else 2.0
     if not 1 <= args.seconds < math.inf:
@@ -376,7 +395,7 @@ def codec_alone(model: Generator, clips: list[Clip], args: argparse.Namespace) -
     coded = encode(model, clips, args.frames, args.device)
     videos = [model.codec.decode(p[None].to(args.device) / 255, z[None].to(args.device)).cpu()
               for p, z in zip(coded.portrait, coded.clean)]
-    return evaluate(torch.cat(videos), clips, args.config.chunk_frames)
+    return held_out_metrics(torch.cat(videos), clips, args)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -405,6 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     log(step=run.step, held_out=means(metrics))
     write_pictures(args.out, videos, held_out)
     print(f"{len(held_out)} held-out clips, generated from portrait and sound:\n{summary(metrics)}\n"
+          f"{rewarded(videos, held_out, clips, args)}\n"
           f"{args.out}: sheet.png (truth above generated), sample.mp4 (truth beside generated), log.jsonl; "
           f"{(time.perf_counter() - start) / 60:.1f} minutes in all\nto try next:\n  python sample.py "
           f"--checkpoint {args.out} --image {args.out}/portrait.png --audio {args.out}/speech.wav --out video.mp4")

@@ -1,0 +1,492 @@
+"""What reward.py promises of its judges and of the composite reward."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+import reward
+from data import FPS, Clip, MediaError, render_talker, write_video
+from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Judge, Material,
+                    PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, agreement, battery, exam, good_material,
+                    lessons, likeness, prompt, rating_loss, save_judge, spans, spoil, straying, teach, temporal, tiny_judge)
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[Clip]:
+    """Sixteen talkers of a world that no judge was taught on, 64 frames of 64 pixels."""
+    return [render_talker(i, 31, 64, 64) for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def good(clips) -> Material:
+    return good_material(clips)
+
+
+@pytest.fixture(scope="module")
+def batch(clips):
+    """Four of them, 48 frames: frames in [0, 1], sound, names."""
+    return (torch.stack([c.frames[:48] for c in clips[:4]]) / 255, torch.stack([c.audio[:48 * 640] for c in clips[:4]]),
+            [c.name for c in clips[:4]])
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Judge:
+    return Judge.load()
+
+
+# ---------------------------------------------------------------- checkpoints of the real architectures
+
+def save_omni(folder, generation: str) -> torch.nn.Module:
+    """Write a whole Qwen-Omni checkpoint, random and tiny, as transformers would. Returns its thinker."""
+    tiny = tiny_judge()
+    tokenizer = tiny.processor.tokenizer
+    token = {f"{k.removesuffix('_token')}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in SPECIAL.items()
+             if k in ("image_token", "audio_token", "video_token")}
+    token |= {f"{modality}_{end}_token_id": tokenizer.convert_tokens_to_ids(f"<|{modality}_{short}|>")
+              for modality in ("vision", "audio") for end, short in (("start", "bos"), ("end", "eos"))}
+    processor = tiny.processor
+    if generation == "qwen2_5":                      # with talker and vocoder, which a judge does not need
+        config = transformers.Qwen2_5OmniConfig(
+            thinker_config=tiny.model.config.to_dict(), enable_audio_output=True,
+            talker_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                               num_key_value_heads=1, vocab_size=64, embedding_size=128, head_dim=16),
+            token2wav_config=dict(
+                dit_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ff_mult=1, emb_dim=16,
+                                head_dim=16, enc_dim=16, enc_emb_dim=16, enc_channels=[16, 16, 16, 16, 48],
+                                enc_attention_channels=8, enc_se_channels=8),
+                bigvgan_config=dict(upsample_initial_channel=32)))
+        model = transformers.Qwen2_5OmniForConditionalGeneration(config)
+    else:                                            # mixture of experts, deep-stacked vision, finer interleaving
+        config = transformers.Qwen3OmniMoeConfig(enable_audio_output=False, thinker_config=dict(
+            audio_config=dict(num_mel_bins=64, d_model=32, encoder_layers=1, encoder_attention_heads=2,
+                              encoder_ffn_dim=32, output_dim=32, n_window=50, downsample_hidden_size=16),
+            vision_config=dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=16,
+                               temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=32,
+                               deepstack_visual_indexes=[0], num_position_embeddings=16),
+            text_config=dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                             num_attention_heads=2, num_key_value_heads=2, head_dim=16, moe_intermediate_size=16,
+                             num_experts=4, num_experts_per_tok=2,
+                             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2],
+                                                  mrope_interleaved=True)), **token))
+        model = transformers.Qwen3OmniMoeForConditionalGeneration(config)
+        processor = transformers.Qwen3OmniMoeProcessor(processor.image_processor, processor.video_processor,
+                                                       processor.feature_extractor, tokenizer, chat_template=CHAT)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model.thinker
+
+
+@pytest.fixture(scope="module", params=["qwen2_5", "qwen3"])
+def omni(request, tmp_path_factory):
+    """A judge loaded from a whole checkpoint of either generation, and the thinker that was saved."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    thinker = save_omni(folder, request.param)
+    return Judge.load(folder, side=64), thinker
+
+
+def bytes_of(frames):
+    return (frames * 255).round().byte()
+
+
+def test_a_whole_checkpoint_loads_as_its_thinker_with_every_weight(omni):
+    judge, thinker = omni
+    assert type(judge.model) is type(thinker) and judge.rubric is RUBRIC and judge.window is None
+    loaded = judge.model.state_dict()
+    for name, weight in thinker.state_dict().items():
+        assert torch.equal(weight, loaded[name]), name
+
+
+def test_questions_that_share_the_clip_get_the_answers_of_separate_prompts(omni, batch):
+    """Keys and values of the clip are computed once; every question's logits equal those of the whole prompt alone."""
+    judge, _ = omni
+    frames, audio, _ = batch
+    judge.orders = (False, True)
+    try:
+        prefix, questions = judge.questions()
+        with torch.no_grad():
+            shared = judge.logits(bytes_of(frames), audio)
+            for i, question in enumerate(questions):
+                inputs = judge.read(bytes_of(frames), audio, prefix + question)
+                alone = judge.model(**inputs, use_audio_in_video=True).logits[:, -1]
+                torch.testing.assert_close(shared[:, i], alone, atol=1e-5, rtol=0)
+    finally:
+        judge.orders = (False,)
+
+
+def test_clips_rated_together_are_rated_as_one_by_one(omni, batch):
+    judge, _ = omni
+    frames, audio, _ = batch
+    with torch.no_grad():
+        together = judge.logits(bytes_of(frames), audio)
+        alone = torch.cat([judge.logits(bytes_of(f[None]), a[None]) for f, a in zip(frames, audio)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_every_frame_and_every_sample_reach_the_model(omni, batch):
+    """Two frames are 2 x 2 merged tokens; 25 tokens of sound a second; at 25 frames a second, not at the default 2."""
+    judge, _ = omni
+    frames, audio, _ = batch
+    inputs = judge.read(bytes_of(frames), audio, judge.questions()[0])
+    ids, config = inputs["input_ids"], judge.model.config
+    assert (ids == config.video_token_id).sum(1).tolist() == [24 * 4] * 4
+    assert inputs["feature_attention_mask"].sum(1).tolist() == [48 * 4] * 4
+    assert inputs["video_second_per_grid"].tolist() == pytest.approx([2 / FPS] * 4)
+
+
+def test_a_random_model_is_refused_because_it_answers_with_anything(omni, batch):
+    with pytest.raises(MediaError, match=f"{batch[2][0]}: the judge does not rate its lip_sync"):
+        omni[0].rate(*batch)
+
+
+def test_the_rating_is_the_expectation_over_the_digits(omni, batch, monkeypatch):
+    """p(2) = .1, p(3) = .2, p(5) = .5, the rest elsewhere: (.2 + .6 + 2.5) / .8."""
+    judge, _ = omni
+    logits = torch.full((4, 3, len(judge.processor.tokenizer)), -40.0)
+    for digit, p in (("2", 0.1), ("3", 0.2), ("5", 0.5)):
+        logits[..., judge.digits[int(digit) - 1]] = math.log(p)
+    logits[..., 0] = math.log(0.2)
+    monkeypatch.setattr(judge, "logits", lambda frames, audio: logits[:len(frames)])
+    ratings = judge.rate(*batch)
+    torch.testing.assert_close(ratings.score, torch.full((4, 3), 3.3 / 0.8))
+    torch.testing.assert_close(ratings.mass, torch.full((4, 3), 0.8))
+
+
+def test_what_is_no_judge_is_named_in_one_line(tmp_path):
+    with pytest.raises(MediaError, match="cannot be loaded as a judge"):
+        Judge.load(tmp_path)
+    transformers.Qwen3Config(hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(MediaError, match="is a qwen3, which cannot watch and hear"):
+        Judge.load(tmp_path)
+    with pytest.raises(MediaError) as said:
+        Judge.load(tmp_path / "not-there")
+    assert "\n" not in str(said.value)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    judge = tiny_judge()
+    save_judge(judge, tmp_path / "judge", "a card")
+    state = reward.load_file(tmp_path / "judge" / "model.safetensors")
+    state.pop("visual.merger.mlp.0.weight")
+    reward.save_file(state, tmp_path / "judge" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MediaError, match="lacks the weights visual.merger.mlp.0.weight"):
+        Judge.load(tmp_path / "judge")
+
+
+def test_rubrics_say_what_to_look_at_and_list_the_scale_either_way():
+    for rubric in (RUBRIC, TINY_RUBRIC):
+        for aspect in ASPECTS:
+            up, down = prompt(aspect, False, rubric), prompt(aspect, True, rubric)
+            words = rubric[aspect]
+            assert all(words[k] in up and words[k] in down for k in ("look", "ignore", "1", "3", "5"))
+            assert up.index(f"1: {words['1']}") < up.index(f"5: {words['5']}")
+            assert down.index(f"5: {words['5']}") < down.index(f"1: {words['1']}")
+
+
+# ---------------------------------------------------------------- lessons
+
+def test_agreement_is_correlation_for_a_mouth_that_moves_and_nothing_for_one_that_does_not():
+    torch.manual_seed(0)
+    mouth = torch.randn(3, 200)
+    assert (agreement(mouth, mouth) - 1).abs().max() < 0.02 and (agreement(mouth, -mouth) + 1).abs().max() < 0.02
+    a, b = torch.randn(2, 200)
+    assert abs(agreement(a, b) - torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.01
+    assert agreement(torch.zeros(200), a) == 0 and agreement(0.02 * a, a) < 0.2
+
+
+def test_the_same_seed_gives_the_same_lessons_and_another_gives_others(good):
+    one, two, other = (lessons(good, None, 6, seed) for seed in (3, 3, 4))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(vars(one).values(), vars(two).values()))
+    assert one.frames.shape != other.frames.shape or not torch.equal(one.frames, other.frames)
+
+
+def test_quality_falls_with_what_was_done(good):
+    """Of 200 lessons: sound of its own agrees, a strong fault is a low rating of motion, and all stay within 1..5."""
+    truth = lessons(good, None, 200, 0, 36)
+    assert 1 <= truth.quality.min() and truth.quality.max() <= 5
+    worst = truth.faults.amax(1)
+    assert (truth.quality[:, 2] <= 5 - 4 * worst + 1e-4).all() and (worst > 0).float().mean() > 0.3
+    expected = 1 + 4 * agreement(truth.shown, truth.called).clamp(0, 1)
+    torch.testing.assert_close(truth.quality[:, 0], expected)
+    assert (truth.quality[:, 0] > 4.5).float().mean() > 0.1 and (truth.quality[:, 0] < 2).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_seen_and_grows_with_its_strength(good, fault):
+    x, mouth = good.frames[0, :48] / 255, good.shown[0, :48]
+    change = [(spoil(fault, u, x, mouth, torch.Generator().manual_seed(0))[0] - x).abs().mean() for u in (0.2, 0.9)]
+    assert 1e-4 < change[0] < change[1]
+
+
+def test_acting_with_gain_one_is_the_clip_and_with_gain_zero_its_first_frame(good):
+    face, pose, frames = good.face[0] / 255, good.pose[0], good.frames[0] / 255
+    assert (act(face, pose, 1.0, 1.0) - frames).abs().mean() < 0.015
+    assert (act(face, pose, 0.0, 0.0) - frames[:1]).abs().mean() < 0.01
+    half = act(face, pose, 0.5, 0.5)
+    assert half.diff(dim=0).abs().mean() < 0.75 * frames.diff(dim=0).abs().mean()
+
+
+def test_rating_loss_is_the_cross_entropy_with_two_digits(good):
+    logits = torch.randn(2, 3, 20, dtype=torch.float64)
+    quality = torch.tensor([[1.0, 3.4, 5.0], [2.5, 4.75, 1.25]])
+    expected = 0
+    for b in range(2):
+        for a in range(3):
+            low = min(int(quality[b, a]), 4)
+            share = quality[b, a].item() - low
+            log_p = logits[b, a] - torch.logsumexp(logits[b, a], 0)
+            expected -= ((1 - share) * log_p[7 + low] + share * log_p[8 + low]) / 6   # digit d is token 7 + d
+    torch.testing.assert_close(rating_loss(logits, range(8, 13), quality), expected)
+
+
+def test_a_few_lessons_lower_the_loss_and_the_judge_survives_the_disk(good, batch, tmp_path):
+    judge, truth = tiny_judge(), lessons(good, None, 8, 0)
+    loss = lambda: rating_loss(judge.logits(truth.frames, truth.audio), judge.digits, truth.quality).item()
+    before = loss()
+    teach(judge, good, None, 10, batch=4)
+    assert loss() < before - 0.3
+    assert not judge.model.visual._forward_hooks                                     # the hints are gone
+    save_judge(judge, tmp_path / "judge", "a card")
+    again = Judge.load(tmp_path / "judge")
+    assert (again.rubric, again.side, again.window) == (judge.rubric, judge.side, judge.window)
+    logits = [j.logits(truth.frames, truth.audio) for j in (judge, again)]
+    torch.testing.assert_close(*logits, atol=0.02, rtol=0)                           # half precision on disk
+
+
+# ---------------------------------------------------------------- the embedded judge
+
+def test_the_embedded_judge_is_small_and_carries_its_card():
+    size = sum(path.stat().st_size for path in DEFAULT_JUDGE.iterdir())
+    assert size < 8e6 and "reward.py --train-judge" in (DEFAULT_JUDGE / "README.md").read_text()
+
+
+def test_the_embedded_judge_agrees_with_the_quality_of_fresh_clips(embedded, good):
+    result = exam(embedded, good, 16)
+    for aspect, least in zip(ASPECTS, (0.80, 0.80, 0.75)):
+        (rank, *_), (pairs, *_) = result[aspect]
+        assert rank > least and pairs > 0.85, (aspect, rank, pairs)
+
+
+def test_the_better_clip_wins_on_each_aspect(embedded, good):
+    verdict = battery(embedded, good)
+    shares = {}
+    for line in verdict.splitlines()[1:-3]:
+        shares.setdefault(line.split()[0], []).append(float(line.split("[")[0].split()[-1]))
+    assert set(shares) == set(ASPECTS) and all(sum(s) / len(s) > 0.8 for s in shares.values()), verdict
+
+
+def test_the_embedded_judge_fails_a_judge_that_is_deaf(embedded, good):
+    """The battery must be able to fail: this one hears the same sound with every clip."""
+    deaf = SimpleNamespace(rate=lambda x, audio, names: embedded.rate(x, audio[:1].expand_as(audio), names))
+    assert "lip_sync: do not trust it" in battery(deaf, good)
+
+
+# ---------------------------------------------------------------- regularisers and the composite
+
+@pytest.fixture(scope="module")
+def real(clips) -> RealClips:
+    return RealClips.measure(clips, 4)
+
+
+def frozen(frames):
+    return frames[:, :1].repeat(1, frames.shape[1], 1, 1, 1)
+
+
+REGULARISERS = Weights(*[0.0] * 3)
+
+
+def score(real, frames, audio, names, weights=REGULARISERS, judge=None, **options):
+    return Reward(judge, real, weights, **options)(frames, audio, frames[:, 0], names)
+
+
+def test_temporal_measures_equal_hand_computed_values():
+    """Brightness n / 100: change .01, no second or third difference; a jump of .03 at each border: seam log 3."""
+    frames = torch.zeros(1, 12, 3, 16, 16)
+    steady = frames + torch.arange(12.0)[None, :, None, None, None] / 100
+    measured = temporal(steady, 4)
+    torch.testing.assert_close(measured["activity"], torch.full((1, 3), math.log(0.01 + 1e-4)), atol=1e-3, rtol=0)
+    assert measured["seam"].abs().max() < 1e-3 and (measured["jerk"] < -4).all() and (measured["flicker"] < -4).all()
+    stairs = frames + torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15.0])[None, :, None, None, None] / 100
+    expected = torch.tensor([[0, 1, 1]]) * math.log(0.0301 / 0.0101)
+    torch.testing.assert_close(temporal(stairs, 4)["seam"], expected, atol=1e-3, rtol=0)
+
+
+def test_likeness_is_one_for_the_portrait_and_falls_with_blur_noise_and_tint(batch):
+    frames = batch[0][:, :1]
+    portrait = frames[:, 0]
+    torch.testing.assert_close(likeness(frames, portrait), torch.ones(4, 1))
+    noisy = likeness((frames + 0.1 * torch.randn_like(frames)).clamp(0, 1), portrait)
+    blurred = likeness(reward.blur(frames[:, 0], 2.0)[:, None], portrait)
+    tinted = likeness(frames * torch.tensor([1.2, 1.0, 0.8])[:, None, None], portrait)
+    other = likeness(frames.roll(1, 0), portrait)
+    assert max(noisy.max(), blurred.max(), tinted.max()) < 0.99 and (other < torch.minimum(noisy, blurred)).all()
+
+
+def test_straying_sees_the_still_places_only():
+    portrait, still = torch.rand(1, 3, 32, 32), torch.zeros(32, 32)
+    still[:, :8] = 1
+    frames = portrait[:, None].repeat(1, 2, 1, 1, 1)
+    frames[:, 0, :, :, 16:] = 0
+    frames[:, 1, :, :, :8] += 0.1
+    torch.testing.assert_close(straying(frames, portrait, still), torch.tensor([[0.0, 0.1]]))
+
+
+def test_components_add_up_to_the_total(real, batch):
+    frames, audio, names = batch
+    weights = Weights(lip_sync=0, expressiveness=0, motion=0, still=2.0, jerk=0.7, flicker=0)
+    scores = score(real, frames, audio, names, weights)
+    assert set(scores.components) == {"still", "identity", "activity", "jerk", "seam"} and scores.mass is None
+    expected = (2.0 * scores.components["still"] + 0.5 * scores.components["identity"]
+                + 0.25 * scores.components["activity"] + 0.7 * scores.components["jerk"]
+                + 0.25 * scores.components["seam"])
+    torch.testing.assert_close(scores.total, expected)
+    assert set(COMPONENTS) == set(vars(Weights()))
+
+
+def test_a_real_clip_beats_a_frozen_one_and_each_spoilt_one(real, batch):
+    """The regularisers alone: stillness and smoothness without end do not win."""
+    frames, audio, names = batch
+    best = score(real, frames, audio, names).total
+    rng = torch.Generator().manual_seed(0)
+    spoilt = {fault: torch.stack([spoil(fault, 0.8, x, torch.zeros(48), rng)[0].clamp(0, 1) for x in frames])
+              for fault in FAULTS}
+    for name, worse in {"frozen": frozen(frames), **spoilt}.items():
+        made = Reward(None, real, REGULARISERS)(worse, audio, frames[:, 0], names)
+        assert (made.total < best).all(), (name, made.total, best)
+
+
+def test_each_regulariser_falls_with_the_fault_that_is_its_own(real, batch):
+    frames, audio, names = batch
+    rng = torch.Generator().manual_seed(0)
+    worse = {"seam": torch.stack([spoil("seam", 0.0, x, x, rng)[0] for x in frames]), "activity": frozen(frames),
+             "identity": torch.stack([reward.blur(x, 2.0) for x in frames]),
+             "flicker": (frames + 0.05 * torch.randn(4, 48, 1, 1, 1)).clamp(0, 1),
+             "jerk": (frames + 0.05 * torch.randn(frames.shape)).clamp(0, 1), "still": (frames + 0.1).clamp(0, 1)}
+    step = torch.arange(48).div(4, rounding_mode="floor").view(1, 48, 1, 1, 1)
+    worse["seam"] = (frames + 0.05 * (step % 2)).clamp(0, 1)
+    best = score(real, frames, audio, names).components
+    for name, made in worse.items():
+        fallen = Reward(None, real, REGULARISERS)(made, audio, frames[:, 0], names).components[name]
+        assert (fallen < best[name] - 0.01).all(), (name, fallen, best[name])
+
+
+class Fixed:
+    """A judge with a mind of its own: what it says of a clip is the clip's brightness."""
+
+    window = 20
+
+    def rate(self, frames, audio, names):
+        self.asked = names
+        score = 1 + 4 * frames.mean((1, 2, 3, 4))
+        return Ratings(torch.stack([score, score, score], 1), torch.ones(len(frames), 3))
+
+
+def test_long_videos_are_judged_in_windows_and_chunks_get_the_mean_of_the_spans_around_them(real):
+    """Brightness rises with time, so the second half's chunks earn more; the whole earns the mean of its windows."""
+    frames = (torch.arange(60.0) / 60).view(1, 60, 1, 1, 1).expand(1, 60, 3, 64, 64)
+    judge, audio = Fixed(), torch.zeros(1, 60 * 640)
+    scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"], per_chunk=True)
+    windows = [1 + 4 * torch.arange(a, b).float().mean() / 60 for a, b in ((0, 20), (20, 40), (40, 60))]
+    assert scores.components["lip_sync"].item() == pytest.approx(torch.stack(windows).mean().item(), abs=1e-5)
+    credit = scores.per_chunk["lip_sync"]
+    assert credit.shape == (1, 15) and (credit.diff() >= 0).all() and credit[0, -1] - credit[0, 0] > 2
+    assert {"seam", "jerk", "flicker", "still", "identity", "activity"} <= set(scores.per_chunk)
+    assert all(values.shape == (1, 15) for values in scores.per_chunk.values())
+
+
+def test_spans_cover_every_frame_evenly():
+    assert spans(48, None) == [(0, 48)] and spans(48, 48) == [(0, 48)] and spans(30, 48) == [(0, 30)]
+    for frames, width, hop in ((75, 48, None), (100, 48, None), (48, 25, 8), (49, 48, None)):
+        parts = spans(frames, width, hop)
+        assert parts[0][0] == 0 and parts[-1][1] == frames and all(b - a == width for a, b in parts)
+        assert all(b[0] - a[0] <= (hop or width) for a, b in zip(parts, parts[1:]))
+
+
+def test_calibration_maps_ratings_before_they_count(real):
+    frames, audio = torch.full((1, 16, 3, 64, 64), 0.5), torch.zeros(1, 16 * 640)
+    plain, mapped = (Reward(Fixed(), real, calibration=c)(frames, audio, frames[:, 0], ["a"]).components
+                     for c in ({}, {"motion": ([1.0, 5.0], [2.0, 2.5])}))
+    assert plain["motion"].item() == pytest.approx(3) and mapped["motion"].item() == pytest.approx(2.25)
+    assert mapped["lip_sync"].item() == pytest.approx(3)
+
+
+def test_what_is_not_a_number_names_the_clip(real, batch):
+    frames, audio, names = batch
+    broken = frames.clone()
+    broken[2, 5, 0, 3, 3] = math.nan
+    with pytest.raises(MediaError, match=f"{names[2]}: its .* is nan"):
+        Reward(None, real, REGULARISERS)(broken, audio, frames[:, 0], names)
+    with pytest.raises(ValueError, match="640 samples"):
+        Reward(None, real, REGULARISERS)(frames, audio[:, :-1], frames[:, 0], names)
+    with pytest.raises(ValueError, match="there is no judge"):
+        Reward(None, real)
+
+
+def test_pretrained_features_compare_frames_with_the_portrait(tmp_path, batch):
+    """Random DINOv2 and CLIP of a few thousand weights: the path, not the taste."""
+    frames = batch[0][:, :6]
+    dino = transformers.Dinov2Model(transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8))
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        vision_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           image_size=32, patch_size=8),
+        text_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)))
+    for model in (dino, clip):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+        alike = PretrainedLikeness(str(folder))
+        cosine = alike(frames, frames[:, 0])
+        assert cosine.shape == (4, 6) and (cosine[:, 0] > 0.9999).all() and (cosine <= 1.0001).all()
+    with pytest.raises(MediaError, match="cannot be loaded as a vision model"):
+        PretrainedLikeness(str(tmp_path))
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, monkeypatch, clips):
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reward, "synthetic_clips", lambda *a, **k: clips)
+    write_video(tmp_path / "v.mp4", clips[0].frames, clips[0].audio)
+    reward.main(["--video", str(tmp_path / "v.mp4")])
+    said = capsys.readouterr().out
+    before, _, after = said.partition("held out, no part of the reward:")
+    assert all(name in before for name in (*COMPONENTS, "total")) and "sync_confidence" in after
+
+
+def test_people_s_ratings_give_a_table_and_a_calibration(tmp_path, capsys, clips):
+    """Raters who say what the judge says: perfect agreement, and a calibration that train.py can read."""
+    for i, clip in enumerate(clips[:6]):
+        write_video(tmp_path / f"{i}.mp4", clip.frames[:30], clip.audio[:30 * 640])
+    ratings = [f"{i}.mp4,{aspect},{1 + (i + r) % 5}" for i in range(6) for aspect in ASPECTS for r in range(2)]
+    (tmp_path / "ratings.csv").write_text("video,aspect,rating\n" + "\n".join(ratings))
+    reward.main(["--align", str(tmp_path / "ratings.csv"), "--out", str(tmp_path / "c.json")])
+    said = capsys.readouterr().out
+    assert "Spearman" in said and said.count("[") == 9
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--video", "nothing.mp4"], "nothing.mp4: does not exist"),
+    (["--align", "nothing.csv"], "nothing.csv: cannot be read"),
+    (["--validate-judge", "--judge", "none"], "cannot be validated"),
+    (["--validate-judge", "--judge-url", "http://127.0.0.1:9/v1"], "needs --judge-model"),
+    (["--validate-judge", "--judge", "nothing/at/all"], "cannot be loaded as a judge"),
+])
+def test_what_cannot_be_done_is_one_line(flags, said, clips, monkeypatch, tmp_path):
+    monkeypatch.setattr(reward, "synthetic_clips", lambda *a, **k: clips)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MediaError, match=said):
+        reward.main(flags)
+
+
+@pytest.mark.parametrize("flag", [
+    ["--size", "8"], ["--clips", "0"], ["--weights", "beauty=1"], ["--weights", "seam=-1"], ["--weights", "seam"],
+    ["--judge-order", "random"], ["--steps", "0"]])
+def test_bad_flags_end_with_a_usage_line(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        reward.main(["--validate-judge", *flag])
+    assert end.value.code == 2 and flag[0] in capsys.readouterr().err
