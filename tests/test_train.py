@@ -19,7 +19,7 @@ from data import SAMPLES_PER_FRAME, MediaError, load_speech, render_talker, writ
 from model import load_generator
 
 TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
-        "--channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2").split()
+        "--channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2 --updates 0").split()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(run, tmp_path, monkeyp
 def test_a_run_leaves_everything_it_names(run):
     names = {p.name for p in run.iterdir()}
     assert names == {"config.json", "model.safetensors", "state.pt", "log.jsonl", "sheet.png", "sample.mp4",
-                     "portrait.png", "speech.wav"}
+                     "portrait.png", "speech.wav", "held_out.json"}
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
     assert [e["step"] for e in entries if "held_out" in e] == [4, 6]
