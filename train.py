@@ -87,9 +87,11 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
     if args.data:
         train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop)
     else:
-        count = args.validate_clips + watch
-        train = synthetic_clips(args.clips, args.config.size, args.seconds, args.seed)
-        held_out = synthetic_clips(count, args.config.size, args.seconds, HELD_OUT_SEED + args.seed)
+        size, seed = args.config.size, HELD_OUT_SEED + args.seed
+        train = synthetic_clips(args.clips, size, args.seconds, args.seed)
+        held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
+        if watch:
+            held_out += synthetic_clips(watch, size, args.seconds, seed, first=args.validate_clips)
     long = [[clip for clip in clips if len(clip.frames) >= args.frames] for clips in (train, held_out)]
     if not all(long):
         raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(long[0])} to train on, "
@@ -392,7 +394,7 @@ def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argpa
             log(step=step, arm=name, sampler=sampler, held_out=means(made[name]))
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
-        for name in made.keys() - {POST_TRAINED} if POST_TRAINED in made else ():
+        for name in [name for name in made if POST_TRAINED in made and name != POST_TRAINED]:
             difference = {k: v - made[name][k] for k, v in made[POST_TRAINED].items()}
             print(f"{POST_TRAINED} minus {name}, clip by clip, {sampler}:\n{summary(difference)}")
         values[sampler] = {name: {k: v.tolist() for k, v in metrics.items()} for name, metrics in made.items()}
