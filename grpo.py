@@ -27,10 +27,11 @@
        loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight kl
 
 The ratio is one per chunk and draw, not one per video: each draw is an action of its own, and the product of all
-of them would leave the clip's range as soon as any one did. Log-probabilities are means over a chunk's N x C latent
-elements, so a ratio moves N x C times less than that of a sum would: clip is 1e-4 where PPO has 0.2 (at N x C = 1280,
-0.2 / 1280 = 1.6e-4). All is fp32, where cached and parallel log-probabilities are 1e-7 apart; in bf16 it is 5e-4,
-more than the clip.
+of them would leave the clip's range as soon as any one did. Equal weights are not equal forces: the gradient of a
+log-probability goes with c_v / step_std, more for late draws; GRPO-Guard's ratio takes step_std out. Log-probabilities
+are means over a chunk's N x C latent elements, so a ratio moves N x C times less than that of a sum would: clip is 1e-4
+where PPO has 0.2 (at N x C = 1280, 0.2 / 1280 = 1.6e-4). All is fp32, where cached and parallel log-probabilities are
+1e-7 apart; in bf16 it is 5e-4, more than the clip.
 
 Deviations from the papers. Flow-GRPO (2505.05470) normalises the total reward, here each component (as DanceGRPO,
 2505.07818); its KL is the closed form, here by default the squared velocity difference, which weighs all noise levels

@@ -261,13 +261,13 @@ class PostTraining:
         self.reference.requires_grad_(False)
         self.average = snapshot(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.post_lr, betas=(0.9, 0.95), weight_decay=0)
-        self.update, self.cpu_seconds, self.checked = 0, 0.0, False
+        self.update, self.worse, self.cpu_seconds, self.checked = 0, 0, 0.0, False
         self.best = {"update": 0, "score": -math.inf, "weights": self.average}
 
     @property
     def finished(self) -> bool:
-        """True when all updates are done, or none has helped for long."""
-        return self.update >= self.args.updates or self.update - self.best["update"] >= self.args.patience
+        """True when all updates are done, or the last looks showed nothing better."""
+        return self.update >= self.args.updates or self.worse >= self.args.patience
 
     def advance(self, data: Latents, clips: list[Clip]) -> dict:
         """Make one update: roll out, judge, and take a gradient step on each part of the rollouts.
@@ -286,7 +286,7 @@ class PostTraining:
             self.checked = True
         clock.append(time.perf_counter())
         scores = self.score(rollout, [clips[i] for i in rows])
-        advantage, components = grpo.advantages(scores, self.judge.weights, self.settings, data.clean.shape[1],
+        advantage, components = grpo.advantages(scores, self.judge.weights, self.settings, rollout.latents.shape[1],
                                                 getattr(self.judge, "units", None))
         clock.append(time.perf_counter())
         self.optimizer.param_groups[0]["lr"] = min((self.update + 1) / POST_WARMUP, 1) * args.post_lr
@@ -328,7 +328,9 @@ class PostTraining:
         """Measure the moving average on the watched clips, always from the same noise, and keep it if it is best."""
         metrics, _ = validate(loaded(self.average, self.args), clips, self.args)
         score = held_out_score(metrics)
+        self.worse += 1
         if score > self.best["score"]:
+            self.worse = 0
             self.best = {"update": self.update, "score": score, "weights": snapshot(self.average)}
         return metrics
 
@@ -337,7 +339,7 @@ class PostTraining:
         save_generator(self.model, folder, self.best["weights"], training=flags(self.args))
         with replacing(folder / "post.pt") as path:
             torch.save({"update": self.update, "model": self.model.state_dict(), "average": self.average,
-                        "optimizer": self.optimizer.state_dict(), "best": self.best,
+                        "optimizer": self.optimizer.state_dict(), "best": self.best, "worse": self.worse,
                         "cpu_seconds": self.cpu_seconds}, path)
 
     def load(self, folder: Path) -> None:
@@ -345,7 +347,7 @@ class PostTraining:
         with reading(folder / "post.pt") as path:
             state = torch.load(path, map_location=self.args.device, weights_only=True)
             self.update, self.average, self.best = state["update"], state["average"], state["best"]
-            self.cpu_seconds = state["cpu_seconds"]
+            self.worse, self.cpu_seconds = state["worse"], state["cpu_seconds"]
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
 
@@ -469,7 +471,7 @@ POST_FLAGS = [
     ("--weights", weights_argument, {}, "of rewards, name=weight,name=weight, where not as in reward.py"),
     ("--watch-every", int, 10, "updates between looks at the watched clips"),
     ("--watch-clips", int, 24, "held-out clips that choose the checkpoint"),
-    ("--patience", int, 50, "stop after so many updates without a better checkpoint"),
+    ("--patience", int, 4, "stop after so many looks without a better checkpoint"),
 ]
 
 
@@ -528,7 +530,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Fill what was not given from the preset, which explicit flags win over, and check it."""
+    """Fill what was not given from the preset, which explicit flags win over."""
     if not args.pretrained:
         given = {f.name: vars(args).pop(f.name, None) for f in fields(Config)}
         try:
@@ -539,6 +541,15 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.preset
+    if args.seconds is None:
+        args.seconds = 3.0 if args.data else 2.0
+    check(p, args)
+    args.frames = round(args.seconds * FPS) // args.config.chunk_frames * args.config.chunk_frames
+    return args
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one clear line where a flag cannot be used."""
     if args.out.exists() and not args.out.is_dir():
         p.error(f"--out {args.out} is a file; name a folder")
     at_least = dict(seed=0, steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1, save_every=1,
@@ -550,18 +561,14 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
     for name in ("ema", "audio_dropout", "post_ema"):
         if getattr(args, name) >= 1:
             p.error(f"--{name.replace('_', '-')} must be below 1, got {getattr(args, name)}")
+    if not 1 <= args.seconds < math.inf:
+        p.error(f"--seconds must be at least 1, got {args.seconds}")
     if args.control and not args.updates:
         p.error("--control compares with post-training; give it --updates")
     try:
         settings(args)
     except ValueError as error:
         p.error(str(error))
-    if args.seconds is None:
-        args.seconds = 3.0 if args.data else 2.0
-    if not 1 <= args.seconds < math.inf:
-        p.error(f"--seconds must be at least 1, got {args.seconds}")
-    args.frames = round(args.seconds * FPS) // args.config.chunk_frames * args.config.chunk_frames
-    return args
 
 
 def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, free: set[str]) -> argparse.Namespace:
@@ -629,7 +636,7 @@ def pretrain(run: Pretraining, data: Latents, held_out: list[Clip], log: Log) ->
 
 
 def post_train(post: PostTraining, data: Latents, clips: list[Clip], watched: list[Clip], log: Log) -> None:
-    """Update until the last one, or until none has helped for long, with looks at held-out clips on the way."""
+    """Update until the last one, or until looks at the watched clips have shown nothing better for long."""
     args, start = post.args, time.process_time() - post.cpu_seconds
 
     def look():
@@ -667,6 +674,9 @@ def pretrain_longer(args: argparse.Namespace, data: Latents, cpu_seconds: float,
 
     It goes on from the last state, optimizers included, warms up again and decays to zero by the time spent.
     """
+    folder = args.out / CONTROL
+    if args.resume and (folder / "config.json").exists():
+        return load_generator(folder).to(args.device).eval()
     run = Pretraining(Generator(args.config).to(args.device), args)
     run.load(args.out)
     begin, start, spent = run.step, time.process_time(), 0.0
@@ -677,7 +687,7 @@ def pretrain_longer(args: argparse.Namespace, data: Latents, cpu_seconds: float,
             bar.update(min(round(spent), bar.total) - bar.n)
     log(control_steps=run.step - begin, cpu_seconds=spent)
     print(f"control: {run.step - begin} more steps of pretraining in {spent:.0f} s of CPU time")
-    save_generator(run.model, args.out / CONTROL, run.average, training=flags(args))
+    save_generator(run.model, folder, run.average, training=flags(args))
     return averaged(run)
 
 
@@ -750,9 +760,7 @@ def main(argv: list[str] | None = None) -> None:
         post_train(post, data, clips, watched, log)
         arms[POST_TRAINED] = loaded(post.best["weights"], args)
     if args.control:
-        done = args.resume and (args.out / CONTROL / "config.json").exists()
-        arms[CONTROL] = (load_generator(args.out / CONTROL).to(args.device).eval() if done else
-                         pretrain_longer(args, data, post.cpu_seconds, log))
+        arms[CONTROL] = pretrain_longer(args, data, post.cpu_seconds, log)
 
     videos = report(arms, held_out, run.step, args, log)
     write_pictures(args.out, videos, held_out)

@@ -11,7 +11,7 @@ reinforcement learning needs. Write D = sigma - next_sigma, a = noise_level, and
     clean_hat = x - sigma * velocity,     noise_hat = x + (1 - sigma) * velocity
 
     ode        mean = x - D velocity = (1 - next_sigma) clean_hat + next_sigma noise_hat,     step_std = 0
-    flow-sde   the SDE with the ODE's marginals, by Euler's rule (Flow-GRPO, arXiv 2505.05470, eq. 9):
+    flow-sde   the SDE with the ODE's marginals, by Euler's rule (Flow-GRPO, arXiv 2505.05470):
                step_std = a sqrt(sigma / (1 - sigma)) sqrt(D)
                mean = x - D velocity - step_std^2 / (2 sigma) noise_hat
     cps        swap a part of the noise for fresh noise, the sum as large as before (CPS, arXiv 2509.05952):
