@@ -181,9 +181,9 @@ def test_by_the_largest_std_a_group_of_small_differences_counts_less():
     largest, _ = advantages(reward, {"sync": 1.0}, Settings(group=2, normalise="max-group"), 1)
     assert torch.allclose(own[:, 0], torch.tensor([-1., 1, -1, 1]))
     assert torch.allclose(largest[:, 0], torch.tensor([-0.25, 0.25, -1, 1]))
-    reward.per_chunk = {"sync": torch.tensor([[0., 0], [14, 2], [0, 0], [0, 8]])}     # to go: 0 0, 8 2, 0 0, 4 8
+    reward.per_chunk = {"sync": torch.tensor([[0., 0], [14, 2], [0, 0], [4, 4]])}     # to go: 0 0, 8 2, 0 0, 4 4
     largest, _ = advantages(reward, {"sync": 1.0}, Settings(group=2, normalise="max-group", credit="chunk"), 2)
-    assert torch.allclose(largest, torch.tensor([[-1., -0.25], [1, 0.25], [-0.5, -1], [0.5, 1]]))     # chunk by chunk
+    assert torch.allclose(largest, torch.tensor([[-1., -0.5], [1, 0.5], [-0.5, -1], [0.5, 1]]))       # chunk by chunk
 
 
 def test_a_group_of_equal_rewards_has_no_advantage_and_no_gradient():

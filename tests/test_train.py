@@ -376,6 +376,28 @@ def test_sampling_with_noise_is_paired_and_reproducible(run):
     assert not torch.allclose(both, train.validate(model, clips, args)[1], atol=1e-3)
 
 
+def first_updates(run, folder, *more):
+    train.main(["--pretrained", str(run), "--out", str(folder), *POST, "--parts", "1", *more])
+    return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "parts" in e]
+
+
+def test_micro_batches_save_memory_and_change_nothing_else(run, judge, tmp_path):
+    """Six rollouts at once, or as 4 + 2: the same loss, gradient and statistics."""
+    whole, split = (first_updates(run, tmp_path / n, "--updates", "1", "--micro-batch", n)[0]["parts"][0]
+                    for n in ("6", "4"))
+    for name, value in whole.items():
+        assert split[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert whole["grad_norm"] > 1e-4
+
+
+def test_every_update_has_prompts_and_noise_of_its_own(run, judge, tmp_path):
+    first_updates(run, tmp_path / "a")
+    asked, judge.asked = judge.asked, []
+    assert len({tuple(names) for names in asked}) > 1
+    norms = [e["parts"][0]["grad_norm"] for e in first_updates(run, tmp_path / "b", "--post-lr", "0")]
+    assert judge.asked == asked and len(set(norms)) == 4
+
+
 def test_weights_change_the_reward_or_are_refused(monkeypatch):
     monkeypatch.setattr(train.reward, "Reward", lambda **kwargs: Brightness(), raising=False)
     args = train.parse_arguments([*TINY, "--weights", "end=0"])
