@@ -517,6 +517,7 @@ COMPONENTS = {
     "flicker": ("..0", "log ratio", "trembling light per motion against real clips, more or less"),
     "seam": ("..0", "log ratio", "jumps at chunk borders against real clips, more or less"),
 }
+UNITS = {"still": 0.005, "identity": 0.01}           # a difference that counts as one; 1 where none is given
 CREDIT_WIDTH, CREDIT_HOP = FPS, FPS // 3             # frames that are judged for the credit of the chunks in them
 
 
@@ -551,6 +552,7 @@ class Reward:
                  calibration: dict | None = None, likeness=likeness):
         self.judge, self.real, self.chunk_frames, self.likeness = judge, real, chunk_frames, likeness
         self.weights, self.calibration = {k: w for k, w in asdict(weights).items() if w}, calibration or {}
+        self.units = {name: UNITS.get(name, 1.0) for name in self.weights}
         if judge is None and set(ASPECTS) & set(self.weights):
             raise ValueError("the weights count a judge's ratings, but there is no judge")
 
@@ -720,7 +722,7 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
 
 
 def read_mouths(videos: Tensor, clips: Sequence[Clip]) -> Tensor:
-    """Read the mouths of generated videos (N, F, 3, S, S) on the scale of `mouths` of the true clips. Returns (N, F)."""
+    """Read the mouths of videos (N, F, 3, S, S) on the scale of `mouths` of their true clips. Returns (N, F)."""
     frames = videos.shape[1]
     if not clips[0].truth:
         axis = mouth_axis([clip.frames[:frames] / 255 for clip in clips[:200]])
@@ -840,7 +842,7 @@ def lesson(material: Material, other: Material, row: int, frames: int, rng: torc
 
     # the fault
     faults = torch.full((len(FAULTS),), 0.0 if material.face is not None else math.nan)
-    if fault < 0.3 and uniform() < 0.55:
+    if fault < 0.3 and uniform() < 0.65:
         kind, strength, amplitude = whole(0, len(FAULTS)), uniform(), shown.std().clamp_min(1e-3)
         x, shown = spoil(FAULTS[kind], strength, x, shown, rng)
         lively = lively * (1 - MOUTH_SHARE + MOUTH_SHARE * (shown.std() / amplitude).clamp_max(1).item())
@@ -935,16 +937,17 @@ def tiny_judge(seed: int = 0) -> Judge:
 class Hints(nn.Module):
     """Questions on the way, without which so small a model learns nothing: that lips and sound can be compared at all.
 
-    Linear readouts ask the vision tower how open the mouth is and which faults there are; the audio tower, how open the
-    sound wants the mouth, and how loud it is; the second layer, at the audio tokens, for both mouths, which forces it
-    to fetch the picture of the same instant; the third for their product, whose mean is the agreement, and, at the
-    video tokens, for the faults again. They are thrown away after training.
+    Linear readouts ask the vision tower how open the mouth is, how much changes between two frames, how sharp they are,
+    and which faults there are; the audio tower, how open the sound wants the mouth, and how loud it is; the second
+    layer, at the audio tokens, for both mouths, which forces it to fetch the picture of the same instant; the third for
+    their product, whose mean is the agreement, and, at the video tokens, for the faults again. They are thrown away
+    after training.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         w, self.seen = TINY_WIDTH, {}
-        self.mouth, self.sound, self.both, self.product = (nn.Linear(*n) for n in ((4 * w, 2), (w, 2), (w, 2), (w, 1)))
+        self.sight, self.sound, self.both, self.product = (nn.Linear(*n) for n in ((4 * w, 4), (w, 2), (w, 2), (w, 1)))
         self.faults, self.faults_again = nn.Linear(8 * w, len(FAULTS)), nn.Linear(2 * w, len(FAULTS))
         self.tokens = model.config.video_token_id, model.config.audio_token_id
         places = {"vision": model.visual, "audio": model.audio_tower, "second": model.model.layers[1],
@@ -975,8 +978,11 @@ class Hints(nn.Module):
         unit = lambda m: (m - m.mean(1, keepdim=True)) / (m.std(1, keepdim=True) + 0.15)
         product = (unit(truth.shown) * unit(truth.called)).clamp(-3, 3)
         vision, known = self.seen["vision"].view(b, f // 2, -1), ~truth.faults.isnan()
+        x = truth.frames.float().unflatten(1, (-1, 2))                               # (B, F/2, 2, 3, S, S)
+        strength = lambda d: (d.abs().mean((2, 3, 4, 5)) + 0.3).log()                # of grey levels of 255
+        sight = torch.stack([strength(x.diff(dim=2)), strength(x.diff(dim=-1)) - 2], -1)
         error = lambda guess, target: (guess - target).square().mean()
-        return (0.5 * error(self.mouth(vision), truth.shown.view(b, -1, 2))
+        return (0.5 * error(self.sight(vision), torch.cat([truth.shown.view(b, -1, 2), sight], -1))
                 + 0.3 * error(self.sound(self.seen["audio"].view(b, f, -1)), torch.stack([truth.called, loud], -1))
                 + 0.5 * error(self.both(at("second", audio)), torch.stack([truth.shown, truth.called], -1))
                 + 0.2 * error(self.product(at("third", audio))[..., 0], product)
@@ -985,7 +991,7 @@ class Hints(nn.Module):
 
 
 def rating_loss(logits: Tensor, digits: Sequence[int], quality: Tensor) -> Tensor:
-    """Cross-entropy with soft labels: of quality 3.4, the digit 3 holds .6 and 4 holds .4. logits (B, 3, vocabulary)."""
+    """Cross-entropy with soft labels: for quality 3.4, digit 3 counts .6 and 4 counts .4. logits (B, 3, vocabulary)."""
     soft = (1 - (quality[..., None] - torch.arange(1.0, 6.0)).abs()).clamp_min(0)    # (B, 3, 5)
     return -(soft * logits.log_softmax(-1)[..., list(digits)]).sum(-1).mean((0, 1))
 
@@ -1166,7 +1172,7 @@ def kendall(a, b) -> float:
 
 
 def pairwise_accuracy(a, b, groups=None, least: float = 0.0) -> float:
-    """Share of the pairs that differ in the truth `b`, by `least` or more, and that `a` ranks alike; a tie is half right.
+    """Share of the pairs that differ in the truth `b`, by `least` or more, that `a` ranks alike; a tie is half right.
 
     Args:    a, b (n,); groups (n,): only pairs inside a group count, as in GRPO. Returns: 0..1, nan without a pair.
     """
@@ -1350,12 +1356,6 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 def lip_sync_correlation(frames: Tensor, truth: dict[str, Tensor]) -> Tensor:
     """Correlate the measured open area with the true one. Returns: scalar in -1..1, 0 for a frozen mouth."""
     return correlation(mouth_opening_from_pixels(frames, truth), truth["opening"] * truth["width"])
-
-
-def mouth_amplitude(frames: Tensor, true_frames: Tensor, truth: dict[str, Tensor]) -> Tensor:
-    """Compare how much the mouth moves with the true clip's, measured alike. Returns: scalar, 1 is the truth."""
-    made, true = (mouth_opening_from_pixels(x, truth).std() for x in (frames, true_frames))
-    return made / true.clamp(min=1e-6)
 
 
 # ---------------------------------------------------------------- metrics that need the truth: any clip
@@ -1678,7 +1678,7 @@ def load_sync(folder: str | Path) -> SyncNetwork:
 # ---------------------------------------------------------------- command line
 
 JUDGE_CLIPS, SYNC_CLIPS = 1500, 1000                 # drawn talkers to teach on
-GENERATED_CLIPS = 80                                 # clips that each generator imitates for the judge
+GENERATED_CLIPS = 48                                 # clips that each generator imitates for the judge
 HELD_OUT_SEED = 2_000_000                            # drawn talkers for exams: other people, other speech
 DEFAULT_SYNC = Path(__file__).parent / "assets" / "sync"
 
@@ -1696,24 +1696,26 @@ def weights_argument(text: str) -> dict[str, float]:
     return weights
 
 
-def reward_flags(p: argparse.ArgumentParser) -> None:
-    """Add the flags that define a reward; train.py has the same."""
-    g = p.add_argument_group("reward")
-    g.add_argument("--judge", default=str(DEFAULT_JUDGE), metavar="NAME", help="a folder, or a model of the hub such as "
-                   "Qwen/Qwen2.5-Omni-3B, which is then downloaded; none: no judge (the embedded one)")
-    g.add_argument("--judge-url", metavar="URL", help="ask an OpenAI-compatible endpoint, http://host:port/v1, instead")
-    g.add_argument("--judge-model", metavar="NAME", help="the model's name at that endpoint")
-    g.add_argument("--judge-dtype", choices=("float32", "bfloat16", "float16"), help="(float32 on a CPU, else bfloat16)")
-    g.add_argument("--judge-size", type=int, metavar="S", help="pixels per side at which it sees frames (its own)")
-    g.add_argument("--judge-batch", type=int, default=8, help="clips at once, or requests under way (%(default)s)")
-    g.add_argument("--judge-order", choices=("ascending", "descending", "both"), default="ascending",
-                   help="of the scale in the question; both are averaged (%(default)s)")
-    g.add_argument("--judge-offload", action="store_true", help="keep the judge in main memory between two uses")
-    g.add_argument("--calibration", metavar="FILE", help="map ratings to people's scale by what --align wrote")
-    g.add_argument("--perceptual", metavar="NAME", help="identity by a vision model of transformers, a folder or a name "
-                   "on the hub such as facebook/dinov2-small (local brightness, colour and contrast)")
-    g.add_argument("--weights", type=weights_argument, default={}, metavar="NAME=W,...",
-                   help="of components: " + ", ".join(f"{k} {w:g}" for k, w in asdict(Weights()).items()))
+def reward_flags(p: argparse.ArgumentParser) -> list[str]:
+    """Add the flags that define a reward; train.py has the same. Returns: their names."""
+    g, names = p.add_argument_group("reward"), []
+    flag = lambda *name, **settings: names.append(g.add_argument(*name, **settings).dest)
+    flag("--judge", default=str(DEFAULT_JUDGE), metavar="NAME", help="a folder, or a model of the hub such as "
+         "Qwen/Qwen2.5-Omni-3B, which is then downloaded; none: no judge (the embedded one)")
+    flag("--judge-url", metavar="URL", help="ask an OpenAI-compatible endpoint, http://host:port/v1, instead")
+    flag("--judge-model", metavar="NAME", help="the model's name at that endpoint")
+    flag("--judge-dtype", choices=("float32", "bfloat16", "float16"), help="(float32 on a CPU, else bfloat16)")
+    flag("--judge-size", type=int, metavar="S", help="pixels per side at which it sees frames (its own)")
+    flag("--judge-batch", type=int, default=8, help="clips at once, or requests under way (%(default)s)")
+    flag("--judge-order", choices=("ascending", "descending", "both"), default="ascending",
+         help="of the scale in the question; both are averaged (%(default)s)")
+    flag("--judge-offload", action="store_true", help="keep the judge in main memory between two uses")
+    flag("--calibration", metavar="FILE", help="map ratings to people's scale by what --align wrote")
+    flag("--perceptual", metavar="NAME", help="identity by a vision model of transformers, a folder or a name "
+         "on the hub such as facebook/dinov2-small (local brightness, colour and contrast)")
+    flag("--weights", type=weights_argument, default={}, metavar="NAME=W,...",
+         help="of components: " + ", ".join(f"{k} {w:g}" for k, w in asdict(Weights()).items()))
+    return names
 
 
 def make_judge(args: argparse.Namespace):
@@ -1746,11 +1748,12 @@ def table(reward: Reward, columns: dict[str, Scores]) -> str:
     lines = [f"{'':16}" + "".join(f"{name:>12}" for name in columns) + "   weight  range  unit, meaning"]
     for name, weight in reward.weights.items():
         values = "".join(f"{scores.components[name].mean().item():12.3f}" for scores in columns.values())
-        lines.append(f"{name:16}{values}{weight:9.2f}  {COMPONENTS[name][0]:6} {', '.join(COMPONENTS[name][1:])}")
+        scale, *meaning = COMPONENTS.get(name, ("",))                                # a reward of your own has others
+        lines.append(f"{name:16}{values}{weight:9.2f}  {scale:6} {', '.join(meaning)}")
     lines.append(f"{'total':16}" + "".join(f"{scores.total.mean().item():12.3f}" for scores in columns.values())
                  + "           sum of weight * component: more is better")
-    if (masses := [s.mass for s in columns.values() if s.mass is not None]):
-        lines.append(f"the judge's answers are digits with probability {min(m.min().item() for m in masses):.3f} or more")
+    if masses := [s.mass for s in columns.values() if getattr(s, "mass", None) is not None]:
+        lines.append(f"the judge answers with digits, probability {min(m.min().item() for m in masses):.3f} or more")
     return "\n".join(lines)
 
 
@@ -1806,7 +1809,7 @@ def train_judge(args: argparse.Namespace) -> None:
     generated = Material(*map(torch.cat, zip(*(list(vars(p).values())[:6] for p in parts)))) if parts else None
     print(f"lessons are made of {len(good)} clips and {len(generated) if parts else 0} generated ones; "
           f"ready after {(time.process_time() - start) / 60:.1f} CPU-minutes")
-    judge = tiny_judge(args.seed)
+    judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
     teach(judge, good, generated, args.steps or 1000, seed=args.seed)
     minutes = (time.process_time() - start) / 60
     lines = ["| aspect | Spearman | pairs of one clip ranked right |", "|---|---|---|"]
@@ -1815,8 +1818,8 @@ def train_judge(args: argparse.Namespace) -> None:
     data = f"{len(good)} clips of {args.data}" if args.data else f"{len(good)} drawn talkers"
     data += f", and {len(generated)} clips made by early generators" if parts else ""
     command = "python reward.py --train-judge" + "".join(
-        f" --{k} {v}" for k, v in (("data", args.data), ("generator", " ".join(args.generator)), ("steps", args.steps),
-                                   ("seed", args.seed)) if v)
+        f" --{k} {v}" for k, v in (("from-judge", args.from_judge), ("data", args.data), ("steps", args.steps),
+                                   ("generator", " ".join(args.generator)), ("seed", args.seed)) if v)
     save_judge(judge, args.out or Path("runs/judge"), CARD.format(
         parameters=sum(p.numel() for p in judge.model.parameters()) / 1e6, data=data, command=command, minutes=minutes,
         agreement="\n".join(lines)))
@@ -1834,8 +1837,9 @@ def train_sync_network(args: argparse.Namespace) -> None:
                      for name, n in (("frames", frames), ("audio", frames * SAMPLES_PER_FRAME)))
     own, other = (sync_metrics(net, videos / 255, sound) for sound in (audio, audio.roll(1, 0)))
     save_sync(net, args.out or Path("runs/sync"), clips=str(args.data or f"{len(clips)} drawn talkers"), seed=args.seed)
-    print(f"{len(held_out)} held-out clips: offset within a frame in {(own['sync_offset'].abs() <= 1).float().mean():.0%}"
-          f"; confidence {own['sync_confidence'].mean():.3f}, with another's sound {other['sync_confidence'].mean():.3f}\n"
+    near = (own["sync_offset"].abs() <= 1).float().mean()
+    print(f"{len(held_out)} held-out clips: offset within a frame in {near:.0%}; confidence "
+          f"{own['sync_confidence'].mean():.3f}, with another's sound {other['sync_confidence'].mean():.3f}\n"
           f"{args.out or 'runs/sync'}: the network, {(time.process_time() - start) / 60:.1f} CPU-minutes")
 
 
@@ -1879,7 +1883,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels; without it, the centre square")
     g.add_argument("--size", type=int, default=64, help="pixels per side at which videos are scored (%(default)s)")
     g.add_argument("--chunk-frames", type=int, default=4, help="of the generator that made them (%(default)s)")
-    g.add_argument("--sync", type=Path, default=DEFAULT_SYNC, help="folder of the sync network (the drawn talkers' one)")
+    g.add_argument("--sync", type=Path, default=DEFAULT_SYNC, help="folder of the sync network (drawn talkers')")
+    g.add_argument("--from-judge", metavar="DIR", help="teach this one on, such as assets/judge, instead of a new one")
     g.add_argument("--generator", nargs="+", default=[], metavar="RUN", help="runs of train.py, best of several ages, "
                    "whose videos the judge also learns from")
     g.add_argument("--steps", type=int, help="of training (1000 for the judge, 400 for the sync network)")

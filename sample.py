@@ -19,7 +19,7 @@ from tqdm import tqdm
 import reward
 from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, load_portrait, load_speech, log_mel,
                   write_video)
-from model import Generator, estimate_pose, load_generator
+from model import Generator, estimate_pose, load_generator, ode_step
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -40,14 +40,14 @@ def seeded_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], devi
 
 @torch.no_grad()
 def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = 4, guidance: float = 1.0,
-            seed: int = 0) -> Tensor:
+            seed: int = 0, step: Callable[..., Tensor] = ode_step) -> Tensor:
     """Generate each clip anew from its own first frame and its own sound. Returns (B, frames, 3, S, S) in [0, 1]."""
     device = next(model.parameters()).device
     portrait = torch.stack([clip.frames[0] for clip in clips]).to(device) / 255
     mel = torch.stack([log_mel(clip.audio, frames) for clip in clips]).to(device)
     shape = (model.config.video_tokens, model.config.channels)
     noise = seeded_noise(seed, range(len(clips)), shape, device)
-    return torch.cat([video.cpu() for _, video in model.generate(portrait, mel, noise, steps, guidance)], 1)
+    return torch.cat([video.cpu() for _, video in model.generate(portrait, mel, noise, steps, guidance, step)], 1)
 
 
 NEED_NO_TRUTH = "still_psnr", "jerk", "seam", "sync_confidence", "sync_own", "identity"      # reported on a line apart
@@ -81,7 +81,8 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
         made = [reward.mouth_opening_from_pixels(v, t) for v, t in zip(videos, truth)]
         true = [t["opening"] * t["width"] for t in truth]
         values["lip_sync"] = [reward.correlation(m, t) for m, t in zip(made, true)]
-        values["amplitude"] = [reward.mouth_amplitude(v, t, k) for v, t, k in zip(videos, truths, truth)]
+        seen = [reward.mouth_opening_from_pixels(t, k) for t, k in zip(truths, truth)]
+        values["amplitude"] = [m.std() / s.std().clamp_min(1e-6) for m, s in zip(made, seen)]
     else:
         axis = reward.mouth_axis(truths)
         made, true = ([reward.mouth_motion(v, axis) for v in vs] for vs in (videos, truths))

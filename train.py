@@ -1,8 +1,10 @@
-"""Teach portraits to speak.
+"""Teach portraits to speak: pretrain, post-train by reinforcement, report.
 
     python train.py                                    synthetic talkers, two CPU cores, minutes
     python train.py --data my_clips --size 64          your own video clips
     python train.py --resume runs/tiny                 go on where a run was stopped
+    python train.py --pretrained runs/tiny --out runs/other --sampler precise    post-train anew, in another way
+    python train.py --control                          and ask whether more pretraining would have done as well
 
 Pretraining by flow matching: a clip's latent chunks are noised, each to a noise level of its own,
 
@@ -13,10 +15,18 @@ and the generator, which sees the portrait, the sound and the clean past of each
     loss = w(sigma) * |predicted velocity - (noise - clean)|^2,      w = min(sigma / 0.2, 1)^2.
 
 The weight tames the division by sigma near the clean end, where the network predicts the clean latent.
-All randomness of step s comes from a generator keyed by (seed, s), so that a resumed run repeats an unbroken one.
+
+Post-training by GRPO (grpo.py explains it): groups of videos of training prompts are generated, judged by the reward
+that `make_reward` builds, and their draws made likelier or less so. The reference is the moving average of
+pretraining; what is kept is the moving average of the policy where it did best on prompts that are watched on the way
+and reported nowhere else, by metrics that no reward contains.
+
+All randomness of step s, or update u, comes from a generator keyed by (seed, s), so that a resumed run repeats an
+unbroken one.
 """
 
 import argparse
+import copy
 import json
 import math
 import pickle
@@ -35,20 +45,24 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, log_mel, replacing, synthetic_clips,
                   write_speech, write_video)
-from model import PRESETS, Config, Generator, save_generator
-from reward import DEFAULT_SYNC, load_sync, make_reward, reward_flags, table
-from sample import crop_argument, device_argument, evaluate, generator, imitate, summary
+from model import PRESETS, Config, Generator, load_generator, ode_step, save_generator
+from reward import DEFAULT_SYNC, Reward, load_sync, make_reward, reward_flags, table
+from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
-    "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50),
-    "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500),
+    "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50, updates=60, prompts=4, micro_batch=8),
+    "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500, updates=500, prompts=8, micro_batch=4),
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
+POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
+POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any pretraining step
 CODEC_CLIPS = 256                  # enough to fit the codec's components
 SIGMA_BINS = 5
+PRETRAINED, POST_TRAINED, CONTROL = "pretrained", "post-trained", "control"          # the arms of the report
 
 
 # ---------------------------------------------------------------- data
@@ -65,18 +79,29 @@ class Latents:
         return len(self.clean)
 
 
-def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
-    """Return the training and held-out clips, each at least `args.frames` frames long."""
+def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[Clip]]:
+    """Return the clips to train on, to report on, and to watch while post-training, each `args.frames` long or longer.
+
+    Training sees neither of the latter; the watched choose the checkpoint, so the reported may not be among them.
+    """
+    watch = args.watch_clips if args.updates else 0
     if args.data:
         train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop)
     else:
-        train = synthetic_clips(args.clips, args.config.size, args.seconds, args.seed)
-        held_out = synthetic_clips(args.validate_clips, args.config.size, args.seconds, HELD_OUT_SEED + args.seed)
+        size, seed = args.config.size, HELD_OUT_SEED + args.seed
+        train = synthetic_clips(args.clips, size, args.seconds, args.seed)
+        held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
+        if watch:
+            held_out += synthetic_clips(watch, size, args.seconds, seed, first=args.validate_clips)
     long = [[clip for clip in clips if len(clip.frames) >= args.frames] for clips in (train, held_out)]
     if not all(long):
         raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(long[0])} to train on, "
                                     f"{len(long[1])} held out); add files or lower --seconds")
-    return long[0], long[1][: args.validate_clips]
+    watch = min(watch, len(long[1]) // 2)
+    if args.updates and not watch:
+        raise MediaError(args.data, "has one held-out clip, and post-training wants one more to watch; add files")
+    reported = long[1][: len(long[1]) - watch]
+    return long[0], reported[: args.validate_clips], long[1][len(reported):]
 
 
 def pixels(clips: Sequence[Clip], frames: int) -> Tensor:
@@ -143,19 +168,40 @@ def schedule(step: int, args: argparse.Namespace) -> float:
     return min((step + 1) / args.warmup, 1 - step / args.steps, 1.0)
 
 
+def blend(average: dict[str, Tensor], model: Generator, decay: float) -> None:
+    """Move an average of weights towards a model's."""
+    weights = model.state_dict()
+    floats = [k for k, v in weights.items() if v.is_floating_point()]
+    torch._foreach_lerp_([average[k] for k in floats], [weights[k] for k in floats], 1 - decay)
+
+
+def snapshot(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in weights.items()}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Turn whatever a missing or broken checkpoint raises into a MediaError."""
+    try:
+        yield path
+    except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise MediaError(path, f"cannot be resumed from ({str(error).splitlines()[0]}); "
+                               "start the run anew without --resume") from None
+
+
 class Pretraining:
     """Weights, optimizers and moving average of a run: what a step changes, and what a checkpoint holds."""
 
     def __init__(self, model: Generator, args: argparse.Namespace):
         self.model, self.args, self.step = model, args, 0
-        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.average = snapshot(model.state_dict())
         self.optimizers = optimizers(model, args)
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.compiled = torch.compile(model) if args.compile else model
 
-    def advance(self, data: Latents) -> dict:
-        """Take one step. Returns what to log."""
-        factor = schedule(self.step, self.args)
+    def advance(self, data: Latents, factor: float | None = None) -> dict:
+        """Take one step, at the scheduled rate or at `factor` times the highest. Returns what to log."""
+        factor = schedule(self.step, self.args) if factor is None else factor
         for optimizer, rate in zip(self.optimizers, self.rates):
             optimizer.param_groups[0]["lr"] = factor * rate
             optimizer.zero_grad()
@@ -165,10 +211,7 @@ class Pretraining:
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
-        decay = min(self.args.ema, self.step / (self.step + 10))           # a short memory at first
-        weights = self.model.state_dict()
-        floats = [k for k, v in weights.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.average[k] for k in floats], [weights[k] for k in floats], 1 - decay)
+        blend(self.average, self.model, min(self.args.ema, self.step / (self.step + 10)))      # a short memory at first
         return {"loss": loss.item(), "grad_norm": norm.item(), "lr_factor": factor,
                 "loss_by_sigma": [None if math.isnan(x) else round(x, 5) for x in per_bin.tolist()]}
 
@@ -181,30 +224,127 @@ class Pretraining:
 
     def load(self, folder: Path) -> None:
         """Take up the state that `save` wrote. Raises: MediaError where it is missing or broken."""
-        try:
-            state = torch.load(folder / "state.pt", map_location=self.args.device, weights_only=True)
+        with reading(folder / "state.pt") as path:
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
             self.step, self.average = state["step"], state["average"]
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
-        except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise MediaError(folder / "state.pt", f"cannot be resumed from ({str(error).splitlines()[0]}); "
-                                                  "start the run anew without --resume") from None
+
+
+# ---------------------------------------------------------------- one update
+
+def settings(args: argparse.Namespace) -> grpo.Settings:
+    return grpo.Settings(**{f.name: getattr(args, f.name) for f in fields(grpo.Settings)})
+
+
+class PostTraining:
+    """Policy, optimizer, moving average and the best so far: what an update changes, and what a checkpoint holds."""
+
+    def __init__(self, reference: Generator, reward: Reward, args: argparse.Namespace):
+        self.reference, self.reward, self.args, self.settings = reference, reward, args, settings(args)
+        self.model = copy.deepcopy(reference)
+        self.reference.requires_grad_(False)
+        self.average = snapshot(self.model.state_dict())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.post_lr, betas=(0.9, 0.95), weight_decay=0)
+        self.update, self.worse, self.cpu_seconds, self.checked = 0, 0, 0.0, False
+        self.best = {"update": 0, "score": -math.inf, "weights": self.average}
+
+    @property
+    def finished(self) -> bool:
+        """True when all updates are done, or the last looks showed nothing better."""
+        return self.update >= self.args.updates or self.worse >= self.args.patience
+
+    def advance(self, data: Latents, clips: list[Clip]) -> dict:
+        """Make one update: roll out, judge, and take a gradient step on each part of the rollouts.
+
+        The first part is on-policy, its ratios are 1; on the later ones they are not, and the clip is at work.
+        Returns: what to log.
+        """
+        args, device, clock = self.args, self.args.device, [time.perf_counter()]
+        rng = generator(args.seed, POST_STREAM + self.update)
+        rows = torch.randperm(len(data), generator=rng)[: args.prompts]
+        steps = grpo.window(self.settings, self.update, rng)
+        rollout = grpo.roll_out(self.model, (data.portrait[rows] / 255).to(device), data.mel[rows].to(device),
+                                self.settings, steps, rng)
+        if not self.checked:                                       # on the first batch of every run
+            grpo.check_rescoring(self.model, rollout, self.settings)
+            self.checked = True
+        clock.append(time.perf_counter())
+        scores = self.score(rollout, [clips[i] for i in rows])
+        advantage, components = grpo.advantages(scores, self.reward.weights, self.settings, rollout.latents.shape[1],
+                                                self.reward.units)
+        clock.append(time.perf_counter())
+        self.optimizer.param_groups[0]["lr"] = min((self.update + 1) / POST_WARMUP, 1) * args.post_lr
+        size = math.ceil(len(rollout) / self.settings.group / args.parts) * self.settings.group      # whole groups
+        parts = [self.improve(rollout[at:at + size], advantage[at:at + size].to(device))
+                 for at in range(0, len(rollout), size)]
+        self.update += 1
+        blend(self.average, self.model, min(args.post_ema, self.update / (self.update + 10)))
+        clock.append(time.perf_counter())
+        seconds = [round(b - a, 3) for a, b in zip(clock, clock[1:])]
+        return {"reward": scores.total.mean().item(), "components": components, "sigma": steps[0][0], "parts": parts,
+                "seconds_for": dict(zip(("rollout", "reward", "update"), seconds))}
+
+    @torch.no_grad()
+    def score(self, rollout: grpo.Rollout, prompts: list[Clip]):
+        """Return the reward's Scores of a rollout of these prompts."""
+        group, samples = self.settings.group, rollout.frames.shape[1] * SAMPLES_PER_FRAME
+        audio = torch.stack([clip.audio[:samples] for clip in prompts]).repeat_interleave(group, 0)
+        names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
+        return self.reward(rollout.frames, audio, rollout.portrait, names,
+                           per_chunk=self.settings.credit == "chunk")
+
+    def improve(self, rollout: grpo.Rollout, advantage: Tensor) -> dict:
+        """Take a gradient step on some rollouts, a few at a time as memory allows. Returns: what to log."""
+        logs, micro = [], self.args.micro_batch
+        self.optimizer.zero_grad()
+        for at in range(0, len(rollout), micro):
+            few = rollout[at:at + micro]
+            loss, log = grpo.grpo_loss(self.model, self.reference, few, advantage[at:at + micro], self.settings)
+            (loss * len(few) / len(rollout)).backward()
+            logs.append((log, len(few) / len(rollout)))
+        norm = clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        self.optimizer.step()
+        entry = {k: sum(log[k] * share for log, share in logs).tolist() for k in logs[0][0]}
+        return entry | {"ratio_max": torch.stack([log["ratio_max"] for log, _ in logs]).amax(0).tolist(),
+                        "grad_norm": norm.item()}
+
+    def watch(self, clips: list[Clip]) -> dict[str, Tensor]:
+        """Measure the moving average on the watched clips, always from the same noise, and keep it if it is best."""
+        metrics, _ = validate(loaded(self.average, self.args), clips, self.args)
+        score = held_out_score(metrics)
+        self.worse += 1
+        if score > self.best["score"]:
+            self.worse = 0
+            self.best = {"update": self.update, "score": score, "weights": snapshot(self.average)}
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        """Write the best weights for sample.py, and the state apart, each renamed into place."""
+        save_generator(self.model, folder, self.best["weights"], training=flags(self.args))
+        with replacing(folder / "post.pt") as path:
+            torch.save({"update": self.update, "model": self.model.state_dict(), "average": self.average,
+                        "optimizer": self.optimizer.state_dict(), "best": self.best, "worse": self.worse,
+                        "cpu_seconds": self.cpu_seconds}, path)
+
+    def load(self, folder: Path) -> None:
+        """Take up the state that `save` wrote. Raises: MediaError where it is broken."""
+        with reading(folder / "post.pt") as path:
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self.update, self.average, self.best = state["update"], state["average"], state["best"]
+            self.worse, self.cpu_seconds = state["worse"], state["cpu_seconds"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
 
 
 # ---------------------------------------------------------------- reporting
 
-def averaged(run: Pretraining) -> Generator:
-    """The generator with the moving average of its weights."""
-    model = Generator(run.model.config).to(run.args.device).eval()
-    model.load_state_dict(run.average)
+def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
+    """A generator with these weights."""
+    model = Generator(args.config).to(args.device).eval()
+    model.load_state_dict(weights)
     return model
-
-
-def validate(model: Generator, clips: list[Clip], args: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor]:
-    """Generate the held-out clips and measure them. Returns metrics, name -> (B,), and the videos."""
-    videos = imitate(model, clips, args.frames, args.sampling_steps, seed=args.seed)
-    return held_out_metrics(videos, clips, args), videos
 
 
 def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
@@ -212,40 +352,93 @@ def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace
     return evaluate(videos, clips, args.config.chunk_frames, None if args.sync == "none" else load_sync(args.sync))
 
 
-def rewarded(videos: Tensor, held_out: list[Clip], clips: Sequence[Clip], args: argparse.Namespace) -> str:
-    """Tell, apart from the metrics, what the reward says of videos and of their true clips."""
-    reward = make_reward(args, clips, args.config.chunk_frames)
-    true, audio = pixels(held_out, args.frames), torch.stack([c.audio[:args.frames * SAMPLES_PER_FRAME] for c in held_out])
-    names = [clip.name for clip in held_out]
-    return "the reward, which no metric above is part of:\n" + table(reward, {
-        "generated": reward(videos, audio, true[:, 0], names), "truth": reward(true, audio, true[:, 0], names)})
+def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
+             noisy: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    """Generate the held-out clips, by the ODE or with noise on all steps that may have it, and measure them.
+
+    Returns: metrics, name -> (B,), and the videos.
+    """
+    step = ode_step
+    if noisy:
+        shape = (model.config.video_tokens, model.config.channels)
+        noise = seeded_noise(HELD_OUT_SEED + args.seed, range(len(clips)), shape, args.device)
+        step = grpo.drawing_step(settings(args), grpo.stochastic_steps(args.sampling_steps), noise)
+    videos = imitate(model, clips, args.frames, args.sampling_steps, seed=args.seed, step=step)
+    return held_out_metrics(videos, clips, args), videos
 
 
-def write_pictures(folder: Path, videos: Tensor, clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
-    """Write sheet.png, truth above generated for some clips, and sample.mp4, truth beside generated, with sound;
-    and the portrait and the speech of the first clip, to try sample.py with."""
-    frames = videos.shape[1]
-    truths, size = pixels(clips[:rows], frames), videos.shape[-1]
+def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
+    """Tell, apart from the held-out metrics, what the reward says of every arm's videos and of the true clips."""
+    frames = next(iter(arms.values())).shape[1]
+    true, audio = pixels(clips, frames), torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
+    return f"the same {len(clips)} clips by the reward:\n" + table(reward, {
+        name: reward(videos, audio, true[:, 0], [f"{name} {clip.name}" for clip in clips])
+        for name, videos in (arms | {"truth": true}).items()})
+
+
+def held_out_score(metrics: dict[str, Tensor]) -> float:
+    """What chooses the checkpoint, by metrics that no reward contains: the correlation of the mouth with the true one;
+    10% too much or too little motion, of the mouth or of all, costs 0.01 of it. (Not the distance to the true frames:
+    a head that stands still is nearest to one that moves as it likes.)"""
+    mouth = metrics["lip_sync"] if "lip_sync" in metrics else metrics["mouth_own"]
+    off = [abs(math.log(max(metrics[name].mean().item(), 1e-6))) for name in ("amplitude", "motion")]
+    return mouth.mean().item() - 0.1 * sum(off)
+
+
+def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argparse.Namespace,
+           log: "Log") -> list[Tensor]:
+    """Measure every arm on the same held-out clips from the same noise, and print means and paired differences.
+
+    held_out.json keeps the value of every clip. Returns: the videos of each arm, (B, F, 3, S, S), by the ODE.
+    """
+    values, shown = {}, []
+    for sampler in ("ode", args.sampler) if len(arms) > 1 else ("ode",):
+        made = {}
+        for name, model in arms.items():
+            made[name], videos = validate(model, clips, args, noisy=sampler != "ode")
+            shown += [videos] if sampler == "ode" else []
+            log(step=step, arm=name, sampler=sampler, held_out=means(made[name]))
+            print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
+                  f"{summary(made[name])}")
+        for name in [name for name in made if POST_TRAINED in made and name != POST_TRAINED]:
+            difference = {k: v - made[name][k] for k, v in made[POST_TRAINED].items()}
+            print(f"{POST_TRAINED} minus {name}, clip by clip, {sampler}:\n{summary(difference)}")
+        values[sampler] = {name: {k: v.tolist() for k, v in metrics.items()} for name, metrics in made.items()}
+    with replacing(args.out / "held_out.json") as path:
+        path.write_text(json.dumps(values))
+    return shown
+
+
+def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
+    """Write sheet.png, truth above what each arm generated for some clips, and sample.mp4, truth beside generated, with
+    sound; and the portrait and the speech of the first clip, to try sample.py with."""
+    frames, size = arms[0].shape[1], arms[0].shape[-1]
+    videos = [pixels(clips[:rows], frames)] + [arm[:rows] for arm in arms]
     at = torch.linspace(0, frames - 1, columns).long()
-    pairs = torch.stack([truths[:, at], videos[: len(truths), at]], 1).flatten(0, 1)         # (2 rows, columns, ...)
-    sheet = (pairs.permute(0, 3, 1, 4, 2).reshape(len(pairs) * size, columns * size, 3) * 255).round().byte()
+    strips = torch.stack([video[:, at] for video in videos], 1).flatten(0, 1)        # (rows (1 + arms), columns, ...)
+    sheet = (strips.permute(0, 3, 1, 4, 2).reshape(len(strips) * size, columns * size, 3) * 255).round().byte()
     with replacing(folder / "sheet.png") as path:
         Image.fromarray(np.ascontiguousarray(sheet)).save(path, format="png")
     with replacing(folder / "portrait.png") as path:
         Image.fromarray(clips[0].frames[0].permute(1, 2, 0).numpy()).save(path, format="png")
     write_speech(folder / "speech.wav", clips[0].audio)
-    pair = (torch.cat([truths[0], videos[0]], -1) * 255).round().byte()
-    enlarged = pair.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    beside = (torch.cat([video[0] for video in videos], -1) * 255).round().byte()
+    enlarged = beside.repeat_interleave(4, -1).repeat_interleave(4, -2)
     write_video(folder / "sample.mp4", enlarged, clips[0].audio[: frames * SAMPLES_PER_FRAME])
 
 
 class Log:
-    """One line of JSON per event in RUN/log.jsonl; a resumed run drops the steps that it will repeat."""
+    """One line of JSON per event in RUN/log.jsonl; a resumed run drops the steps and updates that it will repeat."""
 
     def __init__(self, folder: Path, step: int):
         self.path, self.start = folder / "log.jsonl", time.perf_counter()
-        old = self.path.read_text().splitlines() if step and self.path.exists() else []
-        kept = [line for line in old if json.loads(line).get("step", 0) <= step]
+        if not step:
+            self.path.unlink(missing_ok=True)
+        self.rewind("step", step)
+
+    def rewind(self, counter: str, to: int) -> None:
+        old = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in old if json.loads(line).get(counter, 0) <= to]
         with replacing(self.path) as path:
             path.write_text("".join(line + "\n" for line in kept))
 
@@ -259,6 +452,19 @@ def means(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------- command line
+
+POST_FLAGS = [
+    ("--updates", int, None, "updates; 0 leaves post-training out (by preset)"),
+    ("--prompts", int, None, "portraits and speeches per update (by preset)"),
+    ("--parts", int, 2, "gradient steps per update, each on a part of its rollouts; with one the clip is never met"),
+    ("--micro-batch", int, None, "rollouts per backward pass (by preset)"),
+    ("--post-lr", float, 2e-4, "of AdamW"),
+    ("--post-ema", float, 0.9, "decay of the moving average of the policy"),
+    ("--watch-every", int, 10, "updates between looks at the watched clips"),
+    ("--watch-clips", int, 24, "held-out clips that choose the checkpoint"),
+    ("--patience", int, 4, "stop after so many looks without a better checkpoint"),
+]
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -284,69 +490,104 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--grad-clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
     g.add_argument("--audio-dropout", type=float, default=0.1, help="share of clips without sound (%(default)s)")
     g.add_argument("--context-noise", type=float, default=1.0, help="most noise on the clean past (%(default)s)")
+    g = p.add_argument_group("post-training")
+    for flag, kind, default, text in POST_FLAGS:
+        g.add_argument(flag, type=kind, default=default, help=text + ("" if default is None else " (%(default)s)"))
+    g.add_argument("--control", action="store_true", help="spend its CPU time on more pretraining too, and compare")
+    g.add_argument("--pretrained", type=Path, metavar="RUN", help="post-train a finished run anew, with these flags "
+                   "and its other ones, into --out")
+    g = p.add_argument_group("GRPO", "grpo.Settings; grpo.py explains it")
+    for f in fields(grpo.Settings):
+        g.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default, choices=f.metadata["choices"],
+                       help=f.metadata["help"] + " (%(default)s)")
     g = p.add_argument_group("validation and checkpoints")
     g.add_argument("--validate-every", type=int, help="steps between validations (only at the end)")
     g.add_argument("--validate-clips", type=int, default=48, help="held-out clips to generate (%(default)s)")
     g.add_argument("--sampling-steps", type=int, default=4, help="flow steps per chunk when generating (%(default)s)")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (%(default)s)")
-    g.add_argument("--sync", help="folder of a sync network for these clips, from reward.py --train-sync; none: no sync "
-                   "metrics (the one for drawn talkers; with --data none)")
-    reward_flags(p)
+    g.add_argument("--sync", help="folder of a sync network for these clips, from reward.py --train-sync, or none "
+                   "(the one for drawn talkers; with --data none)")
+    of_reward = reward_flags(p)
     g = p.add_argument_group("generator", "shape of the generator (by preset); model.Config explains each")
     for field in fields(Config):
         if field.name != "mel_channels":
             g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
     args = p.parse_args(argv)
-    return resumed(p, args) if args.resume else complete(p, args)
+    if args.resume:
+        return resumed(p, args, args.resume, {"resume", "device"})
+    post = {flag[2:].replace("-", "_") for flag, *_ in POST_FLAGS} | {f.name for f in fields(grpo.Settings)}
+    if args.pretrained:
+        if args.out is None or args.out.resolve() == args.pretrained.resolve():
+            p.error("--pretrained wants an --out of its own")
+        args = resumed(p, args, args.pretrained, {"resume", "device", "out", "pretrained", "control", "sync", *post,
+                                                  *of_reward})
+    return complete(p, args)
 
 
 def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Fill what was not given from the preset, which explicit flags win over, and check it."""
-    given = {f.name: vars(args).pop(f.name, None) for f in fields(Config)}
-    try:
-        args.config = replace(PRESETS[args.preset], **{k: v for k, v in given.items() if v is not None})
-    except ValueError as error:
-        p.error(str(error))
+    """Fill what was not given from the preset, which explicit flags win over."""
+    if not args.pretrained:
+        given = {f.name: vars(args).pop(f.name, None) for f in fields(Config)}
+        try:
+            args.config = replace(PRESETS[args.preset], **{k: v for k, v in given.items() if v is not None})
+        except ValueError as error:
+            p.error(str(error))
     for name, value in TRAINING[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.preset
-    if args.out.exists() and not args.out.is_dir():
-        p.error(f"--out {args.out} is a file; name a folder")
-    at_least = dict(seed=0, steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1, save_every=1,
-                    validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0, ema=0)
-    for name, least in at_least.items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    for name in ("ema", "audio_dropout"):
-        if getattr(args, name) >= 1:
-            p.error(f"--{name.replace('_', '-')} must be below 1, got {getattr(args, name)}")
     args.sync = args.sync or ("none" if args.data else str(DEFAULT_SYNC))
     if args.seconds is None:
         args.seconds = 3.0 if args.data else 2.0
-    if not 1 <= args.seconds < math.inf:
-        p.error(f"--seconds must be at least 1, got {args.seconds}")
+    check(p, args)
     args.frames = round(args.seconds * FPS) // args.config.chunk_frames * args.config.chunk_frames
     return args
 
 
-def resumed(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Take every flag from the run that is resumed, but for --device."""
-    given = [k for k, v in vars(args).items() if v != p.get_default(k) and k not in ("resume", "device")]
-    if given:
-        p.error(f"--resume goes on with the flags the run had; leave out --{given[0].replace('_', '-')}")
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one clear line where a flag cannot be used."""
+    if args.out.exists() and not args.out.is_dir():
+        p.error(f"--out {args.out} is a file; name a folder")
+    at_least = dict(seed=0, steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1, save_every=1,
+                    validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0, ema=0, updates=0,
+                    prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0, watch_every=1, watch_clips=1, patience=1)
+    for name, least in at_least.items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    for name in ("ema", "audio_dropout", "post_ema"):
+        if getattr(args, name) >= 1:
+            p.error(f"--{name.replace('_', '-')} must be below 1, got {getattr(args, name)}")
+    if not 1 <= args.seconds < math.inf:
+        p.error(f"--seconds must be at least 1, got {args.seconds}")
+    if args.control and not args.updates:
+        p.error("--control compares with post-training; give it --updates")
     try:
-        saved = json.loads((args.resume / "config.json").read_text())
-        old = argparse.Namespace(**saved["training"], resume=args.resume, out=args.resume, device=args.device)
+        settings(args)
+    except ValueError as error:
+        p.error(str(error))
+
+
+def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, free: set[str]) -> argparse.Namespace:
+    """Take every flag from a run, but for those that are free to be given."""
+    given = [k for k, v in vars(args).items() if v != p.get_default(k) and k not in free]
+    if given:
+        p.error(f"--{'pretrained' if args.pretrained else 'resume'} goes on with the flags the run had; "
+                f"leave out --{given[0].replace('_', '-')}")
+    try:
+        saved = json.loads((run / "config.json").read_text())
+        old = argparse.Namespace(**saved["training"] | {k: getattr(args, k) for k in free})
         old.config, old.data = Config(**saved["model"]), old.data and Path(old.data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        p.error(f"{args.resume} is not a run of this version ({error}); --resume wants the folder that train.py wrote")
+        if not args.pretrained:
+            old.out, old.pretrained = run, None
+            settings(old)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        p.error(f"{run} is not a run of this version ({error}); name the folder that train.py wrote")
     return old
 
 
 def flags(args: argparse.Namespace) -> dict:
     """The flags that define a run, as config.json keeps them beside the generator's Config."""
-    kept = {k: v for k, v in vars(args).items() if k not in ("config", "resume", "device", "out")}
+    kept = {k: v for k, v in vars(args).items() if k not in ("config", "resume", "pretrained", "device", "out")}
     return kept | {"data": args.data and str(args.data.absolute())}
 
 
@@ -390,6 +631,62 @@ def pretrain(run: Pretraining, data: Latents, held_out: list[Clip], log: Log) ->
                 sys.exit(f"stopped at step {run.step}; go on with: python train.py --resume {args.out}")
 
 
+def post_train(post: PostTraining, data: Latents, clips: list[Clip], watched: list[Clip], log: Log) -> None:
+    """Update until the last one, or until looks at the watched clips have shown nothing better for long."""
+    args, start = post.args, time.process_time() - post.cpu_seconds
+
+    def look():
+        metrics = post.watch(watched)
+        log(update=post.update, watched=means(metrics), best=post.best["update"])
+        post.cpu_seconds = time.process_time() - start
+        post.save(args.out)
+        return metrics
+
+    with deferred_interrupt() as asked:
+        if post.update == 0:
+            print(f"{len(watched)} watched clips before post-training:\n{summary(look())}")
+        bar = tqdm(None, "post-training", initial=post.update, total=args.updates, unit="update")
+        while not post.finished:
+            entry = post.advance(data, clips)
+            if not all(math.isfinite(part["loss"] + part["grad_norm"]) for part in entry["parts"]):
+                raise MediaError(args.out, f"the loss is {entry['parts'][-1]['loss']} at update {post.update}; "
+                                           "lower --post-lr")
+            log(update=post.update, **entry)
+            bar.update()
+            bar.set_postfix(reward=f"{entry['reward']:.3f}", kl=f"{entry['parts'][-1]['kl']:.4f}")
+            if post.update % args.watch_every == 0 or post.update == args.updates:
+                bar.write(f"update {post.update}, {len(watched)} watched clips:\n{summary(look())}")
+            if asked:
+                post.cpu_seconds = time.process_time() - start
+                post.save(args.out)
+                bar.close()
+                sys.exit(f"stopped at update {post.update}; go on with: python train.py --resume {args.out}")
+        bar.close()
+    print(f"kept update {post.best['update']} of {post.update}; {post.cpu_seconds:.0f} s of CPU time")
+
+
+def pretrain_longer(args: argparse.Namespace, data: Latents, cpu_seconds: float, log: Log) -> Generator:
+    """The honest alternative to post-training: the same CPU time spent on more pretraining.
+
+    It goes on from the last state, optimizers included, warms up again and decays to zero by the time spent.
+    """
+    folder = args.out / CONTROL
+    if args.resume and (folder / "config.json").exists():
+        return load_generator(folder).to(args.device).eval()
+    run = Pretraining(Generator(args.config).to(args.device), args)
+    run.load(args.out)
+    begin, start, spent = run.step, time.process_time(), 0.0
+    with tqdm(total=round(cpu_seconds), desc="control", unit="CPU-s") as bar:
+        while spent < cpu_seconds:
+            run.advance(data, min((run.step - begin + 1) / args.warmup, 1 - spent / cpu_seconds))
+            spent = time.process_time() - start
+            bar.update(min(round(spent), bar.total) - bar.n)
+    log(control_steps=run.step - begin, cpu_seconds=spent)
+    print(f"control: {run.step - begin} more steps of pretraining in {spent:.0f} s of CPU time")
+    save_generator(run.model, folder, run.average, training=flags(args))
+    return averaged(run)
+
+
 def codec_alone(model: Generator, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
     """Measure the codec by itself: held-out clips, encoded and decoded. Nothing generated can be better."""
     coded = encode(model, clips, args.frames, args.device)
@@ -398,34 +695,73 @@ def codec_alone(model: Generator, clips: list[Clip], args: argparse.Namespace) -
     return held_out_metrics(torch.cat(videos), clips, args)
 
 
-def main(argv: list[str] | None = None) -> None:
-    start = time.perf_counter()
-    args = parse_arguments(argv)
-    clips, held_out = load_clips(args)
+def averaged(run: Pretraining) -> Generator:
+    """The generator with the moving average of its weights."""
+    return loaded(run.average, run.args)
+
+
+def begin_pretraining(args: argparse.Namespace, clips: list[Clip]) -> Pretraining:
+    """Make a new run with its codec fitted, or take up a stopped or a finished one."""
     torch.manual_seed(args.seed)
     run = Pretraining(Generator(args.config).to(args.device), args)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         run.load(args.resume)
+        return run
+    for stale in ("post.pt", f"{CONTROL}/config.json"):             # of an earlier run in this folder
+        (args.out / stale).unlink(missing_ok=True)
+    if args.pretrained:
+        run.load(args.pretrained)
+        run.save(args.out)
     else:
         fit_codec(run.model, clips, args)
         run.average.update({f"codec.{k}": v.clone() for k, v in run.model.codec.state_dict().items()})
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = Log(args.out, run.step)
-    data = encode(run.model, clips, args.frames, args.device)
-    codec = codec_alone(run.model, held_out, args)
+    return run
+
+
+def begin_post_training(reference: Generator, reward: Reward, args: argparse.Namespace, log: Log) -> PostTraining:
+    """Start from the reference, or take up where a stopped run was."""
+    post = PostTraining(reference, reward, args)
+    if args.resume and (args.out / "post.pt").exists():
+        post.load(args.out)
+    else:
+        save_generator(reference, args.out / PRETRAINED, training=flags(args))
+    log.rewind("update", post.update)
+    return post
+
+
+def describe(run: Pretraining, data: Latents, held_out: list[Clip], log: Log, start: float) -> None:
+    """Say what is about to be trained, and what the codec alone can reach."""
+    codec, args = codec_alone(run.model, held_out, run.args), run.args
     parameters = sum(p.numel() for p in run.model.parameters())
     log(config=asdict(args.config), training=flags(args), parameters=parameters, codec=means(codec))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
           f"on {args.device}; ready after {time.perf_counter() - start:.0f} s")
-    pretrain(run, data, held_out, log)
 
-    metrics, videos = validate(averaged(run), held_out, args)
-    log(step=run.step, held_out=means(metrics))
+
+def main(argv: list[str] | None = None) -> None:
+    start = time.perf_counter()
+    args = parse_arguments(argv)
+    clips, held_out, watched = load_clips(args)
+    reward = make_reward(args, clips, args.config.chunk_frames)     # before the minutes of training that would be lost
+    run = begin_pretraining(args, clips)
+    log = Log(args.out, run.step if args.resume else 0)
+    data = encode(run.model, clips, args.frames, args.device)
+    describe(run, data, held_out, log, start)
+    pretrain(run, data, held_out, log)
+    arms = {PRETRAINED: averaged(run)}
+    if args.updates:
+        post = begin_post_training(arms[PRETRAINED], reward, args, log)
+        post_train(post, data, clips, watched, log)
+        arms[POST_TRAINED] = loaded(post.best["weights"], args)
+    if args.control:
+        arms[CONTROL] = pretrain_longer(args, data, post.cpu_seconds, log)
+
+    videos = report(arms, held_out, run.step, args, log)
     write_pictures(args.out, videos, held_out)
-    print(f"{len(held_out)} held-out clips, generated from portrait and sound:\n{summary(metrics)}\n"
-          f"{rewarded(videos, held_out, clips, args)}\n"
-          f"{args.out}: sheet.png (truth above generated), sample.mp4 (truth beside generated), log.jsonl; "
+    print(f"{rewarded(reward, dict(zip(arms, videos)), held_out)}\n"
+          f"{args.out}: sheet.png (truth above {', '.join(arms)}), sample.mp4 (truth beside them), log.jsonl; "
           f"{(time.perf_counter() - start) / 60:.1f} minutes in all\nto try next:\n  python sample.py "
           f"--checkpoint {args.out} --image {args.out}/portrait.png --audio {args.out}/speech.wav --out video.mp4")
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
@@ -19,7 +21,8 @@ from data import SAMPLES_PER_FRAME, MediaError, load_speech, render_talker, writ
 from model import load_generator
 
 TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
-        "--channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2").split()
+        "--channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2 "
+        "--updates 0 --judge none").split()
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,8 @@ def run(cache, tmp_path_factory):
     return folder
 
 
-def weights(folder):
-    state = torch.load(folder / "state.pt", weights_only=True)
+def weights(folder, name="state.pt"):
+    state = torch.load(folder / name, weights_only=True)
     flat = {}
 
     def walk(prefix, value):
@@ -105,11 +108,12 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(run, tmp_path, monkeyp
 def test_a_run_leaves_everything_it_names(run):
     names = {p.name for p in run.iterdir()}
     assert names == {"config.json", "model.safetensors", "state.pt", "log.jsonl", "sheet.png", "sample.mp4",
-                     "portrait.png", "speech.wav"}
+                     "portrait.png", "speech.wav", "held_out.json"}
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
     assert [e["step"] for e in entries if "held_out" in e] == [4, 6]
-    measured = {"lip_sync", "offset", "amplitude", "psnr", "motion", "head", "jerk_ratio", "still_psnr", "jerk", "seam"}
+    measured = {"lip_sync", "offset", "amplitude", "psnr", "motion", "head", "jerk_ratio", "still_psnr", "jerk", "seam",
+                "sync_own", "sync_confidence", "identity"}
     assert set(entries[-1]["held_out"]) == measured and set(entries[0]["codec"]) == measured
     assert Image.open(run / "sheet.png").size == (12 * 32, 2 * 2 * 32)
 
@@ -147,7 +151,9 @@ def test_the_loss_is_the_velocity_error_of_the_levels_it_draws(cache):
 @pytest.mark.parametrize("wrong", ["--steps 0", "--preset huge", "--crop 1,2", "--seconds 0.5", "--grid 4",
                                    "--resume nowhere", "--batch -1", "--prediction noise", "--size 66",
                                    "--window 0", "--seed -1", "--device gpu", "--ema 1", "--seconds nan",
-                                   "--resume . --steps 9", "--crop 0,0,0", "--out train.py"])
+                                   "--resume . --steps 9", "--crop 0,0,0", "--out train.py", "--weights still",
+                                   "--group 1", "--draws 5", "--noise-level 2", "--parts 0", "--post-ema 1",
+                                   "--control --updates 0", "--pretrained nowhere --out x", "--pretrained ."])
 def test_bad_flags_end_with_one_clear_line(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(wrong.split())
@@ -210,3 +216,205 @@ def test_bad_input_is_one_line_and_a_failing_exit(run, tmp_path):
     assert not (tmp_path / "o.mp4").exists()
     with pytest.raises(MediaError, match="holds no config.json"):
         sample.main(["--checkpoint", str(tmp_path), "--image", "a", "--audio", "b", "--out", "c"])
+
+
+# ---------------------------------------------------------------- post-training
+
+POST = ("--updates 4 --prompts 2 --group 3 --rollout-steps 3 --draws 1 --micro-batch 2 --watch-every 2 --watch-clips 2 "
+        "--post-lr 1e-3").split()
+
+
+class Brightness:
+    """A reward with the interface of reward.Reward that anyone can compute: bright frames, and bright last ones."""
+
+    def __init__(self):
+        self.weights, self.units, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
+
+    def __call__(self, frames, audio, portrait, names, per_chunk=False):
+        assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
+        assert portrait.shape == (len(frames), *frames.shape[2:]) and 0 <= frames.min() and frames.max() <= 1
+        assert not frames.requires_grad
+        if "rollout" in names[0]:                    # not the report's clips
+            self.asked.append(names)
+        components = {"bright": frames.mean((1, 2, 3, 4)), "end": frames[:, -1].mean((1, 2, 3))}
+        chunks = {"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {}
+        return SimpleNamespace(total=components["bright"] + 0.5 * components["end"], components=components,
+                               per_chunk=chunks)
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    judge = Brightness()
+    monkeypatch.setattr(train, "make_reward", lambda *args: judge)
+    return judge
+
+
+def post_weights(folder):
+    flat = weights(folder, "post.pt")
+    assert flat.pop(".cpu_seconds") > 0
+    return flat
+
+
+@pytest.fixture(scope="module")
+def post_run(run, tmp_path_factory):
+    """The finished run, post-trained for four updates with the control beside it, and the folder that it left."""
+    folder = tmp_path_factory.mktemp("runs") / "post"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_reward", lambda *args: Brightness())
+        train.main(["--pretrained", str(run), "--out", str(folder), "--control", *POST])
+    return folder
+
+
+def test_post_training_leaves_its_arms_and_logs_every_update(post_run, run):
+    """The reference stands in pretrained/, the control in control/, the best policy on top; each measured twice."""
+    entries = [json.loads(line) for line in (post_run / "log.jsonl").read_text().splitlines()]
+    updates = [e for e in entries if "parts" in e]
+    assert [e["update"] for e in updates] == [1, 2, 3, 4]
+    assert [e["update"] for e in entries if "watched" in e] == [0, 2, 4]
+    for entry in updates:
+        first, second = entry["parts"]
+        assert set(entry["components"]) == {"bright", "end", "total"} and entry["seconds_for"].keys() == {
+            "rollout", "reward", "update"}
+        assert abs(first["ratio_max"][0] - 1) <= 1e-6 < abs(second["ratio_max"][0] - 1)          # 1, then off 1
+        assert first["grad_norm"] > 0 and second["clip_high"] + second["clip_low"] > 0
+        assert entry["sigma"] == pytest.approx(2 / 3)
+    arms = [(e["arm"], e["sampler"]) for e in entries if "arm" in e]
+    assert sorted(arms) == sorted((a, s) for a in ("pretrained", "post-trained", "control") for s in ("ode", "cps"))
+    control = next(e for e in entries if "control_steps" in e)
+    spent = torch.load(post_run / "post.pt", weights_only=True)["cpu_seconds"]
+    assert control["control_steps"] >= 1 and spent <= control["cpu_seconds"] < spent + 0.25
+    values = json.loads((post_run / "held_out.json").read_text())
+    assert len(values["cps"]["control"]["lip_sync"]) == 2
+    assert Image.open(post_run / "sheet.png").size == (12 * 32, 2 * 4 * 32)
+    for name, value in load_generator(run).state_dict().items():
+        assert torch.equal(load_generator(post_run / "pretrained").state_dict()[name], value)
+    assert not torch.equal(load_generator(post_run / "control").no_audio, load_generator(run).no_audio)
+
+
+def test_one_command_does_the_whole_method(post_run, judge, tmp_path):
+    """Pretraining and post-training in one go end with the bits of post-training the saved pretraining."""
+    train.main([*TINY, "--steps", "6", "--out", str(tmp_path), *POST])
+    one, other = post_weights(post_run), post_weights(tmp_path)
+    assert all(torch.equal(v, other[k]) if torch.is_tensor(v) else v == other[k] for k, v in one.items())
+    assert all(torch.equal(v, load_generator(tmp_path).state_dict()[k])
+               for k, v in load_generator(post_run).state_dict().items())
+
+
+def test_a_stopped_post_training_goes_on_bit_equal(post_run, run, judge, tmp_path, monkeypatch):
+    """Ctrl-C in update 3, between its two gradient steps: the update is finished and saved, and the resumed run ends
+    with the same bits in policy, average, optimizer and best."""
+    improve, calls = train.PostTraining.improve, []
+
+    def interrupted(self, *args):
+        calls.append(improve(self, *args))
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return calls[-1]
+    monkeypatch.setattr(train.PostTraining, "improve", interrupted)
+    folder = tmp_path / "half"
+    with pytest.raises(SystemExit, match="stopped at update 3; go on with: python train.py --resume"):
+        train.main(["--pretrained", str(run), "--out", str(folder), *POST])
+    train.main(["--resume", str(folder)])
+    one, other = post_weights(post_run), post_weights(folder)
+    assert one.keys() == other.keys() and len(one) > 100
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name], name
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [e["update"] for e in logged if "parts" in e] == [1, 2, 3, 4]
+    assert_same_bits(post_run, folder)                                # pretraining's state, untouched
+
+
+def test_a_finished_run_resumes_to_its_report_without_another_update(post_run, judge):
+    before = post_weights(post_run)
+    train.main(["--resume", str(post_run)])
+    assert not judge.asked
+    after = post_weights(post_run)
+    assert all(torch.equal(v, after[k]) if torch.is_tensor(v) else v == after[k] for k, v in before.items())
+
+
+def test_what_an_earlier_run_left_in_the_folder_is_not_taken_up(post_run, cache, tmp_path):
+    """A new run stopped before its post-training would otherwise be resumed with the old one's policy and control."""
+    shutil.copytree(post_run, tmp_path / "again")
+    train.main([*TINY, "--steps", "1", "--out", str(tmp_path / "again")])
+    assert not {"post.pt", "control/config.json"} & {str(p.relative_to(tmp_path / "again"))
+                                                     for p in (tmp_path / "again").rglob("*")}
+
+
+def test_patience_ends_a_post_training_that_helps_nobody_and_the_best_is_kept(run, judge, tmp_path, monkeypatch):
+    """Held-out scores 0.5, 0.9, 0.8, 0.7 ... at updates 0, 1, 2, ...: stop two updates after the best, keep it."""
+    looks = iter([0.5, 0.9, 0.8, 0.7, 0.6])
+    kept = []
+    monkeypatch.setattr(train, "held_out_score", lambda metrics: next(looks))
+    watch = train.PostTraining.watch
+
+    def noting(self, clips):
+        kept.append({k: v.clone() for k, v in self.average.items()})
+        return watch(self, clips)
+    monkeypatch.setattr(train.PostTraining, "watch", noting)
+    train.main(["--pretrained", str(run), "--out", str(tmp_path), *POST, "--updates", "9", "--watch-every", "1",
+                "--patience", "2"])
+    state = torch.load(tmp_path / "post.pt", weights_only=True)
+    assert (state["update"], state["best"]["update"], state["best"]["score"]) == (3, 1, 0.9)
+    assert all(torch.equal(v, kept[1][k]) for k, v in load_generator(tmp_path).state_dict().items())
+
+
+def test_what_chooses_the_checkpoint_is_watched_and_what_is_reported_is_not(cache):
+    args = train.parse_arguments([*TINY, *POST, "--validate-clips", "3"])
+    clips, reported, watched = ({clip.name for clip in clips} for clips in train.load_clips(args))
+    assert len(clips) == 6 and len(reported) == 3 and len(watched) == 2
+    assert not clips & reported and not clips & watched and not reported & watched
+
+
+def test_a_rollout_that_cannot_be_rescored_stops_the_run_at_once(run, judge, tmp_path, monkeypatch):
+    rescore = train.grpo.rescore
+    monkeypatch.setattr(train.grpo, "rescore", lambda model, rollout, settings: [
+        part + 1e-4 for part in rescore(model, rollout, settings)])
+    with pytest.raises(RuntimeError, match="does not repeat the rollout"):
+        train.main(["--pretrained", str(run), "--out", str(tmp_path), *POST])
+
+
+@pytest.mark.parametrize("more", [["--credit", "chunk", "--ratio", "guard", "--kl", "closed"],
+                                  ["--sampler", "flow-sde", "--group-noise", "different", "--normalise", "max-group"],
+                                  ["--sampler", "precise", "--draw-at", "sliding", "--parts", "1", "--kl-weight", "0"]])
+def test_every_choice_of_the_algorithm_runs(run, judge, tmp_path, more):
+    train.main(["--pretrained", str(run), "--out", str(tmp_path), *POST, "--updates", "1", *more])
+    assert len(judge.asked) == 1 and len(judge.asked[0]) == 6
+
+
+def test_sampling_with_noise_is_paired_and_reproducible(run):
+    """The same noise for every arm: two runs agree, whatever stands in the batch beside a clip, and it is no ODE."""
+    args = train.parse_arguments([*TINY, "--sampling-steps", "4"])
+    model, clips = load_generator(run).eval(), train.load_clips(args)[1]
+    both, one = (train.validate(model, list(clips)[:n], args, noisy=True)[1] for n in (2, 1))
+    assert torch.allclose(both[:1], one, atol=1e-5)
+    assert not torch.allclose(both, train.validate(model, clips, args)[1], atol=1e-3)
+
+
+def first_updates(run, folder, *more):
+    train.main(["--pretrained", str(run), "--out", str(folder), *POST, "--parts", "1", *more])
+    return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "parts" in e]
+
+
+def test_micro_batches_save_memory_and_change_nothing_else(run, judge, tmp_path):
+    """Six rollouts at once, or as 4 + 2: the same loss, gradient and statistics."""
+    whole, split = (first_updates(run, tmp_path / n, "--updates", "1", "--micro-batch", n)[0]["parts"][0]
+                    for n in ("6", "4"))
+    for name, value in whole.items():
+        assert split[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert whole["grad_norm"] > 1e-4
+
+
+def test_every_update_has_prompts_and_noise_of_its_own(run, judge, tmp_path):
+    first_updates(run, tmp_path / "a")
+    asked, judge.asked = judge.asked, []
+    assert len({tuple(names) for names in asked}) > 1
+    norms = [e["parts"][0]["grad_norm"] for e in first_updates(run, tmp_path / "b", "--post-lr", "0")]
+    assert judge.asked == asked and len(set(norms)) == 4
+
+
+def test_flags_choose_the_reward(cache):
+    args = train.parse_arguments([*TINY, "--weights", "still=2,seam=0"])
+    clips, _, _ = train.load_clips(args)
+    reward = train.make_reward(args, clips, args.config.chunk_frames)
+    assert reward.judge is None and reward.weights == {"still": 2.0, "identity": 0.5, "activity": 0.25, "jerk": 0.25,
+                                                       "flicker": 0.25}

@@ -1,0 +1,319 @@
+"""GRPO: the policy, the rollouts, the advantages and the loss, each against an oracle that shares no code with it."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import grpo
+from grpo import Settings, advantages, check_rescoring, grpo_loss, rescore, reward_to_go, surrogate
+from kernels.flow_step import sigma_schedule
+from test_model import generator, inputs
+
+SMALL = Settings(group=3, rollout_steps=4, draws=2)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def roll_out(model, settings=SMALL, prompts=2, chunks=3, seed=0):
+    return grpo.roll_out(model, *inputs(model, chunks, prompts), settings, grpo.window(settings, 0, rng()), rng(seed))
+
+
+def nudged(model, size=0.01):
+    """The same generator after what might have been an update."""
+    other = generator()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(size * torch.randn(p.shape, generator=rng(p.numel())))
+    return other
+
+
+def scores(**components):
+    return SimpleNamespace(components={k: torch.tensor(v) for k, v in components.items()}, per_chunk={})
+
+
+# ---------------------------------------------------------------- policy and rollouts
+
+@pytest.mark.parametrize("steps, draws", [(3, 1), (4, 1), (4, 2), (6, 2), (10, 4), (10, 8)])
+@pytest.mark.parametrize("draw_at", ["random", "sliding"])
+def test_the_window_never_touches_sigma_1_or_the_last_step(steps, draws, draw_at):
+    """M consecutive steps of the schedule; every allowed place is reached; sliding goes from noise to clean."""
+    settings, levels, starts = Settings(rollout_steps=steps, draws=draws, draw_at=draw_at), sigma_schedule(steps), []
+    for update in range(300):
+        window = grpo.window(settings, update, rng(update))
+        starts.append(levels.index(window[0][0]))
+        assert window == [(levels[i], levels[i + 1]) for i in range(starts[-1], starts[-1] + draws)]
+        assert window[0][0] < 1 and window[-1][1] > 0
+    assert set(starts) == set(range(1, steps - draws))
+    assert draw_at == "random" or starts[:10 * len(set(starts))] == sorted(starts[:10 * len(set(starts))])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(draws=3, rollout_steps=4), "draws must be"), (dict(draws=0), "draws must be"), (dict(group=1), "group of 1"),
+    (dict(sampler="ode"), "sampler must be"), (dict(noise_level=1.5), "out of range"), (dict(clip=0.0), "above 0"),
+    (dict(noise_level=0.0), "draws nothing"), (dict(kl_weight=-1.0), "at least 0"), (dict(ratio="log"), "ratio must")])
+def test_settings_that_cannot_work_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**wrong)
+
+
+def test_a_rollout_is_generation_with_noise_on_the_window_alone():
+    """Replayed by hand: from the kept draws, the ODE leads on to the next draw and to the finished chunk."""
+    model = generator()
+    rollout = roll_out(model)
+    (s0, s1), (_, s2) = rollout.steps
+    assert (s0, s1, s2) == (0.75, 0.5, 0.25) and rollout.old_log_prob.shape == (6, 2, 3)
+    assert torch.equal(rollout.next_x[:, 0], rollout.x[:, 1])                        # adjacent draws
+    level = torch.full((6, 1, 3), s2)
+    with torch.no_grad():
+        velocity = model(rollout.portrait, rollout.mel, rollout.latents, rollout.next_x[:, 1:], level)[:, 0]
+        frames = model.codec.decode(rollout.portrait, rollout.latents)
+    assert (rollout.next_x[:, 1] - s2 * velocity - rollout.latents).abs().max() < 1e-5
+    assert torch.allclose(frames, rollout.frames, atol=1e-5)
+    eps = (rollout.next_x - rollout.old_mean) / torch.tensor([SMALL.coefficients(s)[2] for s in rollout.steps])[
+        :, None, None, None]
+    assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("group_noise", ["same", "different"])
+def test_a_group_shares_its_initial_noise_or_not(group_noise):
+    """Chunk 0 before its first draw has only followed the ODE: equal in a group if and only if the noise was."""
+    rollout = roll_out(generator(), replace(SMALL, group_noise=group_noise))
+    before, after = rollout.x[:, 0, 0].unflatten(0, (2, 3)), rollout.next_x[:, 0, 0].unflatten(0, (2, 3))
+    assert torch.allclose(before[:, 0], before[:, 1], atol=1e-5) == (group_noise == "same")
+    assert not torch.allclose(before[0], before[1], atol=0.1) and not torch.allclose(after[:, 0], after[:, 1], atol=0.1)
+
+
+# ---------------------------------------------------------------- rescoring
+
+@pytest.mark.parametrize("sampler", ["flow-sde", "cps", "precise"])
+@pytest.mark.parametrize("window", [1, 50])
+def test_one_parallel_pass_repeats_the_log_probs_of_a_cached_rollout(sampler, window):
+    """<= 1e-6 in fp32, also when the cache has rolled over."""
+    model, settings = generator(window=window), Settings(group=2, sampler=sampler, rollout_steps=6, draws=4)
+    rollout = roll_out(model, settings, chunks=6)
+    log_prob, mean, _ = rescore(model, rollout, settings)
+    assert (log_prob - rollout.old_log_prob).abs().max() <= 1e-6
+    assert (mean - rollout.old_mean).abs().max() <= 1e-5
+    assert check_rescoring(model, rollout, settings) <= 1e-6
+
+
+def test_the_ratio_is_1_before_the_first_update_in_batches_of_any_size():
+    model = generator()
+    rollout, advantage = roll_out(model), torch.randn(6, 3, generator=rng())
+    for size in (1, 2, 4, 6):
+        for at in range(0, 6, size):
+            _, log = grpo_loss(model, model, rollout[at:at + size], advantage[at:at + size], SMALL)
+            assert (log["ratio_mean"] - 1).abs().max() <= 1e-6 and (log["ratio_max"] - 1).abs().max() <= 1e-6
+            assert log["clip_high"] == log["clip_low"] == 0 and log["kl"] < 1e-9 and log["moved"] < 1e-9
+
+
+def sequential_log_prob(model, rollout, settings):
+    """As public trainers rescore: replay chunk by chunk and draw by draw, each with a pass of its own."""
+    b, m, k = rollout.old_log_prob.shape
+    t, out = model.config.chunk_frames, []
+    for i, (sigma, down) in enumerate(rollout.steps):
+        for chunk in range(k):
+            x = torch.zeros_like(rollout.latents)[:, None, :chunk + 1].clone()
+            x[:, 0, chunk] = rollout.x[:, i, chunk]
+            velocity = model(rollout.portrait, rollout.mel[:, :(chunk + 1) * t], rollout.latents[:, :chunk + 1], x,
+                             torch.full((b, 1, chunk + 1), sigma))[:, 0, chunk]
+            before, after = rollout.x[:, i, chunk], rollout.next_x[:, i, chunk]
+            deviation = down * math.sin(settings.noise_level * math.pi / 2)
+            mean = (1 - down) * (before - sigma * velocity)
+            mean = mean + math.sqrt(down ** 2 - deviation ** 2) * (before + (1 - sigma) * velocity)
+            out.append(Normal(mean, deviation).log_prob(after).mean((1, 2)))
+    return torch.stack(out, 1).unflatten(1, (m, k))
+
+
+def test_the_first_gradient_is_that_of_reinforce_on_the_same_draws():
+    """At ratio 1 the gradient of the surrogate is that of -mean(advantage log p), by autograd through a sequential
+    replay with torch.distributions."""
+    settings = replace(SMALL, kl_weight=0.0)
+    model = generator()
+    rollout, advantage = roll_out(model, settings), torch.randn(6, 3, generator=rng())
+    grpo_loss(model, model, rollout, advantage, settings)[0].backward()
+    ours = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    log_prob = sequential_log_prob(model, rollout, settings)
+    assert (log_prob - rollout.old_log_prob).abs().max() <= 1e-6
+    (-(advantage[:, None] * log_prob).mean()).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert (ours[name] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-9, name
+    assert max(g.abs().max() for g in ours.values()) > 1e-5
+
+
+def test_a_rescoring_that_does_not_repeat_the_rollout_is_refused():
+    model = generator()
+    rollout = roll_out(model)
+    for wrong in (replace(rollout, latents=rollout.latents + 0.05), replace(rollout, mel=rollout.mel.roll(1, 1))):
+        with pytest.raises(RuntimeError, match="rescoring does not repeat the rollout: .* differ by .*same context"):
+            check_rescoring(model, wrong, SMALL)
+    with pytest.raises(RuntimeError, match="same weights"):
+        check_rescoring(nudged(model), rollout, SMALL)
+
+
+# ---------------------------------------------------------------- advantages
+
+def test_a_group_of_four_worked_by_hand():
+    """sync 1 3 3 5: mean 3, std sqrt 2, z = -1.414 0 0 1.414; still -2 -2 -4 -4: mean -3, std 1, z = 1 1 -1 -1;
+    advantage = 1 z_sync + 0.5 z_still."""
+    settings = Settings(group=4)
+    value, report = advantages(scores(sync=[1., 3, 3, 5], still=[-2., -2, -4, -4], unused=[1., 2, 3, 4]),
+                               {"sync": 1.0, "still": 0.5, "unused": 0.0}, settings, chunks=2)
+    want = torch.tensor([-math.sqrt(2) + 0.5, 0.5, -0.5, math.sqrt(2) - 0.5])
+    assert value.shape == (4, 2) and torch.allclose(value, want[:, None].expand(4, 2), atol=1e-6)
+    assert report["sync"] == pytest.approx({"mean": 3, "group_std": math.sqrt(2), "flat": 0})
+    assert set(report) == {"sync", "still", "total"} and report["total"]["flat"] == 0
+
+
+def test_by_the_largest_std_a_group_of_small_differences_counts_less():
+    """Groups 0 2 and 0 8: stds 1 and 4. By its own std each gives -1 1; by the largest, -1/4 1/4 and -1 1."""
+    reward = scores(sync=[0., 2, 0, 8])
+    own, _ = advantages(reward, {"sync": 1.0}, Settings(group=2), 1)
+    largest, _ = advantages(reward, {"sync": 1.0}, Settings(group=2, normalise="max-group"), 1)
+    assert torch.allclose(own[:, 0], torch.tensor([-1., 1, -1, 1]))
+    assert torch.allclose(largest[:, 0], torch.tensor([-0.25, 0.25, -1, 1]))
+    reward.per_chunk = {"sync": torch.tensor([[0., 0], [14, 2], [0, 0], [4, 4]])}     # to go: 0 0, 8 2, 0 0, 4 4
+    largest, _ = advantages(reward, {"sync": 1.0}, Settings(group=2, normalise="max-group", credit="chunk"), 2)
+    assert torch.allclose(largest, torch.tensor([[-1., -0.5], [1, 0.5], [-0.5, -1], [0.5, 1]]))       # chunk by chunk
+
+
+def test_a_group_of_equal_rewards_has_no_advantage_and_no_gradient():
+    settings = replace(SMALL, kl_weight=0.0)
+    model = generator()
+    rollout = roll_out(model, settings)
+    for equal in (0.0, 3.3):
+        value, report = advantages(scores(sync=[equal] * 6), {"sync": 1.0}, settings, 3)
+        assert torch.equal(value, torch.zeros(6, 3)) and report["sync"]["flat"] == report["total"]["flat"] == 1
+    for policy in (model, nudged(model)):
+        grpo_loss(policy, model, rollout, value, settings)[0].backward()
+        assert all(p.grad is None or p.grad.abs().max() == 0 for p in policy.parameters())
+
+
+def test_residue_of_rounding_is_not_blown_up_and_the_advantage_is_clamped():
+    """Rewards equal but for the last bit stay near 0; one winner of 64 has z = 7.9 and is clamped to 5."""
+    near = [3.0, 3.0000002, 3.0, 2.9999998]
+    value, report = advantages(scores(sync=near), {"sync": 1.0}, Settings(group=4), 1)
+    assert value.abs().max() < 1e-3 and report["sync"]["flat"] == 1
+    value, _ = advantages(scores(sync=[0.0] * 63 + [1.0]), {"sync": 1.0}, Settings(group=64), 1)
+    assert value.max() == 5 and value[0, 0] == pytest.approx(-math.sqrt(1 / 63), rel=1e-4)
+    value, _ = advantages(scores(hinge=[0.0, 0, 0, -1e-4]), {"hinge": 1.0}, Settings(group=4), 1, units={"hinge": 1.0})
+    assert value.abs().max() < 0.1                                   # a tiny violation, in its own unit
+
+
+def test_a_reward_that_is_not_a_number_is_named():
+    with pytest.raises(ValueError, match="reward sync is .*nan"):
+        advantages(scores(sync=[1.0, math.nan]), {"sync": 1.0}, Settings(group=2), 1)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        advantages(scores(sync=[1.0, 2.0]), {"sync": 0.0}, Settings(group=2), 1)
+
+
+def test_credit_per_chunk_looks_forward_only():
+    """reward to go of 1 2 6 is 9/3 8/2 6; what happened before a chunk is no part of its credit, and components
+    without a place in time count for the whole video."""
+    assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]])), torch.tensor([[3., 4, 6]]))
+    made = scores(seam=[0., 0], sync=[1., 3])
+    made.per_chunk = {"seam": torch.tensor([[5., 0, 1], [0., 0, 3]])}
+    value, _ = advantages(made, {"seam": 1.0}, Settings(group=2, credit="chunk"), 3)
+    assert torch.allclose(value, torch.tensor([[1., -1, -1], [-1., 1, 1]]))
+    both, _ = advantages(made, {"seam": 1.0, "sync": 0.5}, Settings(group=2, credit="chunk"), 3)
+    assert torch.allclose(both, value + torch.tensor([[-0.5], [0.5]]))
+
+
+# ---------------------------------------------------------------- loss
+
+@pytest.mark.parametrize("advantage, ratio, stopped", [(1., 1.3, True), (1., 0.7, False), (-1., 1.3, False),
+                                                       (-1., 0.7, True), (1., 1.1, False), (-1., 0.9, False)])
+def test_the_clip_stops_the_gradient_on_the_right_side_only(advantage, ratio, stopped):
+    """A good draw is not made ever likelier, a bad one not ever less likely; a wrong step can always be undone."""
+    log_ratio = torch.tensor(math.log(ratio), requires_grad=True)
+    loss, _, high, low = surrogate(log_ratio, torch.tensor(advantage), clip=0.2)
+    loss.backward()
+    assert log_ratio.grad.item() == pytest.approx(0 if stopped else -advantage * ratio)
+    assert (bool(high), bool(low)) == (stopped and advantage > 0, stopped and advantage < 0)
+
+
+def test_the_kl_is_that_of_torch_distributions_and_the_velocity_error():
+    """Closed form against kl_divergence of the two Normals; velocity against the mean square of a replay."""
+    model = generator()
+    other, rollout, zero = nudged(model), roll_out(model), torch.zeros(6, 3)
+    closed = grpo_loss(other, model, rollout, zero, replace(SMALL, kl="closed"))[1]
+    plain = grpo_loss(other, model, rollout, zero, SMALL)[1]
+    _, mean, velocity = rescore(other, rollout, SMALL)
+    _, reference_mean, reference_velocity = rescore(model, rollout, SMALL)
+    step_std = torch.tensor([down * math.sin(0.4 * math.pi) for _, down in rollout.steps])[:, None, None, None]
+    want = kl_divergence(Normal(mean, step_std), Normal(reference_mean, step_std)).mean()
+    assert torch.allclose(closed["kl"], want, rtol=1e-4) and torch.allclose(closed["moved"], want, rtol=1e-3)
+    assert torch.allclose(plain["kl"], ((velocity - reference_velocity) ** 2).mean()) and want > 1e-6
+    with_kl = grpo_loss(other, model, rollout, zero, replace(SMALL, kl_weight=0.5))[0]
+    assert torch.allclose(with_kl, 0.5 * plain["kl"])               # no advantage: the KL alone is left
+
+
+def test_the_guarded_ratio_is_the_re_centred_one_and_has_no_bias():
+    """GRPO-Guard: (log_prob - old_log_prob + (mean - old_mean)^2 / (2 step_std^2)) step_std, whose average is 0 where
+    the plain log-ratio's is -KL."""
+    model = generator()
+    rollout = roll_out(model, prompts=20, chunks=4)
+    log_prob, mean, _ = rescore(nudged(model), rollout, SMALL)
+    step_std = torch.tensor([SMALL.coefficients(step)[2] for step in rollout.steps])[:, None, None, None]
+    centred = log_prob - rollout.old_log_prob + ((mean - rollout.old_mean) / step_std).square().mean((-2, -1)) / 2
+    guarded = grpo.guarded_log_ratio(mean, rollout, step_std)
+    assert torch.allclose(guarded, centred * step_std[..., 0, 0], atol=1e-6)
+    bias = guarded.mean() / (guarded.std() / math.sqrt(guarded.numel()))
+    plain = log_prob - rollout.old_log_prob
+    assert abs(bias) < 4 and plain.mean() < -4 * plain.std() / math.sqrt(plain.numel())
+
+
+# ---------------------------------------------------------------- learning
+
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
+def test_a_bandit_with_a_known_optimum_is_solved(ratio):
+    """One draw a ~ N(mean, 0.5^2), reward -(a - 3)^2: the mean must come to 3, by advantages and surrogate alone."""
+    settings, g = Settings(group=16), rng()
+    mean = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([mean], lr=0.05)
+    for _ in range(150):
+        old = mean.detach().clone()
+        action = old + 0.5 * torch.randn(16, generator=g)
+        advantage, _ = advantages(SimpleNamespace(components={"near": -(action - 3) ** 2}, per_chunk={}), {"near": 1.0},
+                                  settings, chunks=1)
+        for _ in range(2):
+            if ratio == "guard":
+                log_ratio = (action - old) / 0.5 * (mean - old)
+            else:
+                log_ratio = Normal(mean, 0.5).log_prob(action) - Normal(old, 0.5).log_prob(action)
+            optimizer.zero_grad()
+            surrogate(log_ratio, advantage[:, 0], clip=0.2)[0].mean().backward()
+            optimizer.step()
+    assert abs(mean.item() - 3) < 0.15
+
+
+@pytest.mark.parametrize("credit", ["video", "chunk"])
+def test_twenty_updates_raise_a_toy_reward(credit):
+    """Reward: the latents shall be large. Twenty small updates must raise it for every one of 16 videos, on noise
+    that was not trained on, by more than these differ."""
+    settings = Settings(group=8, rollout_steps=4, credit=credit, clip=1e-2)
+    model, reference = generator(), generator()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
+
+    def reward(rollout):
+        per_chunk = rollout.latents.mean((2, 3))
+        return SimpleNamespace(components={"size": per_chunk.mean(1)}, per_chunk={"size": per_chunk})
+    before = reward(roll_out(model, settings, seed=99)).components["size"]
+    for update in range(20):
+        rollout = roll_out(model, settings, seed=update)
+        advantage, _ = advantages(reward(rollout), {"size": 1.0}, settings, chunks=3)
+        for part in (slice(0, 8), slice(8, 16)):
+            optimizer.zero_grad()
+            grpo_loss(model, reference, rollout[part], advantage[part], settings)[0].backward()
+            optimizer.step()
+    after = reward(roll_out(model, settings, seed=99)).components["size"]
+    assert (after - before).min() > 0 and (after - before).mean() > before.std()
