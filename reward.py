@@ -1730,6 +1730,9 @@ def make_judge(args: argparse.Namespace):
     if args.judge == "none":
         return None
     size = {} if args.judge_size is None else {"side": args.judge_size}
+    if args.data and args.judge == str(DEFAULT_JUDGE):
+        print("note: the embedded judge knows drawn talkers only; teach one on your clips: "
+              f"python reward.py --train-judge --data {args.data}", file=sys.stderr)
     return Judge.load(args.judge, args.judge_dtype, orders=orders, batch=args.judge_batch, device=args.device,
                       offload=args.judge_offload, **size)
 
