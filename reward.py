@@ -48,7 +48,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-import torchvision
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -753,7 +752,8 @@ def act(face: Tensor, pose: Tensor, mouth: float, rest: float) -> Tensor:
 
 def blur(x: Tensor, radius: float) -> Tensor:
     """Blur (F, 3, S, S) by a Gaussian of this deviation in pixels."""
-    return torchvision.transforms.functional.gaussian_blur(x, 2 * math.ceil(2.5 * radius) + 1, radius)
+    from torchvision.transforms.functional import gaussian_blur
+    return gaussian_blur(x, 2 * math.ceil(2.5 * radius) + 1, radius)
 
 
 FAULTS = ("tremble", "freeze", "ghost", "blur", "noise", "flicker", "seam")
@@ -1395,7 +1395,7 @@ def mouth_axis(clips: list[Tensor]) -> Tensor:
 
 def quicken(signal: Tensor, frames: int = 25) -> Tensor:
     """Subtract from (F, ...) its running mean over a second: lips are quick, heads are slow."""
-    flat = signal.flatten(1).T[:, None]                                              # (P, 1, F)
+    flat = signal.reshape(len(signal), -1).T[:, None]                                # (P, 1, F)
     ones = torch.ones_like(flat)
     mean = nnf.avg_pool1d(flat, frames, 1, frames // 2) / nnf.avg_pool1d(ones, frames, 1, frames // 2)
     return (flat - mean)[:, 0].T.view_as(signal)
