@@ -76,7 +76,7 @@ class Settings:
     group_noise: str = setting("same", "initial noise within a group", "same", "different")
     normalise: str = setting("group", "divide a reward by its group's std, or by the largest of the update's groups",
                              "group", "max-group")
-    std_floor: float = setting(1e-3, "least std to divide by, in units of the reward component")
+    std_floor: float = setting(1e-3, "least std to divide by, as a share of a reward's size, where it has no floor")
     credit: str = setting("video", "reward whole videos, or each chunk by what comes after it where that is known",
                           "video", "chunk")
     ratio: str = setting("plain", "plain, or re-centred as by GRPO-Guard", "plain", "guard")
@@ -213,14 +213,14 @@ def reward_to_go(reward: Tensor) -> Tensor:
 
 
 def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings, chunks: int,
-               units: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, dict[str, float]]]:
+               floors: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, dict[str, float]]]:
     """Compare every video with its group, component by component (equation 4 above), in float64.
 
     Args:
         scores: components name -> (B,), and with credit "chunk" per_chunk name -> (B, K).
         weights: name -> weight; a weight of 0 leaves a component out.
-        units: name -> what counts as one unit of a component, for the floor of its std; where it is not given,
-            the largest magnitude in the batch. A penalty that is nearly always 0 needs one.
+        floors: name -> least std to divide by: differences below it are noise, and a z-score would blow them up, above
+            all those of a penalty that is nearly always 0. Where none is given, std_floor times the largest magnitude.
 
     Returns:
         advantage (B, K) fp32; and per component its mean, its mean group std, and `flat`, the share of groups whose
@@ -236,13 +236,13 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
         if not reward.isfinite().all():
             raise ValueError(f"reward {name} is {reward.tolist()}: not finite")
         report[name] = {"mean": reward.mean().item()}
-        unit = (units or {}).get(name, reward.abs().max().item())
+        floor = (floors or {}).get(name, settings.std_floor * reward.abs().max().item()) + 1e-12
         if settings.credit == "chunk" and name in scores.per_chunk:
             reward = reward_to_go(scores.per_chunk[name].double())                   # (B, K)
         else:
             reward = reward[:, None].expand(-1, chunks)
         reward = rearrange(reward, "(p g) k -> p g k", g=settings.group)
-        std, floor = reward.std(1, correction=0, keepdim=True), settings.std_floor * unit + 1e-12
+        std = reward.std(1, correction=0, keepdim=True)
         divisor = std if settings.normalise == "group" else std.amax(0, keepdim=True)
         total = total + weight * (reward - reward.mean(1, keepdim=True)) / divisor.clamp_min(floor)
         report[name] |= {"group_std": std.mean().item(), "flat": (std <= floor).double().mean().item()}

@@ -376,6 +376,7 @@ class RemoteJudge:
 
 STILL_SCALES = 1, 2, 4                               # pixels are averaged over squares of this side
 STILL_DEVIATION = 0.02                               # grey levels of 1 by which a place may stray and count as still
+REACH = 8                                            # frames, a third of a second, over which activity is measured
 TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
 
 
@@ -448,18 +449,18 @@ class PretrainedLikeness:
 def temporal(frames: Tensor, chunk_frames: int) -> dict[str, Tensor]:
     """Measure motion per chunk, as logarithms: name -> (B, K). frames (B, F, 3, S, S) in [0, 1].
 
-    activity    mean change from frame to frame, in grey levels of 1
-    jerk        third difference over first: trembling per motion, however much motion there is
-    flicker     second difference of areas of S/8 over the same first difference: light that trembles
+    activity    mean change over a third of a second, in grey levels of 1: how far things move; flicker adds nothing
+    jerk        mean third difference: trembling
+    flicker     mean second difference of areas of S/8: light that trembles
     seam        change across the border to the chunk before over change inside; 0 in the first chunk
     """
     cut = lambda d: in_chunks(d.abs().mean((2, 3, 4)), frames.shape[1], chunk_frames) + 1e-4     # (B, K, T)
     areas = nnf.adaptive_avg_pool2d(frames.flatten(0, 1), 8).unflatten(0, frames.shape[:2])
     change = cut(frames.diff(dim=1))
-    moving = change.mean(2).log()
+    reach = frames[:, REACH:] - frames[:, :-REACH]
     seam = (change[:, :, 0] / change[:, :, 1:].mean(2)).log()
-    return {"activity": moving, "jerk": cut(frames.diff(n=3, dim=1)).mean(2).log() - moving,
-            "flicker": cut(areas.diff(n=2, dim=1)).mean(2).log() - moving,
+    return {"activity": cut(reach).mean(2).log(), "jerk": cut(frames.diff(n=3, dim=1)).mean(2).log(),
+            "flicker": cut(areas.diff(n=2, dim=1)).mean(2).log(),
             "seam": torch.cat([torch.zeros_like(seam[:, :1]), seam[:, 1:]], 1)}
 
 
@@ -494,12 +495,12 @@ class Weights:
     """What each component counts for in the total. 0 switches it off; a judge is only asked if an aspect counts."""
 
     lip_sync: float = 1.0
-    expressiveness: float = 0.5
+    expressiveness: float = 0.3
     motion: float = 0.5
-    still: float = 0.5
-    identity: float = 0.5
-    activity: float = 0.25
-    jerk: float = 0.25
+    still: float = 0.25
+    identity: float = 0.25
+    activity: float = 0.5
+    jerk: float = 0.5
     flicker: float = 0.25
     seam: float = 0.25
 
@@ -511,12 +512,14 @@ COMPONENTS = {
     "motion": ("1..5", "rating", "judge: how natural and clean"),
     "still": ("-1..0", "grey level", "background's distance to the portrait, beyond that of real clips"),
     "identity": ("-1..0", "similarity", "likeness to the portrait, as far as below that of real clips"),
-    "activity": ("..0", "log ratio", "amount of motion against real clips, more or less"),
-    "jerk": ("..0", "log ratio", "trembling per motion against real clips, more or less"),
-    "flicker": ("..0", "log ratio", "trembling light per motion against real clips, more or less"),
+    "activity": ("..0", "log ratio", "range of motion against real clips, more or less"),
+    "jerk": ("..0", "log ratio", "trembling against real clips, more or less"),
+    "flicker": ("..0", "log ratio", "trembling light against real clips, more or less"),
     "seam": ("..0", "log ratio", "jumps at chunk borders against real clips, more or less"),
 }
-UNITS = {"still": 0.005, "identity": 0.01}           # a difference that counts as one; 1 where none is given
+# Deviations within a group that are not worth learning from: less cannot be seen, and a z-score would blow it up.
+FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "still": 0.003, "identity": 0.01, "activity": 0.05,
+          "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
 CREDIT_WIDTH, CREDIT_HOP = FPS, FPS // 3             # frames that are judged for the credit of the chunks in them
 
 
@@ -551,7 +554,7 @@ class Reward:
                  calibration: dict | None = None, likeness=likeness):
         self.judge, self.real, self.chunk_frames, self.likeness = judge, real, chunk_frames, likeness
         self.weights, self.calibration = {k: w for k, w in asdict(weights).items() if w}, calibration or {}
-        self.units = {name: UNITS.get(name, 1.0) for name in self.weights}
+        self.floors = {name: FLOORS[name] for name in self.weights}
         if judge is None and set(ASPECTS) & set(self.weights):
             raise ValueError("the weights count a judge's ratings, but there is no judge")
 
@@ -564,8 +567,8 @@ class Reward:
                  per_chunk: also say when: lip_sync by judging spans of a second, which costs twice the judge again.
         Raises:  MediaError, naming the clip, where the judge fails or a component is not a number.
         """
-        if frames.shape[1] < 4 or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
-            raise ValueError(f"want 4 frames or more and {SAMPLES_PER_FRAME} samples for each: "
+        if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
+            raise ValueError(f"want more than {REACH} frames and {SAMPLES_PER_FRAME} samples for each: "
                              f"got {tuple(frames.shape)} and {tuple(audio.shape)}")
         chunks, mass = self.regularisers(frames.cpu().float(), portrait.cpu().float()), None
         components = {name: values.mean(1) for name, values in chunks.items()}
@@ -1748,12 +1751,12 @@ def make_reward(args: argparse.Namespace, real: Sequence[Clip], chunk_frames: in
 
 def table(reward: Reward, columns: dict[str, Scores]) -> str:
     """Write components and totals, means over clips, one column each."""
-    lines = [f"{'':16}" + "".join(f"{name:>12}" for name in columns) + "   weight  range  unit, meaning"]
+    lines = [f"{'':16}" + "".join(f"{name:>14}" for name in columns) + "   weight  range  unit, meaning"]
     for name, weight in reward.weights.items():
-        values = "".join(f"{scores.components[name].mean().item():12.3f}" for scores in columns.values())
+        values = "".join(f"{scores.components[name].mean().item():14.3f}" for scores in columns.values())
         scale, *meaning = COMPONENTS.get(name, ("",))                                # a reward of your own has others
         lines.append(f"{name:16}{values}{weight:9.2f}  {scale:6} {', '.join(meaning)}")
-    lines.append(f"{'total':16}" + "".join(f"{scores.total.mean().item():12.3f}" for scores in columns.values())
+    lines.append(f"{'total':16}" + "".join(f"{scores.total.mean().item():14.3f}" for scores in columns.values())
                  + "           sum of weight * component: more is better")
     if masses := [s.mass for s in columns.values() if getattr(s, "mass", None) is not None]:
         lines.append(f"the judge answers with digits, probability {min(m.min().item() for m in masses):.3f} or more")

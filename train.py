@@ -3,8 +3,9 @@
     python train.py                                    synthetic talkers, two CPU cores, minutes
     python train.py --data my_clips --size 64          your own video clips
     python train.py --resume runs/tiny                 go on where a run was stopped
-    python train.py --pretrained runs/tiny --out runs/other --sampler precise    post-train anew, in another way
-    python train.py --control                          and ask whether more pretraining would have done as well
+    python train.py --updates 60                       and post-train by reinforcement
+    python train.py --updates 60 --control             and ask whether more pretraining would have done as well
+    python train.py --pretrained runs/tiny --updates 60 --out runs/other    post-train a finished run, any number of times
 
 Pretraining by flow matching: a clip's latent chunks are noised, each to a noise level of its own,
 
@@ -54,8 +55,8 @@ from sample import crop_argument, device_argument, evaluate, generator, imitate,
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
-    "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50, updates=60, prompts=4, micro_batch=8),
-    "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500, updates=500, prompts=8, micro_batch=4),
+    "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4, micro_batch=8),
+    "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8, micro_batch=4),
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
@@ -273,7 +274,7 @@ class PostTraining:
         clock.append(time.perf_counter())
         scores = self.score(rollout, [clips[i] for i in rows])
         advantage, components = grpo.advantages(scores, self.reward.weights, self.settings, rollout.latents.shape[1],
-                                                self.reward.units)
+                                                self.reward.floors)
         clock.append(time.perf_counter())
         self.optimizer.param_groups[0]["lr"] = min((self.update + 1) / POST_WARMUP, 1) * args.post_lr
         size = math.ceil(len(rollout) / self.settings.group / args.parts) * self.settings.group      # whole groups
@@ -454,7 +455,7 @@ def means(metrics: dict[str, Tensor]) -> dict[str, float]:
 # ---------------------------------------------------------------- command line
 
 POST_FLAGS = [
-    ("--updates", int, None, "updates; 0 leaves post-training out (by preset)"),
+    ("--updates", int, 0, "of post-training; 0 leaves it out"),
     ("--prompts", int, None, "portraits and speeches per update (by preset)"),
     ("--parts", int, 2, "gradient steps per update, each on a part of its rollouts; with one the clip is never met"),
     ("--micro-batch", int, None, "rollouts per backward pass (by preset)"),
@@ -519,8 +520,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.pretrained:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
-        args = resumed(p, args, args.pretrained, {"resume", "device", "out", "pretrained", "control", "sync", *post,
-                                                  *of_reward})
+        args = resumed(p, args, args.pretrained, {"resume", "device", "out", "pretrained", "control", "sync",
+                                                  "validate_clips", *post, *of_reward})
     return complete(p, args)
 
 

@@ -205,7 +205,7 @@ def test_residue_of_rounding_is_not_blown_up_and_the_advantage_is_clamped():
     assert value.abs().max() < 1e-3 and report["sync"]["flat"] == 1
     value, _ = advantages(scores(sync=[0.0] * 63 + [1.0]), {"sync": 1.0}, Settings(group=64), 1)
     assert value.max() == 5 and value[0, 0] == pytest.approx(-math.sqrt(1 / 63), rel=1e-4)
-    value, _ = advantages(scores(hinge=[0.0, 0, 0, -1e-4]), {"hinge": 1.0}, Settings(group=4), 1, units={"hinge": 1.0})
+    value, _ = advantages(scores(hinge=[0.0, 0, 0, -1e-4]), {"hinge": 1.0}, Settings(group=4), 1, floors={"hinge": 1e-3})
     assert value.abs().max() < 0.1                                   # a tiny violation, in its own unit
 
 

@@ -320,11 +320,11 @@ def score(real, frames, audio, names, weights=REGULARISERS, judge=None, **option
 
 
 def test_temporal_measures_equal_hand_computed_values():
-    """Brightness n / 100: change .01, no second or third difference; a jump of .03 at each border: seam log 3."""
+    """Brightness n / 100: .08 over 8 frames, no second or third difference; a jump of .03 at each border: seam log 3."""
     frames = torch.zeros(1, 12, 3, 16, 16)
     steady = frames + torch.arange(12.0)[None, :, None, None, None] / 100
     measured = temporal(steady, 4)
-    torch.testing.assert_close(measured["activity"], torch.full((1, 3), math.log(0.01 + 1e-4)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(measured["activity"], torch.full((1, 3), math.log(0.08 + 1e-4)), atol=1e-3, rtol=0)
     assert measured["seam"].abs().max() < 1e-3 and (measured["jerk"] < -4).all() and (measured["flicker"] < -4).all()
     stairs = frames + torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15.0])[None, :, None, None, None] / 100
     expected = torch.tensor([[0, 1, 1]]) * math.log(0.0301 / 0.0101)
@@ -497,6 +497,12 @@ def test_what_cannot_be_done_is_one_line(flags, said, clips, monkeypatch, tmp_pa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(MediaError, match=said):
         reward.main(flags)
+
+
+def test_a_silent_clip_is_named(tmp_path):
+    write_video(tmp_path / "mute.mp4", torch.zeros(30, 3, 64, 64, dtype=torch.uint8), torch.zeros(30 * 640))
+    with pytest.raises(MediaError, match="mute.mp4: is silent"):
+        reward.main(["--video", str(tmp_path / "mute.mp4")])
 
 
 @pytest.mark.parametrize("flag", [

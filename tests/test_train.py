@@ -228,7 +228,7 @@ class Brightness:
     """A reward with the interface of reward.Reward that anyone can compute: bright frames, and bright last ones."""
 
     def __init__(self):
-        self.weights, self.units, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
+        self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
 
     def __call__(self, frames, audio, portrait, names, per_chunk=False):
         assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
