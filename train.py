@@ -576,7 +576,10 @@ def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, fre
                 f"leave out --{given[0].replace('_', '-')}")
     try:
         saved = json.loads((run / "config.json").read_text())
-        old = argparse.Namespace(**saved["training"] | {k: getattr(args, k) for k in free})
+        new = {k: getattr(args, k) for k in free}
+        if args.validate_clips == p.get_default("validate_clips"):
+            new.pop("validate_clips", None)                       # as many as the run had, unless asked otherwise
+        old = argparse.Namespace(**saved["training"] | new)
         old.config, old.data = Config(**saved["model"]), old.data and Path(old.data)
         if not args.pretrained:
             old.out, old.pretrained = run, None
