@@ -652,9 +652,6 @@ class Material:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, rows: slice) -> "Material":
-        return Material(*(None if x is None else x[rows] for x in vars(self).values()))
-
 
 def mouths(clips: Sequence[Clip], frames: int) -> Tensor:
     """Return how open the mouth is, (N, F): of drawn talkers the truth, of real ones the proxy. Unit deviation."""
