@@ -50,7 +50,7 @@ import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, log_mel, replacing, synthetic_clips,
                   write_speech, write_video)
 from model import PRESETS, Config, Generator, load_generator, ode_step, save_generator
-from reward import DEFAULT_SYNC, Reward, load_sync, make_reward, reward_flags, table
+from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
 from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary
 
 # What a preset trains with, beside its Config in model.py.
@@ -368,6 +368,12 @@ def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
     return held_out_metrics(videos, clips, args), videos
 
 
+def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> float:
+    """Return the Frechet distance of generated mouths in motion, windows of five frames, to the true clips'."""
+    net = load_sync(args.sync)
+    return frechet(*(net.visual(v).flatten(0, 1) for v in (videos, pixels(clips, videos.shape[1])))).item()
+
+
 def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
     """Tell, apart from the held-out metrics, what the reward says of every arm's videos and of the true clips."""
     frames = next(iter(arms.values())).shape[1]
@@ -401,6 +407,8 @@ def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argpa
             log(step=step, arm=name, sampler=sampler, held_out=means(made[name]))
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
+            if args.sync != "none":
+                print(f"  all clips together   Frechet distance of mouths {mouth_distance(videos, clips, args):.3f}")
         for name in [name for name in made if POST_TRAINED in made and name != POST_TRAINED]:
             difference = {k: v - made[name][k] for k, v in made[POST_TRAINED].items()}
             print(f"{POST_TRAINED} minus {name}, clip by clip, {sampler}:\n{summary(difference)}")
