@@ -1089,11 +1089,12 @@ def battery(judge, good: Material, seed: int = 0) -> str:
               for m, r in ((0.5, 1), (0.5, 0.5), (0, 0))]
     tests += [("motion", f"{fault} {u}", lambda fault=fault, u=u: (spoilt(fault, u), heard))
               for fault in FAULTS for u in (0.4, 0.8)]
-    best = judge.rate(true, heard, names).score
+    best = dict.fromkeys(ASPECTS, judge.rate(true, heard, names).score)
+    best["expressiveness"] = judge.rate(acted(1, 1), heard, names).score             # the acting itself costs nothing
     lines, failed = [f"{'aspect':16}{'spoilt by':26}true clip rated higher"], set()
     for aspect, name, make in tests:
         a = ASPECTS.index(aspect)
-        wins = (best[:, a] > judge.rate(*make(), names).score[:, a]).float()
+        wins = (best[aspect][:, a] > judge.rate(*make(), names).score[:, a]).float()
         share, low, high = bootstrap(lambda w: float(w.mean()), wins)
         failed |= {aspect} if share < TRUSTED else set()
         lines.append(f"{aspect:16}{name:26}{share:.2f} [{low:.2f}, {high:.2f}]{'' if share >= TRUSTED else '  fails'}")
