@@ -36,6 +36,8 @@ import torch
 import torch.nn.functional as nnf
 import torchaudio
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -67,6 +69,11 @@ class MediaError(ValueError):
 
     def __str__(self) -> str:
         return ": ".join(str(part) for part in self.args)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, for messages of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @dataclass
@@ -838,6 +845,27 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor], config: dict) -> None:
+    """Write folder/model.safetensors and config.json, each to a temporary name first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "model.safetensors") as path:
+        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path)
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=1))
+
+
+@contextmanager
+def reading_weights(folder: Path, kind: str, source: str) -> Iterator[None]:
+    """Turn whatever a missing or broken folder of weights raises into a MediaError that says what it should hold."""
+    try:
+        yield
+    except OSError as error:
+        raise MediaError(folder, f"holds no {Path(error.filename or 'model.safetensors').name}; "
+                                 f"give the folder of {source}") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise MediaError(folder, f"is not {kind} of this version ({first_line(error)}); train it again") from None
 
 
 def write_speech(path: Path, audio: Tensor) -> None:

@@ -34,11 +34,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data import MEL_DIM, MediaError, replacing
+from data import MEL_DIM, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
@@ -548,26 +547,15 @@ def save_generator(model: Generator, folder: Path, weights: dict[str, Tensor] | 
     Args: weights: a state dict to save instead of the model's own (its moving average); more: further entries
         for config.json.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().cpu().contiguous() for k, v in (weights or model.state_dict()).items()}
-    with replacing(folder / "model.safetensors") as path:
-        save_file(weights, path)
-    with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps({"model": asdict(model.config), **more}, indent=1))
+    write_weights(folder, weights or model.state_dict(), {"model": asdict(model.config), **more})
 
 
 def load_generator(folder: str | Path) -> Generator:
     """Load what `save_generator` wrote. Raises: MediaError where the folder holds no checkpoint or a broken one."""
     folder = Path(folder)
-    try:
+    with reading_weights(folder, "a checkpoint", "a run that train.py wrote"):
         model = Generator(Config(**json.loads((folder / "config.json").read_text())["model"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except OSError as error:
-        raise MediaError(folder, f"holds no {Path(error.filename or 'model.safetensors').name}; "
-                                 "give the folder of a run that train.py wrote") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise MediaError(folder, f"is not a checkpoint of this version ({str(error).splitlines()[0]}); "
-                                 "train it again") from None
     return model
 
 

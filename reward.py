@@ -49,14 +49,13 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips,
-                  load_clip, load_portrait, log_mel, normalise_loudness, replacing, synthetic_clips, write_speech,
-                  write_video)
+from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, first_line,
+                  folder_clips, load_clip, load_portrait, log_mel, normalise_loudness, reading_weights, replacing,
+                  synthetic_clips, write_speech, write_video, write_weights)
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -86,6 +85,11 @@ THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
             "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 MIN_MASS = 0.5                                       # below it, most of the answer is not a rating
 DEFAULT_JUDGE = Path(__file__).parent / "assets" / "judge"
+
+
+def to_bytes(frames: Tensor) -> Tensor:
+    """[0, 1] float -> uint8."""
+    return (frames.clamp(0, 1) * 255).round().byte()
 
 
 def prompt(aspect: str, descending: bool = False, rubric: dict = RUBRIC) -> str:
@@ -178,7 +182,7 @@ class Judge:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if isinstance(error, MediaError):
                 raise
-            raise MediaError(name, f"cannot be loaded as a judge ({str(error).strip().splitlines()[0][:200]}); give a "
+            raise MediaError(name, f"cannot be loaded as a judge ({first_line(error)}); give a "
                                    "folder with model, tokenizer and processor, or a name on the hub") from None
         return cls(model.eval().requires_grad_(False), processor, device=device, **settings)
 
@@ -229,7 +233,7 @@ class Judge:
         self.model.to(self.device)
         p = []
         for i in range(0, len(frames), self.batch):
-            pictures = (frames[i:i + self.batch].detach().cpu().clamp(0, 1) * 255).round().byte()
+            pictures = to_bytes(frames[i:i + self.batch].detach().cpu())
             logits = self.logits(pictures, audio[i:i + self.batch].detach().cpu().float())
             p.append(logits.float().softmax(-1)[..., self.digits].cpu())
         if self.offload:
@@ -337,7 +341,7 @@ class RemoteJudge:
         """Encode a clip as the parts of a message: an mp4 with its sound, and the sound alone if not interleaved."""
         with tempfile.TemporaryDirectory() as folder:
             mp4, wav = Path(folder, "clip.mp4"), Path(folder, "clip.wav")
-            write_video(mp4, (frames.detach().clamp(0, 1) * 255).round().byte().cpu(), audio)
+            write_video(mp4, to_bytes(frames.detach()).cpu(), audio)
             write_speech(wav, audio.detach().cpu())
             video, sound = (base64.b64encode(path.read_bytes()).decode() for path in (mp4, wav))
         parts = [{"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{video}"}},
@@ -431,13 +435,13 @@ class PretrainedLikeness:
             self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
             self.processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=local)
         except (OSError, ValueError, KeyError) as error:
-            raise MediaError(name, f"cannot be loaded as a vision model ({str(error).strip().splitlines()[0][:200]}); "
+            raise MediaError(name, f"cannot be loaded as a vision model ({first_line(error)}); "
                                    "give a folder, or a name on the hub") from None
         self.device = device
 
     def features(self, pictures: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] -> (N, D), of length 1."""
-        inputs = self.processor(list((pictures * 255).round().byte().cpu()), return_tensors="pt").to(self.device)
+        inputs = self.processor(list(to_bytes(pictures).cpu()), return_tensors="pt").to(self.device)
         return nnf.normalize(self.model(pixel_values=inputs["pixel_values"]).pooler_output, dim=-1).cpu()
 
     def __call__(self, frames: Tensor, portrait: Tensor) -> Tensor:
@@ -652,6 +656,11 @@ class Material:
     def __len__(self) -> int:
         return len(self.frames)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Material"]) -> "Material":
+        fields = zip(*(vars(part).values() for part in parts))
+        return cls(*(None if field[0] is None else torch.cat(field) for field in fields))
+
 
 def mouths(clips: Sequence[Clip], frames: int) -> Tensor:
     """Return how open the mouth is, (N, F): of drawn talkers the truth, of real ones the proxy. Unit deviation."""
@@ -716,8 +725,8 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
         measured = evaluate(video, clips, c.chunk_frames)
         lively = MOUTH_SHARE * measured["amplitude"].clamp(0, 1) + (1 - MOUTH_SHARE) * measured["head"].clamp(0, 1)
         fault = (measured["jerk_ratio"].log() / math.log(3)).clamp(0, 1)
-        parts.append((to_bytes(video), audio, called, read_mouths(video, clips), lively, fault))
-    return Material(*(torch.cat(p) for p in zip(*parts)))
+        parts.append(Material(to_bytes(video), audio, called, read_mouths(video, clips), lively, fault))
+    return Material.joined(parts)
 
 
 def read_mouths(videos: Tensor, clips: Sequence[Clip]) -> Tensor:
@@ -732,11 +741,6 @@ def read_mouths(videos: Tensor, clips: Sequence[Clip]) -> Tensor:
     made, called = torch.stack([read(*pair) for pair in zip(videos, clips)]), mouths(clips, frames)
     slope = ((true - true.mean()) * called).mean() / true.var()                      # pixels -> unit deviation
     return (made - true.mean()) * slope
-
-
-def to_bytes(frames: Tensor) -> Tensor:
-    """[0, 1] float -> uint8."""
-    return (frames.clamp(0, 1) * 255).round().byte()
 
 
 def act(face: Tensor, pose: Tensor, mouth: float, rest: float) -> Tensor:
@@ -756,6 +760,11 @@ def blur(x: Tensor, radius: float) -> Tensor:
     return gaussian_blur(x, 2 * math.ceil(2.5 * radius) + 1, radius)
 
 
+def whole(rng: torch.Generator, low: int, high: int) -> int:
+    """Draw a whole number from low .. high - 1."""
+    return torch.randint(low, high, (), generator=rng).item()
+
+
 FAULTS = ("tremble", "freeze", "ghost", "blur", "noise", "flicker", "seam")
 
 
@@ -767,7 +776,6 @@ def spoil(fault: str, strength: float, x: Tensor, mouth: Tensor, rng: torch.Gene
     from model import warp
     u, f, at = strength, len(x), torch.arange(len(x))
     normal = lambda *shape: torch.randn(*shape, generator=rng)
-    whole = lambda low, high: torch.randint(low, high, (), generator=rng).item()
     if fault == "tremble":                           # the head jumps, each frame by itself
         pose = torch.zeros(f, 6)
         pose[:, [0, 3]], pose[:, [2, 4]] = 0.035 * u * normal(f, 2), 0.02 * u * normal(f, 1) * torch.tensor([1, -1.0])
@@ -776,11 +784,11 @@ def spoil(fault: str, strength: float, x: Tensor, mouth: Tensor, rng: torch.Gene
         shown = at.clone()
         for _ in range(30):
             if (shown != at).sum() < 0.75 * u * f:
-                start = whole(0, f - 3)
-                shown[start:start + whole(3, 9)] = shown[start].item()
+                start = whole(rng, 0, f - 3)
+                shown[start:start + whole(rng, 3, 9)] = shown[start].item()
         return x[shown], mouth[shown]
     if fault == "ghost":                             # an earlier frame shines through
-        past, w = (at - whole(2, 8)).clamp_min(0), 0.55 * u
+        past, w = (at - whole(rng, 2, 8)).clamp_min(0), 0.55 * u
         return (1 - w) * x + w * x[past], (1 - w) * mouth + w * mouth[past]
     if fault == "blur":
         return blur(x, (0.25 + 2 * u) * x.shape[-1] / 64), mouth
@@ -788,7 +796,7 @@ def spoil(fault: str, strength: float, x: Tensor, mouth: Tensor, rng: torch.Gene
         return x + 0.1 * u * normal(*x.shape), mouth
     if fault == "flicker":                           # light and tint tremble
         return x * (1 + 0.12 * u * normal(f, 1, 1, 1)) + 0.06 * u * normal(f, 3, 1, 1), mouth
-    chunk = at // whole(3, 7)                        # seam: every few frames head and shading jump
+    chunk = at // whole(rng, 3, 7)                        # seam: every few frames head and shading jump
     n, pose = chunk[-1].item() + 1, torch.zeros(chunk[-1].item() + 1, 6)
     pose[:, [0, 3]], pose[:, [1, 5]] = 0.04 * u * normal(n, 2), 0.03 * u * normal(n, 2)
     shade = nnf.interpolate(0.06 * u * normal(n, 3, 6, 6), x.shape[-2:], mode="bicubic")
@@ -810,8 +818,7 @@ class Lesson:
 def lesson(material: Material, other: Material, row: int, frames: int, rng: torch.Generator) -> tuple:
     """Make one clip of known quality: which window, which sound, how lively, which fault. `other` lends its voices."""
     uniform = lambda low=0.0, high=1.0: low + (high - low) * torch.rand((), generator=rng).item()
-    whole = lambda low, high: torch.randint(low, high, (), generator=rng).item()
-    start, room = whole(0, material.frames.shape[1] - frames + 1), material.frames.shape[1] - frames
+    start, room = whole(rng, 0, material.frames.shape[1] - frames + 1), material.frames.shape[1] - frames
     window = slice(start, start + frames)
     x, shown = material.frames[row, window] / 255, material.shown[row, window]
     lively, fault = material.lively[row].item(), material.fault[row].item()
@@ -822,28 +829,28 @@ def lesson(material: Material, other: Material, row: int, frames: int, rng: torc
         x = act(material.face[row, window] / 255, material.pose[row, window], mouth, rest)
         shown, lively = mouth * shown, MOUTH_SHARE * min(mouth, 1) + (1 - MOUTH_SHARE) * min(rest, 1)
     if uniform() < 0.1:                              # splice: for a while the mouth does what it did at another time
-        length = whole(8, frames // 2)
-        at, source = whole(0, frames - length), whole(0, frames - length)
+        length = whole(rng, 8, frames // 2)
+        at, source = whole(rng, 0, frames - length), whole(rng, 0, frames - length)
         order = torch.arange(frames)
         order[at:at + length] = torch.arange(source, source + length)
         x, shown, fault = x[order], shown[order], max(fault, 0.15)
 
     # the sound: mostly its own, or early or late, or mixed with another's, or another's
     kind = uniform()
-    move = whole(1, SHIFT + 1) * (1 if uniform() < 0.5 else -1) if 0.35 < kind < 0.8 else 0
+    move = whole(rng, 1, SHIFT + 1) * (1 if uniform() < 0.5 else -1) if 0.35 < kind < 0.8 else 0
     move = max(-start, min(move, room - start))
     sound = material.audio[row, start + move:start + move + frames].flatten()
     called = material.called[row, start + move:start + move + frames]
     if kind >= 0.8:
         w = uniform(0.2, 0.8) if kind < 0.92 else 1.0
-        j, k = whole(0, len(other)), whole(0, other.frames.shape[1] - frames + 1)
+        j, k = whole(rng, 0, len(other)), whole(rng, 0, other.frames.shape[1] - frames + 1)
         sound = normalise_loudness((1 - w) * sound + w * other.audio[j, k:k + frames].flatten())
         called = (1 - w) * called + w * other.called[j, k:k + frames]
 
     # the fault
     faults = torch.full((len(FAULTS),), 0.0 if material.face is not None else math.nan)
     if fault < 0.3 and uniform() < 0.65:
-        kind, strength, amplitude = whole(0, len(FAULTS)), uniform(), shown.std().clamp_min(1e-3)
+        kind, strength, amplitude = whole(rng, 0, len(FAULTS)), uniform(), shown.std().clamp_min(1e-3)
         x, shown = spoil(FAULTS[kind], strength, x, shown, rng)
         lively = lively * (1 - MOUTH_SHARE + MOUTH_SHARE * (shown.std() / amplitude).clamp_max(1).item())
         fault, faults[kind] = max(fault, strength), strength
@@ -857,11 +864,10 @@ def lessons(good: Material, generated: Material | None, batch: int, seed: int, f
     """Draw a batch, all of one length, a fifth of it from generators, or of the given rows of `good`. A seed gives the
     same lessons always."""
     rng = torch.Generator().manual_seed(seed)
-    whole = lambda low, high: torch.randint(low, high, (), generator=rng).item()
-    frames, made = frames or 2 * whole(LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1), []
+    frames, made = frames or 2 * whole(rng, LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1), []
     for i in range(batch):
         material = generated if generated is not None and i % 5 == 4 else good
-        row = whole(0, len(material)) if rows is None else rows[i]
+        row = whole(rng, 0, len(material)) if rows is None else rows[i]
         made.append(lesson(material, good, row, frames, rng))
     return Lesson(*(torch.stack(field) for field in zip(*made)))
 
@@ -1653,26 +1659,16 @@ def frechet(a: Tensor, b: Tensor) -> Tensor:
 
 def save_sync(net: SyncNetwork, folder: str | Path, **more) -> None:
     """Write folder/model.safetensors in half precision and config.json; more: further entries for config.json."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "model.safetensors") as path:
-        save_file({name: weight.cpu().half().contiguous() for name, weight in net.state_dict().items()}, path)
-    with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps({"sync": net.config, **more}, indent=1))
+    write_weights(Path(folder), {name: weight.half() for name, weight in net.state_dict().items()},
+                  {"sync": net.config, **more})
 
 
 def load_sync(folder: str | Path) -> SyncNetwork:
     """Load, frozen, what `save_sync` wrote. Raises: MediaError where there is no sync network or a broken one."""
     folder = Path(folder)
-    try:
+    with reading_weights(folder, "a sync network", "a sync network"):
         net = SyncNetwork(**json.loads((folder / "config.json").read_text())["sync"])
         net.load_state_dict(load_file(folder / "model.safetensors"))
-    except OSError as error:
-        raise MediaError(folder, f"holds no {Path(error.filename or 'model.safetensors').name}; "
-                                 "give the folder of a sync network") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise MediaError(folder, f"is not a sync network of this version ({str(error).splitlines()[0]}); "
-                                 "train it again") from None
     return net.requires_grad_(False)
 
 
@@ -1738,9 +1734,9 @@ def make_judge(args: argparse.Namespace):
                       offload=args.judge_offload, **size)
 
 
-def make_reward(args: argparse.Namespace, real: Sequence[Clip], chunk_frames: int, judge=None) -> Reward:
+def make_reward(args: argparse.Namespace, real: Sequence[Clip], chunk_frames: int) -> Reward:
     """Make the reward that the flags define, for clips like the real ones."""
-    judge = judge or make_judge(args)
+    judge = make_judge(args)
     weights = Weights(**args.weights if judge else args.weights | dict.fromkeys(ASPECTS, 0.0))
     alike = PretrainedLikeness(args.perceptual, args.device) if args.perceptual else likeness
     calibration = load_calibration(args.calibration) if args.calibration else None
@@ -1803,12 +1799,12 @@ The lessons are graded faults, not ratings of people. It is an instrument for ex
 
 def train_judge(args: argparse.Namespace) -> None:
     """Teach the embedded judge and write it to --out with its card."""
-    start = time.process_time()
+    start, out = time.process_time(), args.out or Path("runs/judge")
     clips, held_out = clips_for(args, JUDGE_CLIPS)
     good, parts = good_material(clips), []
     for i, run in enumerate(args.generator):
         parts.append(generated_material(run, clips[i::max(1, len(clips) // GENERATED_CLIPS)], args.seed))
-    generated = Material(*map(torch.cat, zip(*(list(vars(p).values())[:6] for p in parts)))) if parts else None
+    generated = Material.joined(parts) if parts else None
     print(f"lessons are made of {len(good)} clips and {len(generated) if parts else 0} generated ones; "
           f"ready after {(time.process_time() - start) / 60:.1f} CPU-minutes")
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
@@ -1822,27 +1818,27 @@ def train_judge(args: argparse.Namespace) -> None:
     command = "python reward.py --train-judge" + "".join(
         f" --{k} {v}" for k, v in (("from-judge", args.from_judge), ("data", args.data), ("steps", args.steps),
                                    ("generator", " ".join(args.generator)), ("seed", args.seed)) if v)
-    save_judge(judge, args.out or Path("runs/judge"), CARD.format(
+    save_judge(judge, out, CARD.format(
         parameters=sum(p.numel() for p in judge.model.parameters()) / 1e6, data=data, command=command, minutes=minutes,
         agreement="\n".join(lines)))
-    print("\n".join(lines) + f"\n{args.out or 'runs/judge'}: the judge and its card, {minutes:.1f} CPU-minutes; "
-          f"to use it: --judge {args.out or 'runs/judge'}")
+    print("\n".join(lines) + f"\n{out}: the judge and its card, {minutes:.1f} CPU-minutes; "
+          f"to use it: --judge {out}")
 
 
 def train_sync_network(args: argparse.Namespace) -> None:
     """Train the sync network and say how well it finds the offset of held-out clips."""
-    start = time.process_time()
+    start, out = time.process_time(), args.out or Path("runs/sync")
     clips, held_out = clips_for(args, SYNC_CLIPS)
     net = train_sync(clips, args.seed, args.steps or 400)
     frames = min(len(clip.frames) for clip in held_out)
     videos, audio = (torch.stack([getattr(c, name)[:n] for c in held_out])
                      for name, n in (("frames", frames), ("audio", frames * SAMPLES_PER_FRAME)))
     own, other = (sync_metrics(net, videos / 255, sound) for sound in (audio, audio.roll(1, 0)))
-    save_sync(net, args.out or Path("runs/sync"), clips=str(args.data or f"{len(clips)} drawn talkers"), seed=args.seed)
+    save_sync(net, out, clips=str(args.data or f"{len(clips)} drawn talkers"), seed=args.seed)
     near = (own["sync_offset"].abs() <= 1).float().mean()
     print(f"{len(held_out)} held-out clips: offset within a frame in {near:.0%}; confidence "
           f"{own['sync_confidence'].mean():.3f}, with another's sound {other['sync_confidence'].mean():.3f}\n"
-          f"{args.out or 'runs/sync'}: the network, {(time.process_time() - start) / 60:.1f} CPU-minutes")
+          f"{out}: the network, {(time.process_time() - start) / 60:.1f} CPU-minutes")
 
 
 def validate_judge(args: argparse.Namespace) -> None:

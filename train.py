@@ -5,7 +5,7 @@
     python train.py --resume runs/tiny                 go on where a run was stopped
     python train.py --updates 60                       and post-train by reinforcement
     python train.py --updates 60 --control             and ask whether more pretraining would have done as well
-    python train.py --pretrained runs/tiny --updates 60 --out runs/other    post-train a finished run, any number of times
+    python train.py --pretrained runs/tiny --updates 60 --out runs/other    post-train a finished run, again and again
 
 Pretraining by flow matching: a clip's latent chunks are noised, each to a noise level of its own,
 
@@ -47,8 +47,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, log_mel, replacing, synthetic_clips,
-                  write_speech, write_video)
+from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, first_line, folder_clips, log_mel, replacing,
+                  synthetic_clips, write_speech, write_video)
 from model import PRESETS, Config, Generator, load_generator, ode_step, save_generator
 from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
 from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary
@@ -186,7 +186,7 @@ def reading(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise MediaError(path, f"cannot be resumed from ({str(error).splitlines()[0]}); "
+        raise MediaError(path, f"cannot be resumed from ({first_line(error)}); "
                                "start the run anew without --resume") from None
 
 
@@ -462,17 +462,28 @@ def means(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 # ---------------------------------------------------------------- command line
 
-POST_FLAGS = [
-    ("--updates", int, 0, "of post-training; 0 leaves it out"),
-    ("--prompts", int, None, "portraits and speeches per update (by preset)"),
-    ("--parts", int, 2, "gradient steps per update, each on a part of its rollouts; with one the clip is never met"),
-    ("--micro-batch", int, None, "rollouts per backward pass (by preset)"),
-    ("--post-lr", float, 2e-4, "of AdamW"),
-    ("--post-ema", float, 0.9, "decay of the moving average of the policy"),
-    ("--watch-every", int, 10, "updates between looks at the watched clips"),
-    ("--watch-clips", int, 24, "held-out clips that choose the checkpoint"),
-    ("--patience", int, 4, "stop after so many looks without a better checkpoint"),
-]
+def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
+    """Add the flags of post-training. Returns: the names of those that define it."""
+    g, names = p.add_argument_group("post-training"), []
+    flag = lambda *name, **settings: names.append(g.add_argument(*name, **settings).dest)
+    flag("--updates", type=int, default=0, help="of post-training; 0 leaves it out (%(default)s)")
+    flag("--prompts", type=int, help="portraits and speeches per update (by preset)")
+    flag("--parts", type=int, default=2, help="gradient steps per update, each on a part of its rollouts; with one the "
+         "clip is never met (%(default)s)")
+    flag("--micro-batch", type=int, help="rollouts per backward pass (by preset)")
+    flag("--post-lr", type=float, default=2e-4, help="of AdamW (%(default)s)")
+    flag("--post-ema", type=float, default=0.9, help="decay of the moving average of the policy (%(default)s)")
+    flag("--watch-every", type=int, default=10, help="updates between looks at the watched clips (%(default)s)")
+    flag("--watch-clips", type=int, default=24, help="held-out clips that choose the checkpoint (%(default)s)")
+    flag("--patience", type=int, default=4, help="stop after so many looks without a better checkpoint (%(default)s)")
+    g.add_argument("--control", action="store_true", help="spend its CPU time on more pretraining too, and compare")
+    g.add_argument("--pretrained", type=Path, metavar="RUN", help="post-train a finished run anew, with these flags "
+                   "and its other ones, into --out")
+    g = p.add_argument_group("GRPO", "grpo.Settings; grpo.py explains it")
+    for f in fields(grpo.Settings):
+        flag("--" + f.name.replace("_", "-"), type=f.type, default=f.default, choices=f.metadata["choices"],
+             help=f.metadata["help"] + " (%(default)s)")
+    return names
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -499,16 +510,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--grad-clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
     g.add_argument("--audio-dropout", type=float, default=0.1, help="share of clips without sound (%(default)s)")
     g.add_argument("--context-noise", type=float, default=1.0, help="most noise on the clean past (%(default)s)")
-    g = p.add_argument_group("post-training")
-    for flag, kind, default, text in POST_FLAGS:
-        g.add_argument(flag, type=kind, default=default, help=text + ("" if default is None else " (%(default)s)"))
-    g.add_argument("--control", action="store_true", help="spend its CPU time on more pretraining too, and compare")
-    g.add_argument("--pretrained", type=Path, metavar="RUN", help="post-train a finished run anew, with these flags "
-                   "and its other ones, into --out")
-    g = p.add_argument_group("GRPO", "grpo.Settings; grpo.py explains it")
-    for f in fields(grpo.Settings):
-        g.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default, choices=f.metadata["choices"],
-                       help=f.metadata["help"] + " (%(default)s)")
+    of_post_training = post_training_flags(p)
     g = p.add_argument_group("validation and checkpoints")
     g.add_argument("--validate-every", type=int, help="steps between validations (only at the end)")
     g.add_argument("--validate-clips", type=int, default=48, help="held-out clips to generate (%(default)s)")
@@ -524,12 +526,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.resume:
         return resumed(p, args, args.resume, {"resume", "device"})
-    post = {flag[2:].replace("-", "_") for flag, *_ in POST_FLAGS} | {f.name for f in fields(grpo.Settings)}
     if args.pretrained:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
         args = resumed(p, args, args.pretrained, {"resume", "device", "out", "pretrained", "control", "sync",
-                                                  "validate_clips", *post, *of_reward})
+                                                  "validate_clips", *of_post_training, *of_reward})
     return complete(p, args)
 
 

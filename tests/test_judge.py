@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import reward
 from data import FPS, Clip, MediaError, render_talker, write_video
@@ -175,9 +176,9 @@ def test_what_is_no_judge_is_named_in_one_line(tmp_path):
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     judge = tiny_judge()
     save_judge(judge, tmp_path / "judge", "a card")
-    state = reward.load_file(tmp_path / "judge" / "model.safetensors")
+    state = load_file(tmp_path / "judge" / "model.safetensors")
     state.pop("visual.merger.mlp.0.weight")
-    reward.save_file(state, tmp_path / "judge" / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, tmp_path / "judge" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MediaError, match="lacks the weights visual.merger.mlp.0.weight"):
         Judge.load(tmp_path / "judge")
 
