@@ -868,6 +868,44 @@ def reading_weights(folder: Path, kind: str, source: str) -> Iterator[None]:
         raise MediaError(folder, f"is not {kind} of this version ({first_line(error)}); train it again") from None
 
 
+def pretrained_config(name: str | Path, kinds: Sequence[str], what: str):
+    """Read the configuration of a model of transformers, one of `kinds`: a folder's, or, where `name` is no folder,
+    the hub's: naming a model asks for its download. Raises: MediaError where there is none, or one of another kind."""
+    import transformers                              # here: it takes seconds, and few uses need it
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with _named(name, what):
+        config = transformers.AutoConfig.from_pretrained(str(name), local_files_only=Path(name).is_dir())
+        if config.model_type not in kinds:
+            raise MediaError(name, f"is a {config.model_type} and cannot serve as {what}; use {', '.join(kinds)}")
+        return config
+
+
+def pretrained(name: str | Path, kinds: Sequence[str], what: str) -> torch.nn.Module:
+    """Load the bare model whose configuration `pretrained_config` reads, in fp32. Raises: MediaError, likewise."""
+    import transformers
+    pretrained_config(name, kinds, what)
+    with _named(name, what):
+        model, loaded = transformers.AutoModel.from_pretrained(
+            str(name), dtype=torch.float32, local_files_only=Path(name).is_dir(), output_loading_info=True)
+        missing = sorted(set(loaded["missing_keys"]) - {"masked_spec_embed"})        # only training reads that one
+        if missing:
+            raise MediaError(name, f"lacks the weights {', '.join(missing[:3])}; copy the folder again")
+        return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _named(name: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises into a MediaError."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise MediaError(name, f"cannot be loaded as {what} ({first_line(error)}); give a folder that transformers "
+                               "wrote, or a name on the hub") from None
+
+
 def write_speech(path: Path, audio: Tensor) -> None:
     """Write (T,) float32 in [-1, 1] at 16 kHz as a 16-bit wav file."""
     with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:

@@ -29,6 +29,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,8 +37,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from data import MEL_DIM, reading_weights, write_weights
+from data import MEL_DIM, MediaError, pretrained, pretrained_config, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
@@ -65,9 +67,10 @@ class Config:
     window: int = 8               # W, context blocks that a token sees
     rope_base: float = 100.0      # slowest rotary wavelength, about 600 frames: the window is far shorter
     prediction: str = "clean"     # the network's output: "clean" latent or "velocity"
+    norm_eps: float = 1e-6        # added to the mean square in every RMSNorm
 
     def __post_init__(self):
-        small = [k for k, v in asdict(self).items() if isinstance(v, int | float) and v < 1]
+        small = [k for k, v in asdict(self).items() if isinstance(v, int | float) and v < 1 and k != "norm_eps"]
         if small:
             raise ValueError(f"{', '.join(small)} must be at least 1")
         if self.grid % 2 == 0 or self.size % (self.grid + 1):
@@ -336,14 +339,14 @@ class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads = c.heads, c.kv_heads
-        self.attention_norm = nn.RMSNorm(c.width, eps=1e-6)
+        self.attention_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.q = nn.Linear(c.width, c.heads * c.head_dim, bias=False)
         self.k = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.v = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, eps=1e-6)
-        self.k_norm = nn.RMSNorm(c.head_dim, eps=1e-6)
-        self.mlp_norm = nn.RMSNorm(c.width, eps=1e-6)
+        self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+        self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+        self.mlp_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.gate = nn.Linear(c.width, c.mlp_width, bias=False)
         self.up = nn.Linear(c.width, c.mlp_width, bias=False)
         self.down = nn.Linear(c.mlp_width, c.width, bias=False)
@@ -386,6 +389,8 @@ def ode_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, chunk
 class Generator(nn.Module):
     """Portrait, sound and clean past in; velocity of the noisy chunks out."""
 
+    checkpointing = False         # training keeps the inputs of blocks alone and computes the rest twice
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
@@ -397,7 +402,7 @@ class Generator(nn.Module):
         self.video_in = TokenLinear(c.video_tokens, c.channels, c.width)
         self.sigma_in = nn.Sequential(nn.Linear(64, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm = nn.RMSNorm(c.width, eps=1e-6)
+        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.video_out = TokenLinear(c.video_tokens, c.width, c.channels)
         nn.init.zeros_(self.video_out.weight)
         g = c.grid
@@ -476,7 +481,8 @@ class Generator(nn.Module):
         before = [self.positions(-1, "portrait")] + videos[:-1]
         rope = self.rope(*[p for pair in zip(before, sounds) for p in pair], *(videos * m))
         for block in self.blocks:
-            x = block(x, modulate, rope, lambda q, k, v: attention(q, k, v, layout))
+            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
+            x = run(x, modulate, rope, lambda q, k, v: attention(q, k, v, layout))
         x = rearrange(x[:, layout.context_length:], "b (m k n) w -> b m k n w", m=m, k=k)
         return self.to_velocity(x, noisy, sigma[..., None, None])
 
@@ -537,6 +543,44 @@ class Generator(nn.Module):
                 x = step(x, velocity, sigma, next_sigma, chunk)
             past = [twice(self.video_in(x))]
             yield x, self.codec.decode(portrait, x[:, None])
+
+
+# ---------------------------------------------------------------- a trunk that was a language model
+#
+# A Block is a layer of Qwen3: the same norms, the same halves in the rotation, 1 + gate = 1 at the start. Rotary
+# frequencies are Qwen3's too, only dealt out over time, row and column: where all three are the token's index, the
+# trunk under a causal mask is the language model, to the bit of the arithmetic (tests/test_trunk.py).
+
+QWEN3_SHAPE = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+               "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_width": "intermediate_size",
+               "norm_eps": "rms_norm_eps"}                                    # Config's fields: Qwen3Config's
+QWEN3_LAYER = {"attention_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
+               "v": "self_attn.v_proj", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
+               "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj",
+               "up": "mlp.up_proj", "down": "mlp.down_proj"}                  # a Block's parts: a Qwen3 layer's
+
+
+def trunk_shape(name: str) -> dict:
+    """Read the fields of Config that a Qwen3 model fixes, from a folder or the hub. Raises: MediaError if it cannot."""
+    c = pretrained_config(name, ["qwen3"], "a language model")
+    if c.attention_bias or c.hidden_act != "silu" or c.rope_parameters["rope_type"] != "default":
+        raise MediaError(name, f"has attention_bias {c.attention_bias}, hidden_act {c.hidden_act} and rope_type "
+                               f"{c.rope_parameters['rope_type']}; the trunk has no bias, silu and the default rope")
+    return {ours: getattr(c, theirs) for ours, theirs in QWEN3_SHAPE.items()} | {
+        "rope_base": float(c.rope_parameters["rope_theta"])}
+
+
+@torch.no_grad()
+def load_trunk(model: Generator, name: str) -> None:
+    """Give a generator of its shape the layers and the last norm of a Qwen3 model. Raises: ValueError for another."""
+    wrong = {k: v for k, v in trunk_shape(name).items() if getattr(model.config, k) != v}
+    if wrong:
+        raise ValueError(f"{name} has {wrong}, which the generator has not")
+    weights = pretrained(name, ["qwen3"], "a language model").state_dict()
+    model.norm.weight.copy_(weights["norm.weight"])
+    for i, block in enumerate(model.blocks):
+        for ours, theirs in QWEN3_LAYER.items():
+            block.get_submodule(ours).weight.copy_(weights[f"layers.{i}.{theirs}.weight"])
 
 
 # ---------------------------------------------------------------- saving, loading, presets

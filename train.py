@@ -49,7 +49,8 @@ from tqdm import tqdm
 import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, first_line, folder_clips, log_mel, replacing,
                   synthetic_clips, write_speech, write_video)
-from model import PRESETS, Config, Generator, load_generator, ode_step, save_generator
+from model import (PRESETS, Config, Generator, load_generator, load_trunk, ode_step, save_generator,
+                   trunk_shape)
 from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
 from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary
 
@@ -61,6 +62,7 @@ TRAINING = {
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any pretraining step
+NOT_FLAGS = "mel_channels", "norm_eps"             # fields of Config that follow from other flags
 CODEC_CLIPS = 256                  # enough to fit the codec's components
 SIGMA_BINS = 5
 PRETRAINED, POST_TRAINED, CONTROL = "pretrained", "post-trained", "control"          # the arms of the report
@@ -195,6 +197,7 @@ class Pretraining:
 
     def __init__(self, model: Generator, args: argparse.Namespace):
         self.model, self.args, self.step = model, args, 0
+        model.checkpointing = args.checkpointing
         self.average = snapshot(model.state_dict())
         self.optimizers = optimizers(model, args)
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
@@ -245,6 +248,7 @@ class PostTraining:
     def __init__(self, reference: Generator, reward: Reward, args: argparse.Namespace):
         self.reference, self.reward, self.args, self.settings = reference, reward, args, settings(args)
         self.model = copy.deepcopy(reference)
+        self.model.checkpointing = args.checkpointing
         self.reference.requires_grad_(False)
         self.average = snapshot(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.post_lr, betas=(0.9, 0.95), weight_decay=0)
@@ -495,6 +499,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     g.add_argument("--device", type=device_argument, default=device_argument(), help="cpu or cuda (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile the generator: slow to start, faster steps")
+    g.add_argument("--checkpointing", action="store_true", help="keep the inputs of blocks alone for the backward "
+                   "pass and compute the rest again: less memory, slower steps")
     g = p.add_argument_group("data")
     g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
     g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
@@ -520,8 +526,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                    "(the one for drawn talkers; with --data none)")
     of_reward = reward_flags(p)
     g = p.add_argument_group("generator", "shape of the generator (by preset); model.Config explains each")
+    g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model and take its "
+                   "shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B, which is downloaded; lower --muon-lr")
     for field in fields(Config):
-        if field.name != "mel_channels":
+        if field.name not in NOT_FLAGS:
             g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
     args = p.parse_args(argv)
     if args.resume:
@@ -538,8 +546,15 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
     """Fill what was not given from the preset, which explicit flags win over."""
     if not args.pretrained:
         given = {f.name: vars(args).pop(f.name, None) for f in fields(Config)}
+        given = {k: v for k, v in given.items() if v is not None}
+        if args.init_from:
+            shape = trunk_shape(args.init_from)
+            for name in sorted(shape.keys() & given):
+                p.error(f"--init-from fixes --{name.replace('_', '-')}; leave it out")
+            args.init_from = local_name(args.init_from)
+            given |= shape
         try:
-            args.config = replace(PRESETS[args.preset], **{k: v for k, v in given.items() if v is not None})
+            args.config = replace(PRESETS[args.preset], **given)
         except ValueError as error:
             p.error(str(error))
     for name, value in TRAINING[args.preset].items():
@@ -552,6 +567,11 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
     check(p, args)
     args.frames = round(args.seconds * FPS) // args.config.chunk_frames * args.config.chunk_frames
     return args
+
+
+def local_name(name: str) -> str:
+    """Make the name of a folder whole, so that it is found from anywhere; leave one of the hub as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -588,7 +608,8 @@ def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, fre
         new = {k: getattr(args, k) for k in free}
         if args.validate_clips == p.get_default("validate_clips"):
             new.pop("validate_clips", None)                       # as many as the run had, unless asked otherwise
-        old = argparse.Namespace(**saved["training"] | new)
+        known = {k: v for k, v in vars(args).items() if not hasattr(Config, k)}     # flags that an older run lacks
+        old = argparse.Namespace(**known | saved["training"] | new)
         old.config, old.data = Config(**saved["model"]), old.data and Path(old.data)
         if not args.pretrained:
             old.out, old.pretrained = run, None
@@ -716,7 +737,10 @@ def averaged(run: Pretraining) -> Generator:
 def begin_pretraining(args: argparse.Namespace, clips: list[Clip]) -> Pretraining:
     """Make a new run with its codec fitted, or take up a stopped or a finished one."""
     torch.manual_seed(args.seed)
-    run = Pretraining(Generator(args.config).to(args.device), args)
+    model = Generator(args.config)
+    if args.init_from and not (args.resume or args.pretrained):
+        load_trunk(model, args.init_from)
+    run = Pretraining(model.to(args.device), args)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         run.load(args.resume)
