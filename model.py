@@ -58,6 +58,7 @@ class Config:
     space_channels: int = 64      # principal components kept per window and frame
     channels: int = 128           # C, channels per video token
     mel_channels: int = MEL_DIM   # audio features per frame
+    audio_encoder: str = ""       # the frozen speech encoder that makes them, a folder or a name; "": data.log_mel
     width: int = 96               # of a token in the trunk
     layers: int = 4
     heads: int = 3                # query heads

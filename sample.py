@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import reward
-from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, load_portrait, load_speech, log_mel,
+from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, hear, load_portrait, load_speech,
                   write_video)
 from model import Generator, estimate_pose, load_generator, ode_step
 
@@ -44,7 +44,7 @@ def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = 4
     """Generate each clip anew from its own first frame and its own sound. Returns (B, frames, 3, S, S) in [0, 1]."""
     device = next(model.parameters()).device
     portrait = torch.stack([clip.frames[0] for clip in clips]).to(device) / 255
-    mel = torch.stack([log_mel(clip.audio, frames) for clip in clips]).to(device)
+    mel = torch.stack([hear(clip.audio, frames, model.config.audio_encoder, device) for clip in clips]).to(device)
     shape = (model.config.video_tokens, model.config.channels)
     noise = seeded_noise(seed, range(len(clips)), shape, device)
     return torch.cat([video.cpu() for _, video in model.generate(portrait, mel, noise, steps, guidance, step)], 1)
@@ -114,7 +114,7 @@ def animate(model: Generator, portrait: Tensor, speech: Tensor, steps: int, guid
     """Yield the frames (3, S, S) uint8 of a portrait (3, S, S) uint8 speaking (T,) 16 kHz; ceil(T / 640) of them."""
     c, device = model.config, next(model.parameters()).device
     frames = math.ceil(len(speech) / SAMPLES_PER_FRAME)
-    mel = log_mel(speech, math.ceil(frames / c.chunk_frames) * c.chunk_frames)[None].to(device)
+    mel = hear(speech, math.ceil(frames / c.chunk_frames) * c.chunk_frames, c.audio_encoder, device)[None].to(device)
     noise = seeded_noise(seed, [0], (c.video_tokens, c.channels), device)
     left = frames
     for _, chunk in model.generate(portrait[None].to(device) / 255, mel, noise, steps, guidance):
@@ -172,8 +172,11 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     write_video(args.out, tqdm(frames, "frames", math.ceil(seconds * FPS), leave=False), speech)
     spent = time.perf_counter() - start
+    latency = f"{1000 * (LATENCY + model.config.chunk_frames / FPS):.0f} ms of sound"
+    if model.config.audio_encoder:
+        latency = "all of the sound, which the speech encoder hears first"
     print(f"{args.out}: {seconds:.2f} s of video in {spent:.1f} s, {spent / seconds:.2f} s per second; "
-          f"streaming latency {1000 * (LATENCY + model.config.chunk_frames / FPS):.0f} ms of sound")
+          f"streaming latency {latency}")
 
 
 if __name__ == "__main__":

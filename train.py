@@ -47,8 +47,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, first_line, folder_clips, log_mel, replacing,
-                  synthetic_clips, write_speech, write_video)
+from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, first_line, encoder_width, folder_clips, hear,
+                  replacing, synthetic_clips, write_speech, write_video)
 from model import (PRESETS, Config, Generator, load_generator, load_trunk, ode_step, save_generator,
                    trunk_shape)
 from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
@@ -62,7 +62,7 @@ TRAINING = {
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any pretraining step
-NOT_FLAGS = "mel_channels", "norm_eps"             # fields of Config that follow from other flags
+NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"          # fields of Config that have no flag, or one of their own
 CODEC_CLIPS = 256                  # enough to fit the codec's components
 SIGMA_BINS = 5
 PRETRAINED, POST_TRAINED, CONTROL = "pretrained", "post-trained", "control"          # the arms of the report
@@ -125,7 +125,7 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
     latents, batch = [], 16
     for i in tqdm(range(0, len(clips), batch), "encoding", leave=False):
         latents.append(model.codec.encode(pixels(clips[i:i + batch], frames).to(device)).cpu())
-    mel = torch.stack([log_mel(clip.audio, frames) for clip in clips])
+    mel = torch.stack([hear(clip.audio, frames, model.config.audio_encoder, device) for clip in clips])
     return Latents(torch.stack([clip.frames[0] for clip in clips]), mel, torch.cat(latents))
 
 
@@ -528,6 +528,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("generator", "shape of the generator (by preset); model.Config explains each")
     g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model and take its "
                    "shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B, which is downloaded; lower --muon-lr")
+    g.add_argument("--audio-encoder", metavar="NAME_OR_DIR", help="hear speech by a frozen wav2vec2, HuBERT, WavLM or "
+                   "Whisper encoder of transformers, which hears all of it before the first frame (log-mel: 80 ms ahead)")
     for field in fields(Config):
         if field.name not in NOT_FLAGS:
             g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
@@ -553,6 +555,8 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
                 p.error(f"--init-from fixes --{name.replace('_', '-')}; leave it out")
             args.init_from = local_name(args.init_from)
             given |= shape
+        if encoder := given.get("audio_encoder"):
+            given |= {"audio_encoder": local_name(encoder), "mel_channels": encoder_width(encoder)}
         try:
             args.config = replace(PRESETS[args.preset], **given)
         except ValueError as error:
