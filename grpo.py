@@ -175,26 +175,28 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings, steps: list[tuple[float, float]],
-             rng: torch.Generator) -> Rollout:
+             rng: torch.Generator, mine: slice = slice(None)) -> Rollout:
     """Generate G videos of each prompt.
 
     Args:
         portrait: (P, 3, S, S) in [0, 1].    mel: (P, K T, mel_channels).
         steps: the window, (sigma, next_sigma) of each of the M draws.
         rng: on the CPU; of the initial and of the fresh noise.
+        mine: the prompts to make here; the noise of all is drawn, so that a video is the same whoever makes it.
 
     Returns: B = P G rollouts, group after group.
     """
     g, (p, shape) = settings.group, (len(portrait), (model.config.video_tokens, model.config.channels))
-    portrait, mel = portrait.repeat_interleave(g, 0), mel.repeat_interleave(g, 0)
+    portrait, mel = portrait[mine].repeat_interleave(g, 0), mel[mine].repeat_interleave(g, 0)
+
+    def draw(each):
+        return torch.randn(p, each, *shape, generator=rng)[mine].flatten(0, 1).to(mel.device)
 
     def fresh(chunk):
-        return torch.randn(p * g, *shape, generator=rng).to(mel.device)
+        return draw(g)
 
     def initial(chunk):
-        if settings.group_noise == "different":
-            return fresh(chunk)
-        return torch.randn(p, *shape, generator=rng).to(mel.device).repeat_interleave(g, 0)
+        return fresh(chunk) if settings.group_noise == "different" else draw(1).repeat_interleave(g, 0)
 
     draws = []
     step = drawing_step(settings, steps, fresh, lambda *draw: draws.append(draw))

@@ -6,6 +6,7 @@
     python train.py --updates 60                       and post-train by reinforcement
     python train.py --updates 60 --control             and ask whether more pretraining would have done as well
     python train.py --pretrained runs/tiny --updates 60 --out runs/other    post-train a finished run, again and again
+    torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
 
 Pretraining by flow matching: a clip's latent chunks are noised, each to a noise level of its own,
 
@@ -27,22 +28,30 @@ unbroken one.
 """
 
 import argparse
+import atexit
 import copy
 import json
 import math
+import os
 import pickle
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -66,6 +75,64 @@ NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"          # fields of Con
 CODEC_CLIPS = 256                  # enough to fit the codec's components
 SIGMA_BINS = 5
 PRETRAINED, POST_TRAINED, CONTROL = "pretrained", "post-trained", "control"          # the arms of the report
+
+
+# ---------------------------------------------------------------- several processes
+#
+# Under torchrun each of N processes takes every N-th clip of a batch, or group of an update, and DDP averages their
+# gradients: the step is that of one process to rounding. For that every process draws the random numbers of the whole
+# batch, and rewards are compared only when all are there. The first process alone prints, measures and writes.
+
+def join_processes() -> None:
+    """Meet the other processes, if torchrun started any, and let all but the first be quiet."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
+    atexit.register(dist.destroy_process_group)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine() -> slice:
+    """The rows of a batch, or the prompts of an update, that this process works on."""
+    return slice(rank(), None, world())
+
+
+def everyone(value) -> list:
+    """Collect a value (on the CPU) of every process, in their order."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def in_step(model: Generator) -> torch.nn.Module:
+    """Give all processes the first one's weights and make them average their gradients from now on."""
+    if world() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)      # no_audio, in GRPO
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Let the first process go through a block before the others: what it leaves in a cache they find there."""
+    if rank():
+        dist.barrier()
+    yield
+    if world() > 1 and not rank():
+        dist.barrier()
 
 
 # ---------------------------------------------------------------- data
@@ -100,6 +167,8 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
     if not all(long):
         raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(long[0])} to train on, "
                                     f"{len(long[1])} held out); add files or lower --seconds")
+    if args.updates and world() > 1 and len(long[0]) < args.prompts:
+        raise MediaError(args.data, f"has {len(long[0])} clips for {args.prompts} --prompts; lower these")
     watch = min(watch, len(long[1]) // 2)
     if args.updates and not watch:
         raise MediaError(args.data, "has one held-out clip, and post-training wants one more to watch; add files")
@@ -132,7 +201,8 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
 # ---------------------------------------------------------------- one step
 
 def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace, step: int) -> tuple[Tensor, Tensor]:
-    """Draw the batch of a step and return its loss and the loss per chunk's noise level, (bins,), nan where empty."""
+    """Draw the batch of a step and return the loss on the rows that are mine, and that of all by noise level, (bins,), nan
+    where a bin is empty."""
     rng, device = generator(args.seed, step), args.device
     rows = torch.randint(len(data), (args.batch,), generator=rng)
     clean = data.clean[rows]                                                         # (B, K, N, C)
@@ -143,6 +213,7 @@ def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace
     # and a trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
     slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, generator=rng)
     context = clean + slip * torch.randn(clean.shape, generator=rng)
+    rows, clean, context, noise, sigma, heard = (x[mine()] for x in (rows, clean, context, noise, sigma, heard))
     clean = clean[:, None]
     level = sigma[..., None, None]
     noisy = (1 - level) * clean + level * noise
@@ -151,8 +222,9 @@ def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace
                          noisy.to(device), sigma.to(device), heard.to(device))
     error = (velocity - (noise - clean).to(device)).square().mean((-1, -2))          # (B, 1, K)
     error = error * (sigma.to(device) / 0.2).clamp_max(1).square()
-    bins = (sigma * SIGMA_BINS).long().clamp_max(SIGMA_BINS - 1).flatten()
-    per_bin = torch.stack([error.detach().cpu().flatten()[bins == i].mean() for i in range(SIGMA_BINS)])
+    sigma, errors = (torch.cat(x).flatten() for x in zip(*everyone((sigma, error.detach().cpu()))))
+    bins = (sigma * SIGMA_BINS).long().clamp_max(SIGMA_BINS - 1)
+    per_bin = torch.stack([errors[bins == i].mean() for i in range(SIGMA_BINS)])
     return error.mean(), per_bin
 
 
@@ -201,7 +273,7 @@ class Pretraining:
         self.average = snapshot(model.state_dict())
         self.optimizers = optimizers(model, args)
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
-        self.compiled = torch.compile(model) if args.compile else model
+        self.trained = torch.compile(in_step(model)) if args.compile else in_step(model)
 
     def advance(self, data: Latents, factor: float | None = None) -> dict:
         """Take one step, at the scheduled rate or at `factor` times the highest. Returns what to log."""
@@ -209,18 +281,20 @@ class Pretraining:
         for optimizer, rate in zip(self.optimizers, self.rates):
             optimizer.param_groups[0]["lr"] = factor * rate
             optimizer.zero_grad()
-        loss, per_bin = flow_matching_loss(self.compiled, data, self.args, self.step)
+        loss, per_bin = flow_matching_loss(self.trained, data, self.args, self.step)
         loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
         blend(self.average, self.model, min(self.args.ema, self.step / (self.step + 10)))      # a short memory at first
-        return {"loss": loss.item(), "grad_norm": norm.item(), "lr_factor": factor,
+        return {"loss": sum(everyone(loss.item())) / world(), "grad_norm": norm.item(), "lr_factor": factor,
                 "loss_by_sigma": [None if math.isnan(x) else round(x, 5) for x in per_bin.tolist()]}
 
     def save(self, folder: Path) -> None:
         """Write the averaged weights for sample.py, and the training state apart, each renamed into place."""
+        if rank():
+            return
         save_generator(self.model, folder, self.average, training=flags(self.args))
         with replacing(folder / "state.pt") as path:
             torch.save({"step": self.step, "model": self.model.state_dict(), "average": self.average,
@@ -250,6 +324,7 @@ class PostTraining:
         self.model = copy.deepcopy(reference)
         self.model.checkpointing = args.checkpointing
         self.reference.requires_grad_(False)
+        self.trained = in_step(self.model)
         self.average = snapshot(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.post_lr, betas=(0.9, 0.95), weight_decay=0)
         self.update, self.worse, self.cpu_seconds, self.checked = 0, 0, 0.0, False
@@ -271,14 +346,15 @@ class PostTraining:
         rows = torch.randperm(len(data), generator=rng)[: args.prompts]
         steps = grpo.window(self.settings, self.update, rng)
         rollout = grpo.roll_out(self.model, (data.portrait[rows] / 255).to(device), data.mel[rows].to(device),
-                                self.settings, steps, rng)
+                                self.settings, steps, rng, mine())
         if not self.checked:                                       # on the first batch of every run
             grpo.check_rescoring(self.model, rollout, self.settings)
             self.checked = True
         clock.append(time.perf_counter())
-        scores = self.score(rollout, [clips[i] for i in rows])
+        scores = self.score(rollout, [clips[i] for i in rows[mine()]])
         advantage, components = grpo.advantages(scores, self.reward.weights, self.settings, rollout.latents.shape[1],
                                                 self.reward.floors)
+        advantage = advantage.unflatten(0, (-1, self.settings.group))[mine()].flatten(0, 1)
         clock.append(time.perf_counter())
         self.optimizer.param_groups[0]["lr"] = min((self.update + 1) / POST_WARMUP, 1) * args.post_lr
         size = math.ceil(len(rollout) / self.settings.group / args.parts) * self.settings.group      # whole groups
@@ -293,12 +369,18 @@ class PostTraining:
 
     @torch.no_grad()
     def score(self, rollout: grpo.Rollout, prompts: list[Clip]):
-        """Return the reward's Scores of a rollout of these prompts."""
+        """Judge a rollout of these prompts. Returns: the reward's Scores of all processes' rollouts, in prompt order."""
         group, samples = self.settings.group, rollout.frames.shape[1] * SAMPLES_PER_FRAME
         audio = torch.stack([clip.audio[:samples] for clip in prompts]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
-        return self.reward(rollout.frames, audio, rollout.portrait, names,
-                           per_chunk=self.settings.credit == "chunk")
+        scores = self.reward(rollout.frames, audio, rollout.portrait, names, per_chunk=self.settings.credit == "chunk")
+
+        def join(parts):
+            return rearrange(list(parts), "w (p g) ... -> (p w g) ...", g=group)
+        parts = everyone([{k: v.cpu() for k, v in x.items()} for x in (
+            {"total": scores.total}, scores.components, scores.per_chunk)])
+        total, components, per_chunk = ({k: join(part[k] for part in some) for k in some[0]} for some in zip(*parts))
+        return SimpleNamespace(**total, components=components, per_chunk=per_chunk)
 
     def improve(self, rollout: grpo.Rollout, advantage: Tensor) -> dict:
         """Take a gradient step on some rollouts, a few at a time as memory allows. Returns: what to log."""
@@ -306,18 +388,20 @@ class PostTraining:
         self.optimizer.zero_grad()
         for at in range(0, len(rollout), micro):
             few = rollout[at:at + micro]
-            loss, log = grpo.grpo_loss(self.model, self.reference, few, advantage[at:at + micro], self.settings)
+            loss, log = grpo.grpo_loss(self.trained, self.reference, few, advantage[at:at + micro], self.settings)
             (loss * len(few) / len(rollout)).backward()
-            logs.append((log, len(few) / len(rollout)))
+            logs.append(({k: v.cpu() for k, v in log.items()}, len(few) / len(rollout) / world()))
         norm = clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
         self.optimizer.step()
+        logs = [part for parts in everyone(logs) for part in parts]
         entry = {k: sum(log[k] * share for log, share in logs).tolist() for k in logs[0][0]}
         return entry | {"ratio_max": torch.stack([log["ratio_max"] for log, _ in logs]).amax(0).tolist(),
                         "grad_norm": norm.item()}
 
     def watch(self, clips: list[Clip]) -> dict[str, Tensor]:
         """Measure the moving average on the watched clips, always from the same noise, and keep it if it is best."""
-        metrics, _ = validate(loaded(self.average, self.args), clips, self.args)
+        metrics = None if rank() else validate(loaded(self.average, self.args), clips, self.args)[0]
+        metrics = everyone(metrics)[0]
         score = held_out_score(metrics)
         self.worse += 1
         if score > self.best["score"]:
@@ -327,6 +411,8 @@ class PostTraining:
 
     def save(self, folder: Path) -> None:
         """Write the best weights for sample.py, and the state apart, each renamed into place."""
+        if rank():
+            return
         save_generator(self.model, folder, self.best["weights"], training=flags(self.args))
         with replacing(folder / "post.pt") as path:
             torch.save({"update": self.update, "model": self.model.state_dict(), "average": self.average,
@@ -445,17 +531,21 @@ class Log:
 
     def __init__(self, folder: Path, step: int):
         self.path, self.start = folder / "log.jsonl", time.perf_counter()
-        if not step:
+        if not step and not rank():
             self.path.unlink(missing_ok=True)
         self.rewind("step", step)
 
     def rewind(self, counter: str, to: int) -> None:
+        if rank():
+            return
         old = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in old if json.loads(line).get(counter, 0) <= to]
         with replacing(self.path) as path:
             path.write_text("".join(line + "\n" for line in kept))
 
     def __call__(self, **entry) -> None:
+        if rank():
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps({"seconds": round(time.perf_counter() - self.start, 2), **entry}) + "\n")
 
@@ -535,7 +625,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
     args = p.parse_args(argv)
     if args.resume:
-        return resumed(p, args, args.resume, {"resume", "device"})
+        args = resumed(p, args, args.resume, {"resume", "device"})
+        check_shares(p, args)
+        return args
     if args.pretrained:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
@@ -599,6 +691,18 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         settings(args)
     except ValueError as error:
         p.error(str(error))
+    check_shares(p, args)
+
+
+def check_shares(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one clear line where the work cannot be split evenly over the processes."""
+    for name, size in [("--batch", args.batch)] + [("the prompts of each of --parts", n) for n in (
+            {math.ceil(args.prompts / args.parts), args.prompts} if args.updates else ())]:
+        if size % world():
+            p.error(f"{name} must divide by the {world()} processes, got {size}")
+    if args.device.startswith("cuda") and world() > 1 and (
+            args.device != "cuda" or int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()):
+        p.error(f"{world()} processes on --device {args.device} want a GPU each, of {torch.cuda.device_count()}; or cpu")
 
 
 def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, free: set[str]) -> argparse.Namespace:
@@ -635,6 +739,9 @@ def flags(args: argparse.Namespace) -> dict:
 def deferred_interrupt() -> Iterator[list]:
     """Let Ctrl-C wait for the end of a step: the list that is given fills, and a second Ctrl-C stops at once."""
     asked, before = [], signal.getsignal(signal.SIGINT)
+    if world() > 1:                                        # torchrun ends all of them, wherever each one is
+        yield asked
+        return
 
     def note(number, frame):
         asked.append(number)
@@ -658,7 +765,7 @@ def pretrain(run: Pretraining, data: Latents, held_out: list[Clip], log: Log) ->
             smooth = entry["loss"] if smooth is None else 0.98 * smooth + 0.02 * entry["loss"]
             bar.set_postfix(loss=f"{smooth:.4f}")
             log(step=run.step, **entry)
-            if args.validate_every and run.step % args.validate_every == 0 and run.step < args.steps:
+            if args.validate_every and run.step % args.validate_every == 0 and run.step < args.steps and not rank():
                 metrics, _ = validate(averaged(run), held_out, args)
                 log(step=run.step, held_out=means(metrics))
                 bar.write(f"step {run.step}:\n{summary(metrics)}")
@@ -717,11 +824,12 @@ def pretrain_longer(args: argparse.Namespace, data: Latents, cpu_seconds: float,
     with tqdm(total=round(cpu_seconds), desc="control", unit="CPU-s") as bar:
         while spent < cpu_seconds:
             run.advance(data, min((run.step - begin + 1) / args.warmup, 1 - spent / cpu_seconds))
-            spent = time.process_time() - start
+            spent = everyone(time.process_time() - start)[0]
             bar.update(min(round(spent), bar.total) - bar.n)
     log(control_steps=run.step - begin, cpu_seconds=spent)
     print(f"control: {run.step - begin} more steps of pretraining in {spent:.0f} s of CPU time")
-    save_generator(run.model, folder, run.average, training=flags(args))
+    if not rank():
+        save_generator(run.model, folder, run.average, training=flags(args))
     return averaged(run)
 
 
@@ -756,6 +864,7 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip]) -> Pretrainin
         run.save(args.out)
     else:
         fit_codec(run.model, clips, args)
+        run.model.codec.load_state_dict(everyone({k: v.cpu() for k, v in run.model.codec.state_dict().items()})[0])
         run.average.update({f"codec.{k}": v.clone() for k, v in run.model.codec.state_dict().items()})
     return run
 
@@ -765,7 +874,7 @@ def begin_post_training(reference: Generator, reward: Reward, args: argparse.Nam
     post = PostTraining(reference, reward, args)
     if args.resume and (args.out / "post.pt").exists():
         post.load(args.out)
-    else:
+    elif not rank():
         save_generator(reference, args.out / PRETRAINED, training=flags(args))
     log.rewind("update", post.update)
     return post
@@ -783,13 +892,17 @@ def describe(run: Pretraining, data: Latents, held_out: list[Clip], log: Log, st
 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
-    args = parse_arguments(argv)
-    clips, held_out, watched = load_clips(args)
+    join_processes()
+    with redirect_stderr(sys.stdout if rank() else sys.stderr):               # one process is enough to complain of flags
+        args = parse_arguments(argv)
+    with first_alone():
+        clips, held_out, watched = load_clips(args)
     reward = make_reward(args, clips, args.config.chunk_frames)     # before the minutes of training that would be lost
     run = begin_pretraining(args, clips)
     log = Log(args.out, run.step if args.resume else 0)
     data = encode(run.model, clips, args.frames, args.device)
-    describe(run, data, held_out, log, start)
+    if not rank():
+        describe(run, data, held_out, log, start)
     pretrain(run, data, held_out, log)
     arms = {PRETRAINED: averaged(run)}
     if args.updates:
@@ -799,6 +912,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.control:
         arms[CONTROL] = pretrain_longer(args, data, post.cpu_seconds, log)
 
+    if rank():
+        return
     videos = report(arms, held_out, run.step, args, log)
     write_pictures(args.out, videos, held_out)
     print(f"{rewarded(reward, dict(zip(arms, videos)), held_out)}\n"
@@ -811,6 +926,6 @@ if __name__ == "__main__":
     try:
         main()
     except (MediaError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error{f' of process {rank()}' if rank() else ''}: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped before the next checkpoint")

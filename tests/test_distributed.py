@@ -1,0 +1,141 @@
+"""Several processes are one: the same weights, the same log, one set of files; and what goes wrong ends all of them."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(train.__file__).parent
+SHAPE = ("--size 32 --width 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
+         "--channels 8 --seconds 1 --sampling-steps 1 --warmup 2 --judge none --watch-clips 1").split()
+TOY = [*SHAPE, *"--batch 6 --updates 20 --prompts 4 --group 3 --rollout-steps 4 --draws 1 --micro-batch 4 "
+       "--post-lr 1e-2 --credit chunk --normalise max-group --clip 1e-2".split()]
+
+
+class Light:
+    """A reward of brightness, and of being unlike the portrait: both differ between the prompts' groups."""
+
+    weights, floors = {"bright": 1.0, "apart": 0.5}, {}
+
+    def __call__(self, frames, audio, portrait, names, per_chunk):
+        components = {"bright": frames.mean((1, 2, 3, 4)), "apart": (frames - portrait[:, None]).abs().mean((1, 2, 3, 4))}
+        return SimpleNamespace(components=components, total=components["bright"] + 0.5 * components["apart"],
+                               per_chunk={"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {})
+
+
+@contextmanager
+def float64():
+    """Float64 everywhere, also where the code asks for fp32."""
+    kept = torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.Tensor.float = kept
+
+
+@float64()
+def teach(out: Path) -> None:
+    """20 steps of pretraining and 20 updates of post-training on random latents. Saves weights and log."""
+    train.join_processes()
+    args = train.parse_arguments(TOY)
+    torch.manual_seed(0)
+    model = train.Generator(args.config)
+    model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
+    n, chunks, c = 12, 3, args.config
+    data = train.Latents(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), torch.randn(n, 4 * chunks, c.mel_channels),
+                         torch.randn(n, chunks, c.video_tokens, c.channels))
+    run = train.Pretraining(model, args)
+    start = train.snapshot(model.state_dict())
+    log = [run.advance(data, 1.0) for _ in range(20)]
+    clips = [SimpleNamespace(name=f"{i}", audio=torch.zeros(12 * train.SAMPLES_PER_FRAME)) for i in range(n)]
+    post = train.PostTraining(train.averaged(run), Light(), args)
+    middle = train.snapshot(post.model.state_dict())
+    for _ in range(20):
+        log.append({k: v for k, v in post.advance(data, clips).items() if k != "seconds_for"})
+    torch.save({"start": start, "pretrained": run.model.state_dict(), "average": run.average, "middle": middle,
+                "policy": post.model.state_dict(), "log": log}, out / f"{train.rank()} of {train.world()}.pt")
+
+
+def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                           "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *command],
+                          capture_output=True, text=True, cwd=ROOT, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def flat(value, name="") -> dict:
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in pairs for k, v in flat(part, f"{name}.{key}").items()}
+    return {name: value}
+
+
+def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
+    """After 20 steps of each stage, in float64 over gloo: weights to 1e-9, both processes' alike, and the one log
+    (losses by noise level, rewards, ratios, clipped shares, gradient norms) that of one process to 1e-9."""
+    teach(tmp_path)
+    done = torchrun(2, __file__, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("0 of 1", "0 of 2", "1 of 2"))
+    for stage, before in {"pretrained": "start", "average": "start", "policy": "middle"}.items():
+        for name, weight in one[stage].items():
+            assert weight.dtype == torch.float64 and torch.equal(first[stage][name], second[stage][name]), name
+            assert (weight - first[stage][name]).abs().max() <= 1e-9, (stage, name)
+        assert max((one[stage][name] - one[before][name]).abs().max() for name in one[stage]) > 1e-2
+    logs = [flat(x["log"]) for x in (one, first, second)]
+    assert logs[0].keys() == logs[1].keys() == logs[2].keys() and len(logs[0]) > 500
+    for name, value in logs[0].items():
+        for other in logs[1:]:
+            assert other[name] == (value if value is None else pytest.approx(value, rel=1e-9, abs=1e-9)), name
+    assert sum(value for name, value in logs[0].items() if "clip_" in name) > 0
+
+
+def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tmp_path, monkeypatch):
+    """Stopped in step 3 by an error of the second process, which ends the first; resumed with two, post-trained, then
+    reported again with one."""
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-every 2 --updates 1 --prompts 2 --parts 1 "
+             "--group 2 --micro-batch 2 --rollout-steps 3 --draws 1".split(), "--out", str(folder)]
+    failed = torchrun(2, __file__, "fail", *flags)
+    assert failed.returncode != 0 and "process 1 fell over" in failed.stderr
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
+    done = torchrun(2, "train.py", "--resume", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("codec alone") == done.stdout.count("minutes in all") == 1
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4]
+    assert [e["update"] for e in entries if "parts" in e] == [1]
+    train.main(["--resume", str(folder)])
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_a_batch_that_cannot_be_split_is_one_clear_line(tmp_path):
+    done = torchrun(2, "train.py", "--batch", "3", "--out", str(tmp_path / "run"))
+    lines = [line for line in done.stderr.splitlines() if "error: --batch must divide by the 2 processes, got 3" in line]
+    assert done.returncode != 0 and len(lines) == 1 and not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] != "fail":
+        teach(Path(sys.argv[1]))
+    else:
+        advance = train.Pretraining.advance
+
+        def falling(self, data):
+            if self.step == 2 and train.rank():
+                raise train.MediaError("process 1 fell over")
+            return advance(self, data)
+        train.Pretraining.advance = falling
+        train.main(sys.argv[2:])
