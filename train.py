@@ -56,10 +56,9 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, first_line, encoder_width, folder_clips, hear,
-                  replacing, synthetic_clips, write_speech, write_video)
-from model import (PRESETS, Config, Generator, load_generator, load_trunk, ode_step, save_generator,
-                   trunk_shape)
+from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, folder_clips, hear, replacing,
+                  synthetic_clips, write_speech, write_video)
+from model import PRESETS, Config, Generator, load_generator, load_trunk, ode_step, save_generator, trunk_shape
 from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
 from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary
 
@@ -118,11 +117,14 @@ def everyone(value) -> list:
     return values
 
 
-def in_step(model: Generator) -> torch.nn.Module:
-    """Give all processes the first one's weights and make them average their gradients from now on."""
+def in_step(model: Generator, unused: bool = False) -> torch.nn.Module:
+    """Give all processes the first one's weights and make them average their gradients from now on.
+
+    Args: unused: whether some weights may have no gradient, as `no_audio` where every clip is heard.
+    """
     if world() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)      # no_audio, in GRPO
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
 
 
 @contextmanager
@@ -324,7 +326,7 @@ class PostTraining:
         self.model = copy.deepcopy(reference)
         self.model.checkpointing = args.checkpointing
         self.reference.requires_grad_(False)
-        self.trained = in_step(self.model)
+        self.trained = in_step(self.model, unused=True)
         self.average = snapshot(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.post_lr, betas=(0.9, 0.95), weight_decay=0)
         self.update, self.worse, self.cpu_seconds, self.checked = 0, 0, 0.0, False

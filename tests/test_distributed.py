@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from data import MediaError
 
 ROOT = Path(train.__file__).parent
 SHAPE = ("--size 32 --width 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
@@ -67,6 +68,17 @@ def teach(out: Path) -> None:
                 "policy": post.model.state_dict(), "log": log}, out / f"{train.rank()} of {train.world()}.pt")
 
 
+def falling(at: int):
+    """A step that fails in the last process, as if its disk were full."""
+    advance = train.Pretraining.advance
+
+    def fall(self, data):
+        if self.step == at and train.rank() == train.world() - 1:
+            raise MediaError(f"process {train.rank()} fell over")
+        return advance(self, data)
+    return fall
+
+
 def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                            "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *command],
@@ -102,23 +114,30 @@ def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
 
 
 def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tmp_path, monkeypatch):
-    """Stopped in step 3 by an error of the second process, which ends the first; resumed with two, post-trained, then
-    reported again with one."""
+    """Stopped in step 3 by an error of the second process, which ends the first; resumed with one, stopped in step 4,
+    resumed and post-trained with two. The losses are those of an unbroken run: the same data in the same order."""
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
-    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-every 2 --updates 1 --prompts 2 --parts 1 "
+    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-every 1 --updates 1 --prompts 2 --parts 1 "
              "--group 2 --micro-batch 2 --rollout-steps 3 --draws 1".split(), "--out", str(folder)]
     failed = torchrun(2, __file__, "fail", *flags)
     assert failed.returncode != 0 and "process 1 fell over" in failed.stderr
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Pretraining, "advance", falling(at=3))
+        with pytest.raises(MediaError, match="process 0 fell over"):
+            train.main(["--resume", str(folder)])
     done = torchrun(2, "train.py", "--resume", str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("codec alone") == done.stdout.count("minutes in all") == 1
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4]
     assert [e["update"] for e in entries if "parts" in e] == [1]
-    train.main(["--resume", str(folder)])
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    train.main([*flags, "--updates", "0", "--out", str(tmp_path / "unbroken")])
+    unbroken = [json.loads(line) for line in (tmp_path / "unbroken" / "log.jsonl").read_text().splitlines()]
+    for one, other in zip(*([e for e in log if "loss" in e] for log in (unbroken, entries))):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), one["step"]
 
 
 def test_a_batch_that_cannot_be_split_is_one_clear_line(tmp_path):
@@ -131,11 +150,5 @@ if __name__ == "__main__":
     if sys.argv[1] != "fail":
         teach(Path(sys.argv[1]))
     else:
-        advance = train.Pretraining.advance
-
-        def falling(self, data):
-            if self.step == 2 and train.rank():
-                raise train.MediaError("process 1 fell over")
-            return advance(self, data)
-        train.Pretraining.advance = falling
+        train.Pretraining.advance = falling(at=2)
         train.main(sys.argv[2:])
