@@ -209,7 +209,7 @@ def encoder_width(name: str) -> int:
     """Read how many features `hear` will give per frame. Raises: MediaError where `name` is no speech encoder."""
     c = pretrained_config(name, ENCODERS, "a speech encoder")
     if math.prod(getattr(c, "conv_stride", [ENCODER_HOP])) != ENCODER_HOP:
-        raise MediaError(name, f"makes a feature of {math.prod(c.conv_stride)} samples; two to a frame are {ENCODER_HOP}")
+        raise MediaError(name, f"makes a feature of {math.prod(c.conv_stride)} samples, not of {ENCODER_HOP}")
     return 2 * c.hidden_size
 
 
@@ -217,17 +217,18 @@ class SpeechEncoder:
     """A frozen speech encoder of transformers that gives two features a frame, aligned with it to the sample.
 
     Feature i of wav2vec2, HuBERT and WavLM is computed from samples [320 i, 320 i + 400) and stands for their middle,
-    320 i + 200; that of Whisper stands for 320 i. With 40 zeros before the sound, or 160 and Whisper's first feature left
-    out, both stand for 320 i + 160, the middle of the i-th half frame: frame f owns features 2f and 2f + 1, and nothing
-    is interpolated. Attention then lets each feature know of all the sound, past and future.
+    320 i + 200; that of Whisper stands for 320 i. With 40 zeros before the sound, or 160 and Whisper's first feature
+    left out, both stand for 320 i + 160, the middle of the i-th half frame: frame f owns features 2f and 2f + 1, and
+    nothing is interpolated. Attention then lets each feature know of all the sound, past and future.
     """
 
     def __init__(self, name: str, device: str = "cpu"):
         import transformers
         encoder_width(name)
+        local = Path(name).is_dir()
         model = pretrained(name, ENCODERS, "a speech encoder")
         with _named(name, "a speech encoder"):
-            self.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, local_files_only=Path(name).is_dir())
+            self.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, local_files_only=local)
         self.device, whisper = device, model.config.model_type == "whisper"
         self.before, self.after, self.skip = (160, 0, 1) if whisper else (40, 40, 0)
         self.model = (model.get_encoder() if whisper else model).to(device)

@@ -70,7 +70,7 @@ TRAINING = {
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any pretraining step
-NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"          # fields of Config that have no flag, or one of their own
+NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"          # of Config: they follow from other flags, or have one below
 CODEC_CLIPS = 256                  # enough to fit the codec's components
 SIGMA_BINS = 5
 PRETRAINED, POST_TRAINED, CONTROL = "pretrained", "post-trained", "control"          # the arms of the report
@@ -203,8 +203,10 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
 # ---------------------------------------------------------------- one step
 
 def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace, step: int) -> tuple[Tensor, Tensor]:
-    """Draw the batch of a step and return the loss on the rows that are mine, and that of all by noise level, (bins,), nan
-    where a bin is empty."""
+    """Draw the batch of a step.
+
+    Returns: the loss on the rows that are mine, and the loss on all per chunk's noise level, (bins,), nan where empty.
+    """
     rng, device = generator(args.seed, step), args.device
     rows = torch.randint(len(data), (args.batch,), generator=rng)
     clean = data.clean[rows]                                                         # (B, K, N, C)
@@ -371,7 +373,7 @@ class PostTraining:
 
     @torch.no_grad()
     def score(self, rollout: grpo.Rollout, prompts: list[Clip]):
-        """Judge a rollout of these prompts. Returns: the reward's Scores of all processes' rollouts, in prompt order."""
+        """Judge a rollout of these prompts. Returns: the Scores of all processes' rollouts, in the prompts' order."""
         group, samples = self.settings.group, rollout.frames.shape[1] * SAMPLES_PER_FRAME
         audio = torch.stack([clip.audio[:samples] for clip in prompts]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
@@ -619,9 +621,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     of_reward = reward_flags(p)
     g = p.add_argument_group("generator", "shape of the generator (by preset); model.Config explains each")
     g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model and take its "
-                   "shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B, which is downloaded; lower --muon-lr")
+                   "shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B, to download; lower --muon-lr")
     g.add_argument("--audio-encoder", metavar="NAME_OR_DIR", help="hear speech by a frozen wav2vec2, HuBERT, WavLM or "
-                   "Whisper encoder of transformers, which hears all of it before the first frame (log-mel: 80 ms ahead)")
+                   "Whisper of transformers, which hears all of it before the first frame (log-mel: 80 ms ahead)")
     for field in fields(Config):
         if field.name not in NOT_FLAGS:
             g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
@@ -704,7 +706,7 @@ def check_shares(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             p.error(f"{name} must divide by the {world()} processes, got {size}")
     if args.device.startswith("cuda") and world() > 1 and (
             args.device != "cuda" or int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()):
-        p.error(f"{world()} processes on --device {args.device} want a GPU each, of {torch.cuda.device_count()}; or cpu")
+        p.error(f"{world()} processes on --device {args.device} want a GPU each, or cpu")
 
 
 def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, free: set[str]) -> argparse.Namespace:
@@ -895,7 +897,7 @@ def describe(run: Pretraining, data: Latents, held_out: list[Clip], log: Log, st
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     join_processes()
-    with redirect_stderr(sys.stdout if rank() else sys.stderr):               # one process is enough to complain of flags
+    with redirect_stderr(sys.stdout if rank() else sys.stderr):         # one of them may complain of flags
         args = parse_arguments(argv)
     with first_alone():
         clips, held_out, watched = load_clips(args)

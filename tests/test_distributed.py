@@ -27,9 +27,9 @@ class Light:
     weights, floors = {"bright": 1.0, "apart": 0.5}, {}
 
     def __call__(self, frames, audio, portrait, names, per_chunk):
-        components = {"bright": frames.mean((1, 2, 3, 4)), "apart": (frames - portrait[:, None]).abs().mean((1, 2, 3, 4))}
-        return SimpleNamespace(components=components, total=components["bright"] + 0.5 * components["apart"],
-                               per_chunk={"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {})
+        bright, apart = frames.mean((1, 2, 3, 4)), (frames - portrait[:, None]).abs().mean((1, 2, 3, 4))
+        return SimpleNamespace(components={"bright": bright, "apart": apart}, total=bright + 0.5 * apart,
+                               per_chunk={"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))})
 
 
 @contextmanager
@@ -54,7 +54,8 @@ def teach(out: Path) -> None:
     model = train.Generator(args.config)
     model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
     n, chunks, c = 12, 3, args.config
-    data = train.Latents(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), torch.randn(n, 4 * chunks, c.mel_channels),
+    data = train.Latents(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8),
+                         torch.randn(n, 4 * chunks, c.mel_channels),
                          torch.randn(n, chunks, c.video_tokens, c.channels))
     run = train.Pretraining(model, args)
     start = train.snapshot(model.state_dict())
@@ -99,7 +100,8 @@ def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
     teach(tmp_path)
     done = torchrun(2, __file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("0 of 1", "0 of 2", "1 of 2"))
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
+                          for name in ("0 of 1", "0 of 2", "1 of 2"))
     for stage, before in {"pretrained": "start", "average": "start", "policy": "middle"}.items():
         for name, weight in one[stage].items():
             assert weight.dtype == torch.float64 and torch.equal(first[stage][name], second[stage][name]), name
@@ -118,8 +120,8 @@ def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tm
     resumed and post-trained with two. The losses are those of an unbroken run: the same data in the same order."""
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
-    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-every 1 --updates 1 --prompts 2 --parts 1 "
-             "--group 2 --micro-batch 2 --rollout-steps 3 --draws 1".split(), "--out", str(folder)]
+    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-every 1 --updates 1 --prompts 2 "
+             "--parts 1 --group 2 --micro-batch 2 --rollout-steps 3 --draws 1".split(), "--out", str(folder)]
     failed = torchrun(2, __file__, "fail", *flags)
     assert failed.returncode != 0 and "process 1 fell over" in failed.stderr
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
@@ -142,7 +144,7 @@ def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tm
 
 def test_a_batch_that_cannot_be_split_is_one_clear_line(tmp_path):
     done = torchrun(2, "train.py", "--batch", "3", "--out", str(tmp_path / "run"))
-    lines = [line for line in done.stderr.splitlines() if "error: --batch must divide by the 2 processes, got 3" in line]
+    lines = [line for line in done.stderr.splitlines() if "--batch must divide by the 2 processes, got 3" in line]
     assert done.returncode != 0 and len(lines) == 1 and not (tmp_path / "run").exists()
 
 

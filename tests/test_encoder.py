@@ -1,4 +1,4 @@
-"""Speech heard by frozen encoders: each feature at its own instant, kept per clip, the same in training and sampling."""
+"""Speech heard by frozen encoders: each feature at its instant, kept per clip, the same in training and sampling."""
 
 import json
 
@@ -51,8 +51,8 @@ def cache(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_click_lands_in_its_frame_and_in_its_half_of_it(encoders, kind):
-    """A click near the middle of a half of frame f, sample 640 f + 160 or + 480, changes this half's features most. 19 s
-    of noise are heard in two pieces; the clicks lie in either, and at the seam."""
+    """A click near the middle of a half of frame f, sample 640 f + 160 or + 480, changes this half's features most.
+    19 s of noise are heard in two pieces; the clicks lie in either, and at the seam."""
     encoder, frames, rng = SpeechEncoder(str(encoders / kind)), 475, np.random.default_rng(0)
     sound = 0.1 * torch.from_numpy(rng.standard_normal(frames * SAMPLES_PER_FRAME).astype(np.float32))
     before = encoder(sound, frames)

@@ -84,7 +84,8 @@ def test_a_model_that_cannot_be_the_trunk_is_named_with_the_reason(tmp_path):
     (tmp_path / "bare" / "model.safetensors").unlink()
     shutil.copytree(tmp_path / "good", tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"half")
-    for name, message in {"bias": "attention_bias True", "bert": "is a bert and cannot", "empty": "cannot be loaded"}.items():
+    for name, message in {"bias": "attention_bias True", "bert": "is a bert and cannot",
+                          "empty": "cannot be loaded"}.items():
         with pytest.raises(MediaError, match=message):
             trunk_shape(str(tmp_path / name))
     for name in ("bare", "cut"):
@@ -139,10 +140,10 @@ def test_a_run_starts_from_the_language_model_and_goes_on_without_it(cache, tmp_
     go away afterwards. Every block of every step, of pretraining and of post-training, runs through checkpoint."""
     language, calls = language_model(tmp_path / "qwen"), []
     real = m.checkpoint
-    monkeypatch.setattr(m, "checkpoint", lambda block, *args, **kwargs: (calls.append(1), real(block, *args, **kwargs))[1])
-    folder, post = tmp_path / "run", "--updates 1 --prompts 1 --group 2 --parts 1 --micro-batch 2 --watch-clips 1".split()
-    train.main([*FLAGS, *post, "--init-from", str(tmp_path / "qwen"), "--lr", "0", "--muon-lr", "0", "--post-lr", "0",
-                "--out", str(folder)])
+    monkeypatch.setattr(m, "checkpoint", lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1])
+    folder, post = tmp_path / "run", "--updates 1 --prompts 1 --group 2 --parts 1 --micro-batch 2 --watch-clips 1"
+    train.main([*FLAGS, *post.split(), "--init-from", str(tmp_path / "qwen"), "--lr", "0", "--muon-lr", "0",
+                "--post-lr", "0", "--out", str(folder)])
     assert len(calls) == 3 * (2 + 2)              # blocks * (steps + a rescoring that is checked and one that teaches)
     saved = m.load_generator(folder)
     assert saved.config.rope_base == 5000 and saved.config.norm_eps == 1e-4
@@ -156,7 +157,7 @@ def test_a_run_starts_from_the_language_model_and_goes_on_without_it(cache, tmp_
     ("--init-from good --width 64", 2, "--init-from fixes --width; leave it out"),
     ("--init-from good --rope-base 10 --heads 4", 2, "--init-from fixes --heads"),
     ("--init-from odd", 2, "8 head_dim 12"), ("--init-from empty", 1, "cannot be loaded as a language model")])
-def test_flags_that_do_not_fit_the_language_model_end_with_one_line(tmp_path, monkeypatch, capsys, wrong, code, message):
+def test_flags_that_do_not_fit_it_end_with_one_line(tmp_path, monkeypatch, capsys, wrong, code, message):
     language_model(tmp_path / "good")
     language_model(tmp_path / "odd", head_dim=12)
     (tmp_path / "empty").mkdir()
