@@ -28,20 +28,20 @@ In PyTorch the mask is an (L, L) matrix of booleans, read by an attention that m
 row by row the rule is at most three runs of keys, and column by column a few runs of queries, so that the kernels need
 no mask, only bounds. Tiles are aligned with blocks and chunks, so that all rows of a tile have the same bounds:
 
-    a query tile of noisy chunk i               a key tile of block i
-      runs over  [portrait)                       runs over  [blocks i .. i+W-1)
-                 [blocks i-W+1 .. i)                         [chunks i .. i+W-1) of noisy segment 1, ..., M
-                 [noisy chunk i)                (the portrait: everyone; a noisy chunk: itself)
-           ___ ___ ___ ___
-     keys |_#_|___|_#_|_#_| ... |_#_|           one tile of queries stays on the chip; tiles of keys pass by, and
-            \_______|_/____________/             the softmax is kept up to date as they do (FlashAttention, 2205.14135):
-                    v
-      peak' = max(peak, max s)                  s = q k^T / sqrt(D)
-      total' = total e^(peak-peak') + sum p     p = e^(s - peak')
-      acc' = acc e^(peak-peak') + p v           out = acc / total,   lse = peak + log total  (kept for the gradient)
+    a tile of queries of noisy chunk i sees             a tile of keys of block i is seen by
 
-    backward, with p = e^(s - lse), delta = sum(out dout), ds = p (dout v^T - delta):
-      dq = ds k / sqrt(D), by query tiles       dk = ds^T q / sqrt(D), dv = p^T dout, by key tiles
+      [portrait] [blocks i-W+1 .. i] [own chunk]          [blocks i .. i+W-1] [noisy chunks i .. i+W-1], M times
+      |  |  |    |  |  |  |  |  |    |  |  |              (the portrait: by everyone; a noisy chunk: by itself)
+      tiles of keys, one after the other                  tiles of queries, one after the other
+
+        s      = q k^T / sqrt(D)                            p     = e^(s - lse)
+        peak'  = max(peak, max s)                           delta = sum(out dout)
+        p      = e^(s - peak')                              ds    = p (dout v^T - delta)
+        total' = total e^(peak - peak') + sum p             dv    = p^T dout
+        acc'   = acc e^(peak - peak') + p v                 dk    = ds^T q / sqrt(D)
+        out = acc / total,  lse = peak + log total          dq    = ds k / sqrt(D), by tiles of queries again
+
+The tile itself stays on the chip, and no score ever leaves it (FlashAttention, 2205.14135; 2307.08691).
 
 Each output tile has one owner, which adds in a fixed order: no atomics, equal inputs give equal bits. Tiles with the
 longest runs are launched first, so that none of them is left to run alone at the end.
@@ -92,23 +92,31 @@ class Layout:
         return [self.chunks, self.video, self.video + self.audio, min(self.window, self.chunks), self.segments]
 
 
-@lru_cache(maxsize=16)
-def chunk_causal_mask(layout: Layout, device: torch.device) -> Tensor:
-    """Return the (L, L) boolean mask of the rule above; True where a query (row) may see a key (column)."""
+def coordinates(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (L,) the block or chunk of each token, -1 for the portrait, and (L,) its segment, 0 for the context."""
     chunk = torch.arange(layout.chunks, device=device)
     block = chunk.repeat_interleave(layout.video + layout.audio)
     block[: layout.video] = -1                                     # the portrait, before all time
     noisy = chunk.repeat_interleave(layout.video).repeat(layout.segments)
-    index = torch.cat([block, noisy])                              # (L,) block or chunk of each token
-    segment = torch.zeros_like(index)                              # (L,) 0 is the context
+    index = torch.cat([block, noisy])
+    segment = torch.zeros_like(index)
     segment[layout.context_length:] = 1 + torch.arange(
         layout.segments, device=device).repeat_interleave(layout.chunks * layout.video)
+    return index, segment
 
-    query, key = index[:, None], index[None, :]
-    in_context = segment[None, :] == 0
-    past = in_context & (key <= query) & ((key > query - layout.window) | (key == -1))
-    own_chunk = (segment[:, None] == segment[None, :]) & (key == query) & ~in_context
+
+def may_see(query: Tensor, query_segment: Tensor, key: Tensor, key_segment: Tensor, window: int) -> Tensor:
+    """The rule above, from the coordinates of queries and keys."""
+    past = (key_segment == 0) & (key <= query) & ((key > query - window) | (key == -1))
+    own_chunk = (query_segment == key_segment) & (key == query) & (key_segment != 0)
     return past | own_chunk
+
+
+@lru_cache(maxsize=16)
+def chunk_causal_mask(layout: Layout, device: torch.device) -> Tensor:
+    """Return the (L, L) boolean mask of the rule above; True where a query (row) may see a key (column)."""
+    index, segment = coordinates(layout, device)
+    return may_see(index[:, None], segment[:, None], index, segment, layout.window)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, impl: str = "auto") -> Tensor:
@@ -373,7 +381,8 @@ def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype, ba
     filled = bool(bounds) and bounds[1] % 128 == bounds[2] % 128 == 0
     own = 128 if filled else min(64, max(16, triton.next_power_of_2(bounds[2] if bounds else length)))
     if dtype.itemsize >= 4:
-        return {"own": min(own, 32), "passing": 16 if head_dim == 128 else 32, "num_warps": 8, "num_stages": 2}
+        tile, warps = (16, 4) if head_dim == 128 else (32, 8)
+        return {"own": min(own, tile), "passing": tile, "num_warps": warps, "num_stages": 2 if backward else 3}
     if backward and head_dim == 128:
         return {"own": min(own, 64), "passing": 32, "num_warps": 8, "num_stages": 3}
     return {"own": own, "passing": 32 if backward and own == 64 else 64, "num_warps": 8 if own == 128 else 4,

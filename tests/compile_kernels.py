@@ -33,7 +33,7 @@ class Recorder:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *args, num_warps=4, num_stages=3, **kwargs):
+    def compile(self, *args, num_warps=4, num_stages=3, enable_fp_fusion=True, **kwargs):
         names = [p.name for p in self.kernel.params]
         given = {**dict(zip(names, args)), **kwargs}
         signature, constexprs, attributes = {}, {}, {}
@@ -51,9 +51,10 @@ class Recorder:
         for architecture in self.architectures:
             source = ASTSource(self.kernel, signature, constexprs=constexprs, attrs=attributes)
             made = triton.compile(source, target=GPUTarget("cuda", architecture, 32),
-                                  options={"num_warps": num_warps, "num_stages": num_stages})
+                                  options={"num_warps": num_warps, "num_stages": num_stages,
+                                           "enable_fp_fusion": enable_fp_fusion})
             self.results.append({"kernel": self.kernel.__name__, "case": self.name, "sm": architecture, **inspect(made),
-                                 "num_warps": num_warps, **{k: v for k, v in constexprs.items() if "BLOCK" in k}})
+                                 "num_warps": num_warps, **{k: v for k, v in constexprs.items() if "BLOCK" in k or k == "MODE"}})
 
 
 def inspect(made) -> dict:
@@ -66,7 +67,14 @@ def inspect(made) -> dict:
             "shared": made.metadata.shared, "matrix": len(re.findall(r"\b(?:HMMA|HGMMA)\b", sass)),
             "warp_group": len(re.findall(r"\bHGMMA\b", sass)), "local": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
             "wide_loads": len(re.findall(r"\bLD(?:G|GSTS)\.E\S*\.128", sass)),
-            "reductions": re.findall(r"#blocked\d* = .*", made.asm["ttgir"])}
+            "summed": reduced_layouts(made.asm["ttgir"])}
+
+
+def reduced_layouts(ttgir: str) -> list[str]:
+    """How the operands of reductions are dealt out to threads: the same layout is the same order of additions."""
+    layouts = dict(re.findall(r"(#\w+) = (.*)", ttgir))
+    names = re.findall(r"tt\.reduce.*?\}\) : \(tensor<[^,>]*, (#\w+)", ttgir, re.S)
+    return [layouts[name] for name in names]
 
 
 def main(architectures: list[int], wanted: str = "") -> list[dict]:
@@ -78,6 +86,14 @@ def main(architectures: list[int], wanted: str = "") -> list[dict]:
             if attribute.endswith("_kernel"):
                 setattr(module, attribute, Recorder(kernel, name, architectures, results))
 
+    if wanted in "flow step":
+        for n in (1280, 1330, 327_680):
+            record(flow_step, f"flow step, {n}")
+            x, seed, log_prob = torch.zeros(2, 1, n), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+            for velocity in (x, x.bfloat16()):
+                for mode, given in (("ode", None), ("noise", x), ("seed", seed), ("rescore", x)):
+                    flow_step.fused_step(x, velocity, given, mode, 0.9, 0.1, 0.5, with_mean=mode != "ode")
+                flow_step.fused_step_backward(x, velocity, x, log_prob, x, 0.9, 0.1, 0.5)
     shapes = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)), "stated": (64, Layout(8, 128, 128, 2)),
               "wide heads": (128, Layout(8, 128, 128)), "wide heads, odd": (128, Layout(4, 50, 4)), "decode": (64, None)}
     for dtype in (torch.bfloat16, torch.float32):
