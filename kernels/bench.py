@@ -224,8 +224,8 @@ def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", tim
         seconds of an update for rollout, reward and update, under "grpo".
     """
     import train
-    args = train.parse_arguments([*flags.split(), "--device", device, "--clips", "32", "--updates", "1"])
-    clips, c = train.synthetic_clips(32, args.config.size, args.seconds, 0), args.config
+    args = train.parse_arguments([*flags.split(), "--device", device, "--updates", "1"])
+    clips, c = train.synthetic_clips(max(8, args.prompts), args.config.size, args.seconds, 0), args.config
     torch.manual_seed(0)
     run = train.Pretraining(model.Generator(c).to(device), args)
     train.fit_codec(run.model, clips, args)
