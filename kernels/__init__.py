@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-try:                                    # comes with PyTorch on Linux; elsewhere there are no kernels, and "auto" is "torch"
+try:                                    # comes with PyTorch on Linux; elsewhere "auto" is "torch"
     import triton
     from triton import language as tl
     from triton.language.extra import libdevice
-    jit, INTERPRETED = triton.jit, triton.knobs.runtime.interpret      # TRITON_INTERPRET=1: kernels run on a CPU, slowly
+    jit, INTERPRETED = triton.jit, triton.knobs.runtime.interpret    # TRITON_INTERPRET=1: on a CPU, slowly
 except ImportError:
     triton, tl, libdevice, jit, INTERPRETED = None, SimpleNamespace(constexpr=None), None, lambda kernel: kernel, False
 

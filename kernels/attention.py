@@ -24,9 +24,9 @@ never sees the clean answer (video i, which stands in block i+1) nor another noi
 The same rule read row by row is what a rolling key/value cache of W blocks holds, which is why one
 parallel pass can rescore what was generated chunk by chunk.
 
-In PyTorch the mask is an (L, L) matrix of booleans, read by an attention that multiplies every query with every key. But
-row by row the rule is at most three runs of keys, and column by column a few runs of queries, so that the kernels need
-no mask, only bounds. Tiles are aligned with blocks and chunks, so that all rows of a tile have the same bounds:
+In PyTorch the mask is an (L, L) matrix of booleans, read by an attention that multiplies every query with every key.
+But row by row the rule is at most three runs of keys, and column by column a few runs of queries, so that the kernels
+need no mask, only bounds. Tiles are aligned with blocks and chunks, so that all rows of a tile have the same bounds:
 
     a tile of queries of noisy chunk i sees             a tile of keys of block i is seen by
 
@@ -46,9 +46,9 @@ The tile itself stays on the chip, and no score ever leaves it (FlashAttention, 
 Each output tile has one owner, which adds in a fixed order: no atomics, equal inputs give equal bits. Tiles with the
 longest runs are launched first, so that none of them is left to run alone at the end.
 
-Work at B = 8, H = 12, D = 64, K = 8, N = T = 128, M = 2 (L = 4096, 31% of the matrix is allowed): 4 D FLOPs per allowed pair
-forward, 10 D backward, 127 and 318 GFLOP; with a dense mask 412 and 1031. Read and written forward: q, k, v, out and lse, 0.2 GB
-fused; unfused the scores and probabilities as well, (4 + 2) B H L^2 bytes there and again back, some 19 GB.
+Work at B = 8, H = 12, D = 64, K = 8, N = T = 128, M = 2 (L = 4096, 30% of the matrix is allowed): 4 D FLOPs per allowed
+pair forward and 10 D backward, 122 and 305 GFLOP; with a dense mask 412 and 1031. Forward moves q, k, v, out and lse,
+0.2 GB; unfused also scores in fp32 and probabilities in bf16, written and read, 19 GB.
 """
 
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, imp
         layout: the sequence's shape, Lq = Lk = layout.length. None: every query sees every key, which is
             right when generating, where the rolling cache holds exactly what the rule allows.
         impl: "auto", "torch" or "triton". The kernels take one dtype of bf16, fp16, fp32, and D of 32, 64 or 128;
-            fp32 is multiplied as fp32, not as TF32.
+            fp32 is not rounded to TF32.
 
     Returns: (B, H, Lq, D), dtype of q; under autocast its dtype.
 
@@ -282,8 +282,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stride, k_stride, v_
 
 
 @jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, q_stride, k_stride, v_stride, out_stride,
-              dout_stride, dq_stride, shape, heads, groups, q_length, k_length, SCALE: tl.constexpr,
+def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, q_stride, k_stride, v_stride,
+              out_stride, dout_stride, dq_stride, shape, heads, groups, q_length, k_length, SCALE: tl.constexpr,
               MASKED: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
               PRECISION: tl.constexpr):
     """One program: dq of one tile of queries of one head, and delta for the other kernel. Grid (B H, tiles)."""
@@ -318,8 +318,8 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr
 
 
 @jit
-def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, q_stride, k_stride, v_stride, dout_stride,
-                dk_stride, dv_stride, shape, kv_heads, groups, q_length, k_length, SCALE: tl.constexpr,
+def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, q_stride, k_stride, v_stride,
+                dout_stride, dk_stride, dv_stride, shape, kv_heads, groups, q_length, k_length, SCALE: tl.constexpr,
                 MASKED: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                 PRECISION: tl.constexpr):
     """One program: dk and dv of one tile of keys, summed over the query heads that share it. Grid (B H_kv, tiles)."""
@@ -392,7 +392,8 @@ def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype, ba
 def constants(head_dim: int, dtype: torch.dtype, bounds: list[int]) -> dict:
     """The compile-time arguments that do not depend on tiles.
 
-    fp32 is multiplied as three products of TF32, which keep its precision on tensor cores: GRPO's ratios are 1e-7 apart.
+    fp32 is multiplied as three products of TF32, which keep nearly its precision on tensor cores: in GRPO, cached and
+    parallel log-probabilities must not be further apart than 1e-6.
     """
     return {"SCALE": LOG2E * head_dim ** -0.5, "MASKED": bool(bounds), "D": head_dim,
             "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
@@ -421,8 +422,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple
     size = tiling(bounds, length, d, q.dtype, backward=False)
     own, passing = size.pop("own"), size.pop("passing")
     forward_kernel[b * h, programs(bounds, length, own)](
-        q, k, v, out, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3], tuple(bounds) or UNMASKED, h,
-        h // k.shape[1], length, k.shape[2], **constants(d, q.dtype, bounds), BLOCK_Q=own, BLOCK_K=passing, **size)
+        q, k, v, out, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3],
+        tuple(bounds) or UNMASKED, h, h // k.shape[1], length, k.shape[2],
+        **constants(d, q.dtype, bounds), BLOCK_Q=own, BLOCK_K=passing, **size)
     return out, lse
 
 
@@ -436,13 +438,15 @@ def fused_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do
     size = tiling(bounds, length, d, q.dtype, backward=True)
     own, passing = size.pop("own"), size.pop("passing")
     dq_kernel[b * h, programs(bounds, length, own)](
-        q, k, v, out, dout, lse, delta, dq, *(x.stride()[:3] for x in (q, k, v, out, dout, dq)), tuple(bounds) or UNMASKED, h,
-        h // h_kv, length, k_length, **constants(d, q.dtype, bounds), BLOCK_Q=own, BLOCK_K=passing, **size)
+        q, k, v, out, dout, lse, delta, dq, *(x.stride()[:3] for x in (q, k, v, out, dout, dq)),
+        tuple(bounds) or UNMASKED, h, h // h_kv, length, k_length,
+        **constants(d, q.dtype, bounds), BLOCK_Q=own, BLOCK_K=passing, **size)
     size = tiling(bounds, k_length, d, q.dtype, backward=True)
     own, passing = size.pop("own"), size.pop("passing")
     dkdv_kernel[b * h_kv, programs(bounds, k_length, own)](
-        q, k, v, dout, lse, delta, dk, dv, *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)), tuple(bounds) or UNMASKED, h_kv,
-        h // h_kv, length, k_length, **constants(d, q.dtype, bounds), BLOCK_Q=passing, BLOCK_K=own, **size)
+        q, k, v, dout, lse, delta, dk, dv, *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)),
+        tuple(bounds) or UNMASKED, h_kv, h // h_kv, length, k_length,
+        **constants(d, q.dtype, bounds), BLOCK_Q=passing, BLOCK_K=own, **size)
     return dq, dk, dv
 
 

@@ -21,8 +21,8 @@ reinforcement learning needs. Write D = sigma - next_sigma, a = noise_level, and
                step_std = next_sigma sqrt(1 - r^(a^2)),     r = next_sigma (1 - sigma) / (sigma (1 - next_sigma))
 
 The arithmetic is nothing, the memory everything. Fused, a draw reads x and velocity and writes x' (fp32: 12 bytes an
-element; 16 if the mean is kept, which rescoring's KL wants); PyTorch, operation by operation, moves about 116. The noise is
-not read but made on the spot by Philox-4x32-10 (Salmon et al., 2011), a cipher of the element's number, four words at once.
+element; 16 if the mean is kept, which rescoring's KL wants); PyTorch, operation by operation, moves about 116. The
+noise is not read but made on the spot by Philox-4x32-10 (Salmon et al., 2011), a cipher of a number, four words at once.
 
     row r of x     |<-- BLOCK -->|<-- BLOCK -->|<-- .. |      one program a block, its elements in registers:
     velocity       |             |             |       |      mean, x' and z = (x' - mean) / step_std
@@ -84,8 +84,8 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
 def philox_normal(shape: torch.Size, seed: Tensor) -> Tensor:
     """Return fp32 normal numbers for a latent (..., N, C): the noise that the kernel makes from this seed.
 
-    Words 4 q .. 4 q + 3 of a row come from the counter offset + row ceil(N C / 4) + q under the 64-bit key; two words make
-    two numbers (Box and Muller, 1958), from the middles of 2^23 equal parts of (0, 1).
+    Words 4 q .. 4 q + 3 of a row come from the counter offset + row ceil(N C / 4) + q under the 64-bit key; two words
+    make two numbers (Box and Muller, 1958), from the middles of 2^23 equal parts of (0, 1).
 
     Args: seed: (2,) int64, the key and the offset. An offset moves on by one for every four elements of a row.
     """
@@ -234,15 +234,16 @@ def log_prob_kernel(sum_ptr, log_prob_ptr, n, blocks, log_normaliser, BLOCKS: tl
 
 
 @jit
-def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean_ptr, dvelocity_ptr, n, blocks, c_x, c_v,
-                             inverse_variance, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean_ptr, dvelocity_ptr, n, blocks, c_x,
+                             c_v, inverse_variance, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """dvelocity = c_v (dlog_prob (x' - mean) / (step_std^2 n) + dmean), the mean computed anew."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     inside = block * BLOCK + tl.arange(0, BLOCK)
     at, seen = row * n + inside, inside < n
     velocity = tl.load(velocity_ptr + at, mask=seen, other=0.0).to(tl.float32)
     mean = tl.fma(velocity, c_v, tl.load(x_ptr + at, mask=seen, other=0.0) * c_x)
-    gradient = tl.load(dlog_prob_ptr + row) * inverse_variance / n * (tl.load(next_ptr + at, mask=seen, other=0.0) - mean)
+    next_x = tl.load(next_ptr + at, mask=seen, other=0.0)
+    gradient = tl.load(dlog_prob_ptr + row) * inverse_variance / n * (next_x - mean)
     if MEAN:
         gradient += tl.load(dmean_ptr + at, mask=seen, other=0.0)
     tl.store(dvelocity_ptr + at, (c_v * gradient).to(dvelocity_ptr.dtype.element_ty), mask=seen)
@@ -274,17 +275,18 @@ def blocking(n: int) -> tuple[int, int]:
 @torch.library.custom_op("flowportrait::step", mutates_args=())
 def fused_step(x: Tensor, velocity: Tensor, given: Tensor | None, mode: str, c_x: float, c_v: float, step_std: float,
                with_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x', the log-probability and the mean; empty where the mode ("ode", "noise", "seed", "rescore") has none."""
+    """Return x', the log-probability and the mean; empty where the mode (ode, noise, seed, rescore) has none."""
     x, velocity, given = (None if t is None else t.contiguous() for t in (x, velocity, given))
     next_x, log_prob, mean = empty_outputs(x, mode, with_mean)
     rows, n = x.shape[:-2].numel(), x.shape[-2:].numel()
     block, blocks = blocking(n)
     sums = x.new_empty(rows * blocks if log_prob.numel() else 0)
-    step_kernel[rows * blocks,](x, velocity, x if given is None else given, next_x, mean, sums, n, blocks, c_x, c_v, step_std,
-                                1 / step_std if step_std else 0.0, MODE=mode, MEAN=with_mean, FAST=not INTERPRETED,
-                                BLOCK=block, num_warps=8, enable_fp_fusion=False)
+    step_kernel[rows * blocks,](x, velocity, x if given is None else given, next_x, mean, sums, n, blocks, c_x, c_v,
+                                step_std, 1 / step_std if step_std else 0.0, MODE=mode, MEAN=with_mean,
+                                FAST=not INTERPRETED, BLOCK=block, num_warps=8, enable_fp_fusion=False)
     if mode != "ode":
-        log_prob_kernel[rows,](sums, log_prob, n, blocks, log_normaliser(step_std), BLOCKS=triton.next_power_of_2(blocks))
+        log_prob_kernel[rows,](sums, log_prob, n, blocks, log_normaliser(step_std),
+                               BLOCKS=triton.next_power_of_2(blocks))
     return next_x, log_prob, mean
 
 
@@ -294,8 +296,8 @@ def empty_outputs(x: Tensor, mode: str, with_mean: bool) -> tuple[Tensor, Tensor
 
 
 @torch.library.custom_op("flowportrait::step_backward", mutates_args=())
-def fused_step_backward(x: Tensor, velocity: Tensor, next_x: Tensor, dlog_prob: Tensor, dmean: Tensor | None, c_x: float,
-                        c_v: float, step_std: float) -> Tensor:
+def fused_step_backward(x: Tensor, velocity: Tensor, next_x: Tensor, dlog_prob: Tensor, dmean: Tensor | None,
+                        c_x: float, c_v: float, step_std: float) -> Tensor:
     """Return dvelocity (..., N, C)."""
     x, velocity, next_x, dlog_prob = (t.contiguous() for t in (x, velocity, next_x, dlog_prob))
     dmean, dvelocity = x if dmean is None else dmean.contiguous(), torch.empty_like(velocity)

@@ -43,7 +43,7 @@ class Recorder:
                 signature[p.name], constexprs[p.name] = "constexpr", value
                 continue
             parts = value if isinstance(value, tuple) else (value,)
-            types = ["*" + TYPES[x.dtype] if torch.is_tensor(x) else "i32" if isinstance(x, int) else "fp32" for x in parts]
+            types = ["*" + TYPES[x.dtype] if torch.is_tensor(x) else {int: "i32", float: "fp32"}[type(x)] for x in parts]
             signature[p.name] = tuple(types) if isinstance(value, tuple) else types[0]
             for j, x in enumerate(parts):
                 if torch.is_tensor(x) or (isinstance(x, int) and x % 16 == 0):
@@ -54,7 +54,7 @@ class Recorder:
                                   options={"num_warps": num_warps, "num_stages": num_stages,
                                            "enable_fp_fusion": enable_fp_fusion})
             self.results.append({"kernel": self.kernel.__name__, "case": self.name, "sm": architecture, **inspect(made),
-                                 "num_warps": num_warps, **{k: v for k, v in constexprs.items() if "BLOCK" in k or k == "MODE"}})
+                                 "num_warps": num_warps, **constexprs})
 
 
 def inspect(made) -> dict:
@@ -95,7 +95,8 @@ def main(architectures: list[int], wanted: str = "") -> list[dict]:
                 flow_step.fused_step(x, velocity, given, mode, 0.9, 0.1, 0.5, with_mean=mode != "ode")
             flow_step.fused_step_backward(x, velocity, x, log_prob, x, 0.9, 0.1, 0.5)
     shapes = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)), "stated": (64, Layout(8, 128, 128, 2)),
-              "wide heads": (128, Layout(8, 128, 128)), "wide heads, odd": (128, Layout(4, 50, 4)), "decode": (64, None)}
+              "wide heads": (128, Layout(8, 128, 128)), "wide heads, odd": (128, Layout(4, 50, 4)),
+              "decode": (64, None)}
     for dtype in (torch.bfloat16, torch.float32):
         for name, (d, layout) in shapes.items():
             name = f"{name}, {TYPES[dtype]}"

@@ -1,8 +1,8 @@
 """The Triton kernels: against their PyTorch twins in float64, in the whole of the project, and as compiled for GPUs.
 
-Without a GPU the kernels run in Triton's interpreter, in fp32 and fp64 (its bf16 is wrong), which shows what they compute;
-what they compile to is shown by compiling them for GPUs that are not here. Neither shows races or speed: the tests marked
-`gpu` are for a machine that has one.
+Without a GPU the kernels run in Triton's interpreter, in fp32 and fp64 (its bf16 is wrong), which shows what they
+compute; what they compile to is shown by compiling them for GPUs that are not here. Neither shows races or speed: on a
+machine with a GPU the same tests run on it, and those marked `gpu` besides.
 """
 
 import json
@@ -21,13 +21,13 @@ import grpo
 import kernels
 import model as m
 from kernels import attention as attention_module
-from kernels import bench, flow_step
+from kernels import bench, flow_step, tl
 from kernels.attention import Layout, attention, chunk_causal_mask, fused_attention
 from kernels.flow_step import STOCHASTIC, fused_step, philox_normal, step_coefficients, stochastic_step
 from test_grpo import SMALL
 from test_model import generator, inputs, noise_for, parallel_inputs
 
-triton = pytest.importorskip("triton", reason="needs triton, which comes with PyTorch on Linux only")
+triton = pytest.importorskip("triton", reason="needs triton, which comes with PyTorch on Linux")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")      # of the interpreter
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -93,13 +93,13 @@ def test_long_chunks_get_tiles_of_128_that_give_the_same():
 
 
 def test_nothing_that_is_forbidden_is_ever_read():
-    """NaN in every key that a query may not see, and in the out gradient of every query that may not see a key: not a bit
-    of the query's output and gradient, of the key's and the value's gradient, changes."""
+    """NaN in every key that a query may not see, and in the out gradient of every query that may not see a key: not a
+    bit of the query's output and gradient, of the key's and the value's gradient, changes."""
     layout = Layout(2, 5, 2, segments=2, window=1)
     q, k, v, dout = qkv(layout, heads=1, kv_heads=1)
     mask = chunk_causal_mask(layout, torch.device(DEVICE))
     before = with_gradients(q, k, v, dout, layout, "triton")
-    for row in (1, 8, layout.context_length + 16):            # of the portrait, of block 1, of a noisy chunk of segment 2
+    for row in (1, 8, layout.context_length + 16):                  # portrait, block 1, a noisy chunk of segment 2
         hidden = ~mask[row]
         bad_k, bad_v = k.clone(), v.clone()
         bad_k[:, :, hidden], bad_v[:, :, hidden] = math.nan, math.nan
@@ -169,7 +169,8 @@ def test_equal_inputs_give_equal_bits():
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [32, 64, 128])
-@pytest.mark.parametrize("layout", [Layout(4, 128, 128, segments=2), Layout(12, 50, 4, window=8), Layout(12, 10, 4)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(4, 128, 128, segments=2), Layout(12, 50, 4, window=8), Layout(12, 10, 4)],
+                         ids=str)
 def test_the_kernel_is_the_twin_at_full_size(layout, d, dtype):
     q, k, v, dout = qkv(layout, 4, 2, d, batch=2, dtype=dtype)
     want = with_gradients(q.double(), k.double(), v.double(), dout.double(), layout, "torch")
@@ -189,7 +190,7 @@ def one_block_or_more():
 @one_block_or_more()
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_a_draw_and_its_log_prob_are_those_of_a_normal_distribution(sampler, n):
-    """x' = mean + step_std eps, log p(x') = mean of log Normal(mean, step_std), against torch.distributions in float64."""
+    """x' = mean + step_std eps, log p(x') = mean of log Normal(mean, step_std) of torch.distributions in float64."""
     x, v, noise = latents(n=n)
     c_x, c_v, step_std = coefficients = step_coefficients(sampler, 0.75, 0.5, 0.7)
     next_x, log_prob, mean = stochastic_step(x, v, coefficients, noise=noise, impl="triton")
@@ -206,8 +207,8 @@ def test_rescoring_is_the_draw_to_the_bit_however_rows_are_batched(n):
     x, v, noise = latents(n=n)
     coefficients, seed = step_coefficients("cps", 0.75, 0.5, 0.8), torch.tensor([7, 1 << 40], device=DEVICE)
     for how in ({"noise": noise}, {"seed": seed}):
-        drawn = [stochastic_step(x[:, k], v[:, k], coefficients, impl="triton",
-                                 **{name: t if name == "seed" else t[:, k] for name, t in how.items()}) for k in range(3)]
+        hows = [{name: t if name == "seed" else t[:, k] for name, t in how.items()} for k in range(3)]
+        drawn = [stochastic_step(x[:, k], v[:, k], coefficients, impl="triton", **hows[k]) for k in range(3)]
         next_x, log_prob, mean = (torch.stack(what, 1) for what in zip(*drawn))
         slices = [torch.stack([torch.zeros_like(t), t], 1)[:, 1] for t in (x, v, next_x)]
         again = stochastic_step(*slices[:2], coefficients, next_x=slices[2], impl="triton")
@@ -251,10 +252,10 @@ def test_philox_gives_the_published_words():
 
 @triton.jit
 def words_kernel(seed_ptr, out_ptr):
-    at = flow_step.tl.arange(0, 16)
-    words = flow_step.tl.randint4x(flow_step.tl.load(seed_ptr), flow_step.tl.load(seed_ptr + 1) + at)
-    for j in flow_step.tl.static_range(4):
-        flow_step.tl.store(out_ptr + 4 * at + j, words[j].to(flow_step.tl.int64))
+    at = tl.arange(0, 16)
+    words = tl.randint4x(tl.load(seed_ptr), tl.load(seed_ptr + 1) + at)
+    for j in tl.static_range(4):
+        tl.store(out_ptr + 4 * at + j, words[j].to(tl.int64))
 
 
 SEEDS = [(0, 0), (0x0123456789ABCDEF, (5 << 32) - 8), (-1, 3)]
@@ -271,7 +272,7 @@ def test_the_kernels_words_are_philox_4x32_10(key, offset):
 @pytest.mark.parametrize("key, offset", SEEDS)
 @one_block_or_more()
 def test_noise_from_a_seed_is_box_muller_of_those_words(key, offset, n):
-    """In the kernel and in the twin alike: element j of a row from word j % 4 of counter offset + row ceil(n / 4) + j // 4."""
+    """In kernel and twin: element j of a row from word j % 4 of counter offset + row ceil(n / 4) + j // 4."""
     zero, seed, size = torch.zeros(2, *n, device=DEVICE), torch.tensor([key, offset], device=DEVICE), math.prod(n)
     drawn = stochastic_step(zero, zero, (1.0, 0.0, 1.0), seed=seed, impl="triton")[0].view(2, -1)
     twin = philox_normal(zero.shape, seed).view(2, -1)
@@ -284,10 +285,11 @@ def test_noise_from_a_seed_is_box_muller_of_those_words(key, offset, n):
 
 
 def test_noise_from_a_seed_is_normal():
-    """Mean, deviation, fourth moment and the correlation of neighbours of 400,000 numbers, within five standard errors."""
+    """Mean, variance, fourth moment and correlation of neighbours of 400,000 numbers, within five standard errors."""
     z = philox_normal(torch.Size([1, 400, 1000]), torch.tensor([3, 0])).double().flatten()
     error = 5 / math.sqrt(len(z))
-    assert abs(z.mean()) < error and abs(z.var() - 1) < error * math.sqrt(2) and abs((z ** 4).mean() - 3) < error * math.sqrt(96)
+    assert abs(z.mean()) < error and abs(z.var() - 1) < error * math.sqrt(2)
+    assert abs((z ** 4).mean() - 3) < error * math.sqrt(96)
     assert all(abs((z[i:] * z[:-i]).mean()) < error for i in (1, 2, 3, 4, 1000))
 
 
@@ -309,7 +311,8 @@ def test_a_step_takes_a_velocity_of_16_bits(dtype):
 def test_the_step_is_an_operator_that_pytorch_knows(mode):
     x, v, other = latents(n=(1, 3))
     given = {"ode": None, "seed": torch.tensor([1, 2], device=DEVICE)}.get(mode, other)
-    torch.library.opcheck(fused_step, (x, v.requires_grad_(mode == "rescore"), given, mode, 0.9, 0.2, 0.4, mode != "ode"))
+    v.requires_grad_(mode == "rescore")
+    torch.library.opcheck(fused_step, (x, v, given, mode, 0.9, 0.2, 0.4, mode != "ode"))
 
 
 # ---------------------------------------------------------------- choosing
@@ -317,10 +320,12 @@ def test_the_step_is_an_operator_that_pytorch_knows(mode):
 def test_triton_asked_for_by_name_never_becomes_pytorch_in_silence(monkeypatch):
     q = torch.zeros(1, 1, 5, 32, device=DEVICE)
     x, v = torch.zeros(2, 1, 3, 8, device=DEVICE)
-    for wrong, message in (((q[..., :24],) * 3, "got 24"), ((q, q, q.half()), "one dtype"), ((q, q[:, :, :0], q[:, :, :0]), "no keys")):
+    for wrong, message in (((q[..., :24],) * 3, "got 24"), ((q, q, q.half()), "one dtype"),
+                           ((q, q[:, :, :0], q[:, :, :0]), "no keys")):
         with pytest.raises(ValueError, match=message):
             attention(*wrong, impl="triton")
-    for wrong, message in (((x.double(), v), "fp32"), ((x, v[:, :2]), "shapes"), ((x, v.clone().requires_grad_()), "gradient")):
+    for wrong, message in (((x.double(), v), "fp32"), ((x, v[:, :2]), "shapes"),
+                           ((x, v.clone().requires_grad_()), "gradient")):
         with pytest.raises(ValueError, match=message):
             stochastic_step(*wrong, (1.0, 1.0, 1.0), noise=x.float(), impl="triton")
     with pytest.raises(ValueError, match="'cuda'"):
@@ -398,7 +403,8 @@ def test_a_grpo_update_is_the_same_with_and_without_kernels():
             assert grpo.check_rescoring(model, rollout, settings) <= 1e-6
             advantage = torch.tensor([[1.0], [-0.5]], device=DEVICE).expand(2, 2)
             loss, _ = grpo.grpo_loss(model, model, rollout, advantage, settings)
-            made[impl] = [rollout.next_x, rollout.old_log_prob, *torch.autograd.grad(loss, list(model.blocks.parameters()))]
+            gradients = torch.autograd.grad(loss, list(model.blocks.parameters()))
+            made[impl] = [rollout.next_x, rollout.old_log_prob, *gradients]
     for one, other in zip(made["triton"], made["torch"]):
         assert (one - other).abs().max() < 1e-4 * other.abs().max().clamp_min(1e-2)
 
@@ -416,7 +422,7 @@ def test_under_autocast_a_training_step_agrees_to_the_precision_of_bf16():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What tests/compile_kernels.py printed: every kernel as it would be launched, for an A100 (80) and an H100 (90)."""
+    """What tests/compile_kernels.py printed: every kernel as it would be launched, for an A100 and an H100."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_kernels.py"
     done = subprocess.run([sys.executable, script, "80,90"], capture_output=True, text=True, env=environment)
@@ -431,7 +437,7 @@ def test_no_compiled_kernel_spills_registers(compiled):
 
 
 def test_compiled_attention_uses_tensor_cores_and_fits_into_shared_memory(compiled):
-    """HMMA or HGMMA in every kernel, HGMMA on sm_90 where tiles have the 64 rows that a warp group wants; 163 and 227 KB."""
+    """HMMA or HGMMA in every kernel, HGMMA on sm_90 where tiles have the 64 rows of a warp group; 163 and 227 KB."""
     for r in compiled:
         if r["kernel"] in ("forward_kernel", "dq_kernel", "dkdv_kernel"):
             own = r["BLOCK_K"] if r["kernel"] == "dkdv_kernel" else r["BLOCK_Q"]
@@ -451,8 +457,9 @@ def test_compiled_sums_of_a_draw_and_of_its_rescoring_add_in_one_order(compiled)
 
 # ---------------------------------------------------------------- the benchmark
 
-@pytest.mark.parametrize("layout", [Layout(1, 3, 2), Layout(4, 3, 2), Layout(5, 2, 4, segments=2, window=2), Layout(3, 2, 0),
-                                    Layout(6, 1, 1, segments=3, window=1), Layout(3, 2, 1, segments=0), Layout(3, 2, 1, window=0)])
+@pytest.mark.parametrize("layout", [Layout(1, 3, 2), Layout(4, 3, 2), Layout(5, 2, 4, segments=2, window=2),
+                                    Layout(6, 1, 1, segments=3, window=1), Layout(3, 2, 0),
+                                    Layout(3, 2, 1, segments=0), Layout(3, 2, 1, window=0)])
 def test_allowed_pairs_are_the_sum_of_the_mask(layout):
     assert bench.allowed_pairs(layout) == chunk_causal_mask(layout, torch.device("cpu")).sum().item()
     assert bench.attention_flops(2, 3, 32, layout, False) == 2 * 3 * 4 * 32 * bench.allowed_pairs(layout)
@@ -464,7 +471,8 @@ def test_training_flops_are_what_pytorch_counts(monkeypatch):
     monkeypatch.setattr(m, "attention", lambda q, k, v, layout: q)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs(model, chunks, batch), *parallel_inputs(model, chunks, 2, batch))
-    c, layout = model.config, Layout(chunks, model.config.video_tokens, model.config.chunk_frames, 2, model.config.window)
+    c = model.config
+    layout = Layout(chunks, c.video_tokens, c.chunk_frames, 2, c.window)
     scores = 3 * c.layers * bench.attention_flops(batch, c.heads, c.head_dim, layout, backward=False)
     assert bench.training_flops(c, layout, batch) - scores == 3 * counter.get_total_flops()
 
@@ -479,12 +487,14 @@ def test_the_benchmark_ends_in_one_line_without_a_gpu(monkeypatch, capsys):
 
 def test_the_benchmark_measures_every_provider_and_writes_a_table():
     results = bench.bench_flow("tiny", (2, 30), 1e12, DEVICE, compiled=False)
-    results += bench.bench_attention("tiny", (1, 2, 1, 32, Layout(2, 3, 1)), 1e14, DEVICE, torch.float32, compiled=False)
+    shape = (1, 2, 1, 32, Layout(2, 3, 1))
+    results += bench.bench_attention("tiny", shape, 1e14, DEVICE, torch.float32, compiled=False)
     lines = bench.table(results).splitlines()
     assert len(lines) == 2 + 2 * 2 + 2 * 3 and lines[-1].startswith("| attention tiny backward | triton |")
     assert lines[-1].endswith("| 1.00 |") and "GB/s" in lines[2] and "TFLOP/s" in lines[-1]
     flow = results[0]
-    assert math.isclose(flow["rate"], 60 * 12 / flow["p50"] * 1e3) and math.isclose(flow["ceiling"], flow["rate"] / 1e12)
+    assert math.isclose(flow["rate"], 60 * 12 / flow["p50"] * 1e3)
+    assert math.isclose(flow["ceiling"], flow["rate"] / 1e12)
 
 
 def test_the_benchmark_of_the_whole_runs_on_a_cpu(tmp_path, monkeypatch):
