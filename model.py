@@ -306,14 +306,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the portrait and of the last W context blocks, in constant memory.
 
-    A ring of tokens per layer: the portrait's first, never overwritten, then W blocks, oldest replaced first.
+    A ring of tokens per layer: the portrait's first, never overwritten, then W blocks, oldest replaced first; and behind
+    it room for the chunk that is being denoised.
     Order inside the ring is free, since keys are rotated by absolute positions before they are stored. The
     ring evicts whole blocks because only block 0, which lacks its video part, is shorter, and it goes first.
     """
 
     def __init__(self, config: Config, batch: int, device, dtype):
         ring = config.window * (config.video_tokens + config.chunk_frames)
-        shape = (batch, config.kv_heads, config.video_tokens + ring, config.head_dim)
+        shape = (batch, config.kv_heads, 2 * config.video_tokens + ring, config.head_dim)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.sink, self.ring, self.written = config.video_tokens, ring, 0
@@ -325,13 +326,13 @@ class KVCache:
         self.written += n
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, write: bool) -> Tensor:
-        """Attend to the cache and the new keys (B, H_kv, L, D), which go to the reserved places if `write`."""
+        """Attend to the cache and the new keys (B, H_kv, L, D), which go to the reserved places if `write`; if not,
+        to those that follow what is written, where the next ones overwrite them: nothing is copied to attend."""
         keys, values = self.keys[layer], self.values[layer]
         n = min(self.written, self.sink + self.ring)
-        if write:
-            keys[:, :, self.at], values[:, :, self.at] = k.to(keys.dtype), v.to(values.dtype)
-            return attention(q, keys[:, :, :n], values[:, :, :n])
-        return attention(q, torch.cat([keys[:, :, :n], k], 2), torch.cat([values[:, :, :n], v], 2))
+        at, n = (self.at, n) if write else (slice(n, n + k.shape[2]), n + k.shape[2])
+        keys[:, :, at], values[:, :, at] = k.to(keys.dtype), v.to(values.dtype)
+        return attention(q, keys[:, :, :n], values[:, :, :n])
 
 
 class Block(nn.Module):

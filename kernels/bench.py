@@ -1,0 +1,295 @@
+"""Measure the kernels on this GPU: against PyTorch, against the hardware, and in the whole of training and sampling.
+
+    python kernels/bench.py                       # prints the tables, writes runs/bench.json
+    python kernels/bench.py --only attention      # or flow, or whole
+
+Every kernel is first held against its PyTorch twin, then timed beside
+    eager      PyTorch, operation by operation            sdpa    scaled_dot_product_attention with the dense mask
+    compile    torch.compile of the same                  flex    FlexAttention, compiled; its block mask is made apart
+A rate counts what the task needs, whoever does more: FLOPs of the allowed pairs (4 D forward, 10 D backward), bytes of
+the tensors that go in and come out. The ceiling is what this GPU was measured to do: bf16 matmul, or copy.
+Times are the median [20th, 80th percentile] of triton.testing.do_bench, of random data, in ms.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import grpo                                                                         # noqa: E402
+import model                                                                        # noqa: E402
+from kernels import triton                                                          # noqa: E402
+from kernels.attention import Layout, attention, chunk_causal_mask, coordinates, may_see      # noqa: E402
+from kernels.flow_step import flow_step, step_coefficients, stochastic_step         # noqa: E402
+
+FLOW_SHAPES = {"full": (64, 327_680), "small": (8, 6400), "tiny": (8, 1280)}       # rows, N C; one chunk of 8 videos
+ATTENTION_SHAPES = {                                          # B, H, H_kv, D and the sequence
+    "stated": (8, 12, 12, 64, Layout(8, 128, 128, segments=2)),
+    "small": (16, 8, 4, 64, Layout(12, 50, 4, window=8)),
+    "tiny": (32, 3, 3, 32, Layout(12, 10, 4, window=8))}
+LARGE = "--size 128 --grid 7 --width 1536 --layers 24 --heads 24 --kv-heads 8 --head-dim 64 --mlp-width 4096 --batch 64"
+
+
+# ---------------------------------------------------------------- what a task needs
+
+def allowed_pairs(layout: Layout) -> int:
+    """Count the pairs of query and key that the mask allows, without making the mask."""
+    video, block = layout.video, layout.video + layout.audio
+    past = [video + max(min(i + 1, layout.window) * block - (video if layout.window > i else 0), 0)
+            for i in range(layout.chunks)]                    # keys of the context that block or chunk i sees
+    context = video * video + (past[0] * layout.audio) + block * sum(past[1:])
+    return context + layout.segments * video * sum(p + video for p in past)
+
+
+def attention_flops(batch: int, heads: int, head_dim: int, layout: Layout, backward: bool) -> int:
+    """Two products of 2 D FLOPs a pair forward; five backward, the scores anew among them."""
+    return (10 if backward else 4) * head_dim * batch * heads * allowed_pairs(layout)
+
+
+def step_bytes(elements: int, velocity_bytes: int = 4) -> int:
+    """A draw: x and the velocity in, x' out; the noise is made on the spot."""
+    return elements * (4 + velocity_bytes + 4)
+
+
+def training_flops(c: model.Config, layout: Layout, batch: int) -> int:
+    """FLOPs of a pretraining step: every product forward, twice that backward; nothing counted for recomputing."""
+    k, n, t, m, w = layout.chunks, layout.video, layout.audio, layout.segments, c.width
+    levels, noisy = 1 + m * k, m * k * n
+    trunk = layout.length * w * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp_width) + levels * 6 * w * w
+    ends = (n * 3 * model.PATCH ** 2 + k * t * (c.mel_channels + w) + levels * (64 + w)
+            + ((k - 1) * n + 2 * noisy) * c.channels) * w
+    products = 2 * batch * (c.layers * trunk + ends)
+    return 3 * (products + c.layers * attention_flops(batch, c.heads, c.head_dim, layout, backward=False))
+
+
+# ---------------------------------------------------------------- measuring
+
+def measure(run: Callable[[], object], device: str) -> list[float]:
+    """Return the median, the 20th and the 80th percentile of a call's time in ms."""
+    if device == "cpu":                                       # only so that the suite can try every line of this file
+        start = time.perf_counter()
+        run()
+        return [(time.perf_counter() - start) * 1e3] * 3
+    return triton.testing.do_bench(run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8], return_mode="median")
+
+
+def ceilings() -> dict[str, float]:
+    """Measure what this GPU can do: bytes copied per second (read and written), FLOPs per second of a bf16 product."""
+    x = torch.randn(2 ** 28, device="cuda")
+    copy = measure(x.clone, "cuda")[0]
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = measure(lambda: a @ b, "cuda")[0]
+    return {"copy": 2 * x.nbytes / copy * 1e3, "matmul": 2 * 8192 ** 3 / product * 1e3}
+
+
+def rows(task: str, work: float, ceiling: float, runs: dict[str, Callable], device: str) -> list[dict]:
+    """Time every provider of a task. `work`: its FLOPs or bytes; `ceiling`: as much per second, from `ceilings`."""
+    made = []
+    for provider, run in runs.items():
+        p50, p20, p80 = measure(run, device)
+        made.append({"task": task, "provider": provider, "p50": p50, "p20": p20, "p80": p80, "rate": work / p50 * 1e3,
+                     "ceiling": work / p50 * 1e3 / ceiling})
+    for row in made:
+        row["of_kernel"] = row["p50"] / made[-1]["p50"]       # the kernel comes last
+    return made
+
+
+def table(results: list[dict]) -> str:
+    """Write rows as a Markdown table. A rate is in GB/s or TFLOP/s."""
+    lines = ["| task | provider | ms: p50 [p20, p80] | rate | of the ceiling | time / kernel's |",
+             "|---|---|---|---|---|---|"]
+    for r in results:
+        rate = f"{r['rate'] / 1e9:.0f} GB/s" if r["task"].startswith("flow") else f"{r['rate'] / 1e12:.1f} TFLOP/s"
+        lines.append(f"| {r['task']} | {r['provider']} | {r['p50']:.4f} [{r['p20']:.4f}, {r['p80']:.4f}] | {rate} "
+                     f"| {r['ceiling']:.0%} | {r['of_kernel']:.2f} |")
+    return "\n".join(lines)
+
+
+def agree(task: str, one: Tensor, other: Tensor, tolerance: float) -> None:
+    """Raise where a kernel is further from its twin than a share of the largest value."""
+    gap = ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
+    if not gap <= tolerance:
+        raise RuntimeError(f"{task}: the kernel is {gap:.1e} off, more than {tolerance:.0e}; its speed means nothing")
+
+
+# ---------------------------------------------------------------- the kernels
+
+def bench_flow(name: str, shape: tuple[int, int], ceiling: float, device: str = "cuda",
+               compiled: bool = True) -> list[dict]:
+    """A CPS draw with its log-probability; PyTorch's noise is torch.randn's, the kernel's its own."""
+    (count, n), results = shape, []
+    x, velocity, seed = *torch.randn(2, count, 1, n, device=device), torch.tensor([1, 0], device=device)
+    coefficients = step_coefficients("cps", 0.75, 0.5, 0.8)
+
+    def eager(x, v):
+        return stochastic_step(x, v, coefficients, noise=torch.randn_like(x), with_mean=False, impl="torch")
+    for dtype in (torch.float32, torch.bfloat16):
+        v = velocity.to(dtype)
+        kernel = partial(stochastic_step, x, v, coefficients, seed=seed, with_mean=False, impl="triton")
+        twin = stochastic_step(x, v, coefficients, seed=seed, impl="torch")
+        agree(f"flow {name}", kernel()[0], twin[0], 1e-4)
+        agree(f"flow {name}, log-probability", kernel()[1], twin[1], 1e-4)
+        runs = {"eager": partial(eager, x, v), "triton": kernel}
+        if compiled:
+            runs = {"eager": runs["eager"], "compile": partial(torch.compile(eager), x, v), "triton": kernel}
+        results += rows(f"flow {name}, {str(dtype)[6:]}", step_bytes(count * n, v.itemsize), ceiling, runs, device)
+    return results
+
+
+def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bool) -> tuple[dict, float]:
+    """Return provider -> function of nothing, the kernel last; and the seconds that FlexAttention's mask took."""
+    mask, groups, seconds = chunk_causal_mask(layout, q.device), q.shape[1] // k.shape[1], 0.0
+
+    def eager(q, k, v):
+        score = q @ k.repeat_interleave(groups, 1).mT * q.shape[-1] ** -0.5
+        return score.masked_fill(~mask, -math.inf).softmax(-1) @ v.repeat_interleave(groups, 1)
+    runs = {"eager": partial(eager, q, k, v)}
+    if compiled:
+        index, segment = coordinates(layout, q.device)
+        start = time.perf_counter()
+        rule = lambda b, h, i, j: may_see(index[i], segment[i], index[j], segment[j], layout.window)
+        blocks = create_block_mask(rule, None, None, layout.length, layout.length, device=q.device)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        runs |= {"compile": partial(torch.compile(eager), q, k, v),
+                 "flex": partial(torch.compile(flex_attention), q, k, v, block_mask=blocks, enable_gqa=groups > 1)}
+    return runs | {"sdpa": partial(attention, q, k, v, layout, impl="torch"),
+                   "triton": partial(attention, q, k, v, layout, impl="triton")}, seconds
+
+
+def bench_attention(name: str, shape: tuple, ceiling: float, device: str = "cuda", dtype: torch.dtype = torch.bfloat16,
+                    compiled: bool = True) -> list[dict]:
+    """Forward, then backward to q, k and v."""
+    b, h, h_kv, d, layout = shape
+    shapes = [(b, heads, layout.length, d) for heads in (h, h_kv, h_kv, h)]
+    q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    runs, seconds = attention_runs(*inputs, layout, compiled)
+    outs = {provider: run() for provider, run in runs.items()}
+    back = {provider: partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
+            for provider, out in outs.items()}
+    exact = [x[:1].detach().double().requires_grad_() for x in inputs]                # one of the batch, for memory
+    want = attention(*exact, layout, impl="torch")
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    agree(f"attention {name}", outs["triton"][:1], want, tolerance)
+    for one, other in zip(back["triton"](), torch.autograd.grad(want, exact, dout[:1].double())):
+        agree(f"attention {name}, gradient", one[:1], other, tolerance)
+    with torch.no_grad():
+        results = rows(f"attention {name} forward", attention_flops(b, h, d, layout, False), ceiling, runs, device)
+    results += rows(f"attention {name} backward", attention_flops(b, h, d, layout, True), ceiling, back, device)
+    return [r | {"mask_seconds": seconds} if r["provider"] == "flex" else r for r in results]
+
+
+# ---------------------------------------------------------------- the whole
+
+@contextmanager
+def using(impl: str):
+    """Let the generator and GRPO call the kernels, or their twins, whatever "auto" would choose."""
+    with (patch.object(model, "attention", partial(attention, impl=impl)),
+          patch.object(model, "flow_step", partial(flow_step, impl=impl)),
+          patch.object(grpo, "flow_step", partial(flow_step, impl=impl)),
+          patch.object(grpo, "stochastic_step", partial(stochastic_step, impl=impl))):
+        yield
+
+
+def wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def seconds_each(run: Callable[[], object], times: int, device: str) -> float:
+    """Return the seconds of one of several calls in a row, after three to warm up."""
+    for _ in range(min(times, 3)):
+        run()
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    wait(device)
+    return (time.perf_counter() - start) / times
+
+
+def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", times: int = 20) -> dict:
+    """Time a pretraining step, sampling, and a GRPO update of train.py, given its flags.
+
+    Returns: tokens_per_second and mfu of pretraining, frames_per_second of sampling one video and eight, and
+        seconds of an update for rollout, reward and update, under "grpo".
+    """
+    import train
+    args = train.parse_arguments([*flags.split(), "--device", device, "--updates", "1"])
+    clips, c = train.synthetic_clips(max(8, args.prompts), args.config.size, args.seconds, 0), args.config
+    torch.manual_seed(0)
+    run = train.Pretraining(model.Generator(c).to(device), args)
+    train.fit_codec(run.model, clips, args)
+    data = train.encode(run.model, clips, args.frames, device)
+    layout = Layout(args.frames // c.chunk_frames, c.video_tokens, c.chunk_frames, 1, c.window)
+
+    with using(impl):
+        step = seconds_each(lambda: run.advance(data, 1.0), times, device)
+        made = {"flags": flags, "impl": impl, "tokens_per_second": args.batch * layout.length / step,
+                "mfu": training_flops(c, layout, args.batch) / step / ceiling}
+        for batch in (1, 8):
+            portrait, mel = data.portrait[:batch].to(device) / 255, data.mel[:batch].to(device)
+            noise = torch.randn(batch, c.video_tokens, c.channels, device=device)
+            sample = lambda: list(run.model.generate(portrait, mel, lambda chunk: noise))
+            made[f"frames_per_second_{batch}"] = batch * args.frames / seconds_each(sample, max(times // 5, 1), device)
+        reward = train.make_reward(args, clips, c.chunk_frames)
+        post = train.PostTraining(run.model.eval(), reward, args)
+        rollout = grpo.roll_out
+        with patch.object(grpo, "roll_out", lambda *a: (rollout(*a), wait(device))[0]):
+            post.checked = True                               # a check of every run's first batch, not of every update
+            entries = [post.advance(data, clips) for _ in range(max(times // 5, 1) + 1)]
+        made["grpo"] = entries[-1]["seconds_for"]
+    return made
+
+
+def whole_table(results: list[dict]) -> str:
+    lines = ["| size | impl | tokens/s | MFU | frames/s, 1 video | 8 | GRPO update, s: rollout + reward + update |",
+             "|---|---|---|---|---|---|---|"]
+    for r in results:
+        lines.append(f"| {r['size']} | {r['impl']} | {r['tokens_per_second']:.0f} | {r['mfu']:.1%} "
+                     f"| {r['frames_per_second_1']:.0f} | {r['frames_per_second_8']:.0f} "
+                     f"| {' + '.join(f'{s:.2f}' for s in r['grpo'].values())} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--only", choices=("flow", "attention", "whole"), help="one part (all)")
+    p.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="(%(default)s)")
+    args = p.parse_args(argv)
+    if not torch.cuda.is_available() or triton is None:
+        sys.exit("error: the benchmark needs a CUDA GPU and triton; on a CPU, python -m pytest tests/test_triton.py "
+                 "shows that the kernels are right")
+    ceiling, results, whole = ceilings(), [], []
+    print(f"{torch.cuda.get_device_name()}: copies {ceiling['copy'] / 1e9:.0f} GB/s, multiplies bf16 at "
+          f"{ceiling['matmul'] / 1e12:.0f} TFLOP/s")
+    for name, shape in FLOW_SHAPES.items() if args.only in (None, "flow") else ():
+        results += bench_flow(name, shape, ceiling["copy"])
+    for name, shape in ATTENTION_SHAPES.items() if args.only in (None, "attention") else ():
+        results += bench_attention(name, shape, ceiling["matmul"])
+    print(table(results))
+    sizes = {"tiny": "--preset tiny", "small": "--preset small", "large": f"--preset small {LARGE}"}
+    for size, flags in sizes.items() if args.only in (None, "whole") else ():
+        whole += [{"size": size} | bench_whole(flags, impl, ceiling["matmul"]) for impl in ("torch", "triton")]
+    print(whole_table(whole))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                                    "ceilings": ceiling, "kernels": results, "whole": whole}, indent=1))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
