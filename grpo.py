@@ -9,7 +9,9 @@
    the last (whose noise would stay in the picture); the others stay ODE steps.
 2. A rollout. G videos of one portrait and one speech, a group, are generated chunk by chunk by the same `generate()`,
    cache and all, that serves sampling. Every draw is kept: x, x', mean, log-probability.
-3. A reward. Each video is judged as a whole; some components can also say in which chunk.
+3. A reward. Each video is judged as a whole, and, where a component can say when, chunk by chunk: a draw is then
+   credited with its own chunk and, discounted, with the later ones. Sound and lips are a matter of the moment, and
+   credit that is not shared with the rest of the video is less noisy.
 4. An advantage: how much better than its group a video is. Each reward component is a z-score within its group,
 
        advantage = clamp( sum_i weight_i (reward_i - mean_group reward_i) / max(std_group reward_i, floor), -5, 5 ).
@@ -69,7 +71,7 @@ class Settings:
     group: int = setting(8, "videos per prompt, G")
     sampler: str = setting("cps", "stochastic flow step", *STOCHASTIC)
     noise_level: float = setting(0.8, "how much noise is fresh; the papers: cps 0.8, flow-sde 0.7")
-    rollout_steps: int = setting(6, "flow steps per chunk of a rollout")
+    rollout_steps: int = setting(4, "flow steps per chunk of a rollout")
     draws: int = setting(2, "how many of them draw, M; the others follow the ODE")
     draw_at: str = setting("random", "where these stand: drawn anew per update, or sliding from noise to clean",
                            "random", "sliding")
@@ -77,8 +79,9 @@ class Settings:
     normalise: str = setting("group", "divide a reward by its group's std, or by the largest of the update's groups",
                              "group", "max-group")
     std_floor: float = setting(1e-3, "least std to divide by, as a share of a reward's size, where it has no floor")
-    credit: str = setting("video", "reward whole videos, or each chunk by what comes after it where that is known",
+    credit: str = setting("chunk", "reward whole videos, or each chunk by itself and what comes after it",
                           "video", "chunk")
+    discount: float = setting(0.5, "of later chunks, in the credit of a chunk")
     ratio: str = setting("plain", "plain, or re-centred as by GRPO-Guard", "plain", "guard")
     clip: float = setting(1e-4, "how far a ratio may leave 1, of mean log-probabilities")
     kl: str = setting("velocity", "to the reference: squared velocity difference, or the closed form",
@@ -99,6 +102,8 @@ class Settings:
                              f"first step nor the last is one; got {self.draws}")
         if not self.clip > 0 or not self.std_floor > 0:
             raise ValueError("clip and std_floor must be above 0")
+        if self.discount > 1:
+            raise ValueError(f"discount must be at most 1, got {self.discount}")
         step_coefficients(self.sampler, 0.5, 0.25, self.noise_level)       # raises for a noise level out of range
         if self.noise_level == 0:
             raise ValueError("noise_level 0 draws nothing")
@@ -208,10 +213,14 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
 
 # ---------------------------------------------------------------- 3 and 4. advantages
 
-def reward_to_go(reward: Tensor) -> Tensor:
-    """Give chunk k the mean reward of chunks k .. K-1: a draw changes its own chunk and what comes after. (B, K)"""
-    left = torch.arange(reward.shape[1], 0, -1, device=reward.device)
-    return reward.flip(1).cumsum(1).flip(1) / left
+def reward_to_go(reward: Tensor, discount: float) -> Tensor:
+    """Give chunk k the mean reward (B, K) of chunks j >= k, each with weight discount^(j - k).
+
+    A draw changes its own chunk most, later ones less and less, earlier ones never.
+    """
+    later = torch.arange(reward.shape[1], device=reward.device)
+    weight = (discount ** (later[:, None] - later).clamp_min(0)).tril().to(reward)   # (K later, K now)
+    return reward @ (weight / weight.sum(0))
 
 
 def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings, chunks: int,
@@ -240,7 +249,7 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
         report[name] = {"mean": reward.mean().item()}
         floor = (floors or {}).get(name, settings.std_floor * reward.abs().max().item()) + 1e-12
         if settings.credit == "chunk" and name in scores.per_chunk:
-            reward = reward_to_go(scores.per_chunk[name].double())                   # (B, K)
+            reward = reward_to_go(scores.per_chunk[name].double(), settings.discount)     # (B, K)
         else:
             reward = reward[:, None].expand(-1, chunks)
         reward = rearrange(reward, "(p g) k -> p g k", g=settings.group)

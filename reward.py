@@ -524,7 +524,7 @@ COMPONENTS = {
 # Deviations within a group that are not worth learning from: less cannot be seen, and a z-score would blow it up.
 FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "still": 0.003, "identity": 0.01, "activity": 0.05,
           "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
-CREDIT_WIDTH, CREDIT_HOP = FPS, FPS // 3             # frames that are judged for the credit of the chunks in them
+CREDIT_WIDTH, CREDIT_HOP = 16, 8                     # frames that are judged for the credit of the chunks in them
 
 
 @dataclass
@@ -568,22 +568,25 @@ class Reward:
         """Score clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names, for messages.
-                 per_chunk: also say when: lip_sync by judging spans of a second, which costs twice the judge again.
+                 per_chunk: also say when; the clip is then judged in overlapping spans of 16 frames, which costs 1.7
+                 times as much, and its rating is their mean. The mean over chunks of a regulariser is the regulariser.
         Raises:  MediaError, naming the clip, where the judge fails or a component is not a number.
         """
         if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
             raise ValueError(f"want more than {REACH} frames and {SAMPLES_PER_FRAME} samples for each: "
                              f"got {tuple(frames.shape)} and {tuple(audio.shape)}")
         chunks, mass = self.regularisers(frames.cpu().float(), portrait.cpu().float()), None
+        for name, base in self.real.temporal.items():            # more or less than real clips, on the video's average
+            off = chunks[name] - base
+            chunks[name] = -off * off.mean(1, keepdim=True).sign()
         components = {name: values.mean(1) for name, values in chunks.items()}
-        for name, base in self.real.temporal.items():                                # more or less: the mean's distance
-            components[name], chunks[name] = -(components[name] - base).abs(), -(chunks[name] - base).abs()
         if set(ASPECTS) & set(self.weights):
             n = frames.shape[1]
-            score, mass = self.rate(frames, audio, names, spans(n, self.judge.window))
+            parts = spans(n, CREDIT_WIDTH, CREDIT_HOP) if per_chunk else spans(n, self.judge.window)
+            score, mass = self.rate(frames, audio, names, parts)
             components |= dict(zip(ASPECTS, score.mean(1).T))
             if per_chunk:
-                chunks["lip_sync"] = self.lip_sync_per_chunk(frames, audio, names)
+                chunks |= dict(zip(ASPECTS, self.in_time(score, parts, n)))
         components = {name: components[name] for name in self.weights}
         for name, values in components.items():
             if not values.isfinite().all():
@@ -612,21 +615,19 @@ class Reward:
                              for a, s in zip(ASPECTS, ratings.score.T)], -1)
         return score.unflatten(0, (-1, len(parts))), ratings.mass.unflatten(0, (-1, len(parts))).amin(1)
 
-    def lip_sync_per_chunk(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Tensor:
-        """Give each chunk (B, K) the mean rating of the one-second spans that hold its middle."""
-        parts = spans(frames.shape[1], CREDIT_WIDTH, CREDIT_HOP)
-        score = self.rate(frames, audio, names, parts)[0][..., 0]                    # (B, spans)
-        middle = (torch.arange(math.ceil(frames.shape[1] / self.chunk_frames)) + 0.5) * self.chunk_frames
-        middle = middle.clamp_max(frames.shape[1] - 1)
+    def in_time(self, score: Tensor, parts: list, frames: int) -> Tensor:
+        """Give each chunk the mean rating of the spans that hold its middle. score (B, spans, 3) -> (3, B, K)."""
+        middle = (torch.arange(math.ceil(frames / self.chunk_frames)) + 0.5) * self.chunk_frames
+        middle = middle.clamp_max(frames - 1)
         holds = torch.tensor([[a <= m < b for a, b in parts] for m in middle.tolist()]).float()    # (K, spans)
-        return score @ (holds / holds.sum(1, keepdim=True)).T
+        return torch.einsum("b s a, k s -> a b k", score, holds / holds.sum(1, keepdim=True))
 
 
 # ---------------------------------------------------------------- the embedded judge: what it is taught on
 #
 # Clips of known quality, made from good ones by graded faults. Three numbers say how good a lesson is:
 #
-#     lip_sync         1 + 4 r         r: agreement of the mouth that is shown with the mouth that the sound calls for
+#     lip_sync         5 - 4 d         d: distance of the mouth that is shown from the mouth that the sound calls for
 #     expressiveness   1 + 4 l         l: liveliness, the amplitude of mouth (.65) and of brows, eyes, head (.35)
 #     motion           5 - 4 u         u: strength of the worst fault: tremble, freeze, ghost, blur, noise, ...
 #
@@ -634,9 +635,8 @@ class Reward:
 # the face along its first principal component.
 
 MATERIAL_FRAMES = 64                                 # of a clip; lessons are windows of it, so sound can be shifted
-LESSON_FRAMES = 36, 48                               # shortest and longest lesson
+LESSON_FRAMES = 16, 48                               # shortest and longest lesson
 SHIFT = 6                                            # frames by which sound is moved at most
-SILENT_MOUTH = 0.02                                  # variance that a mouth must exceed to agree with anything
 MOUTH_SHARE = 0.65                                   # of the mouth in liveliness
 
 
@@ -675,10 +675,13 @@ def mouths(clips: Sequence[Clip], frames: int) -> Tensor:
     return (mouth - mouth.mean()) / mouth.std()
 
 
-def agreement(shown: Tensor, called: Tensor) -> Tensor:
-    """Correlate two mouths (..., F), -1..1; one that hardly moves agrees with nothing."""
-    s, c = (m - m.mean(-1, keepdim=True) for m in (shown, called))
-    return (s * c).mean(-1) / ((s.square().mean(-1) + SILENT_MOUTH) * c.square().mean(-1).clamp_min(1e-6)).sqrt()
+def apart(shown: Tensor, called: Tensor) -> Tensor:
+    """Return how far apart two mouths (..., F) of unit deviation are: 0 alike, 1 as far as unrelated ones or farther.
+
+    It is the root mean square of the difference over sqrt 2. (A correlation would hardly tell good from very good: .95
+    from .97 is .22 from .17 here; and it would not see that lips move too little.)
+    """
+    return ((shown - called).square().mean(-1) / 2).sqrt().clamp_max(1)
 
 
 def good_material(clips: Sequence[Clip], frames: int = MATERIAL_FRAMES) -> Material:
@@ -827,9 +830,10 @@ def lesson(material: Material, other: Material, row: int, frames: int, rng: torc
     if material.face is not None and uniform() < 0.6:
         mouth, rest = uniform(0, 1.25), uniform(0, 1.25)
         x = act(material.face[row, window] / 255, material.pose[row, window], mouth, rest)
-        shown, lively = mouth * shown, MOUTH_SHARE * min(mouth, 1) + (1 - MOUTH_SHARE) * min(rest, 1)
+        shown = shown[0] + mouth * (shown - shown[0])
+        lively = MOUTH_SHARE * min(mouth, 1) + (1 - MOUTH_SHARE) * min(rest, 1)
     if uniform() < 0.1:                              # splice: for a while the mouth does what it did at another time
-        length = whole(rng, 8, frames // 2)
+        length = whole(rng, frames // 5, frames // 2)
         at, source = whole(rng, 0, frames - length), whole(rng, 0, frames - length)
         order = torch.arange(frames)
         order[at:at + length] = torch.arange(source, source + length)
@@ -854,19 +858,19 @@ def lesson(material: Material, other: Material, row: int, frames: int, rng: torc
         x, shown = spoil(FAULTS[kind], strength, x, shown, rng)
         lively = lively * (1 - MOUTH_SHARE + MOUTH_SHARE * (shown.std() / amplitude).clamp_max(1).item())
         fault, faults[kind] = max(fault, strength), strength
-    quality = 1 + 4 * torch.tensor([agreement(shown, called), lively, 1 - fault]).clamp(0, 1)
+    quality = 1 + 4 * torch.tensor([1 - apart(shown, called), lively, 1 - fault]).clamp(0, 1)
     return to_bytes(x), sound, quality, shown, called, faults
 
 
 @torch.no_grad()
 def lessons(good: Material, generated: Material | None, batch: int, seed: int, frames: int | None = None,
             rows: Sequence[int] | None = None) -> Lesson:
-    """Draw a batch, all of one length, a fifth of it from generators, or of the given rows of `good`. A seed gives the
-    same lessons always."""
+    """Draw a batch, all of one length, two fifths of it from generators, or of the given rows of `good`. A seed gives
+    the same lessons always."""
     rng = torch.Generator().manual_seed(seed)
     frames, made = frames or 2 * whole(rng, LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1), []
     for i in range(batch):
-        material = generated if generated is not None and i % 5 == 4 else good
+        material = generated if generated is not None and i % 5 > 2 else good
         row = whole(rng, 0, len(material)) if rows is None else rows[i]
         made.append(lesson(material, good, row, frames, rng))
     return Lesson(*(torch.stack(field) for field in zip(*made)))
@@ -946,14 +950,15 @@ class Hints(nn.Module):
     Linear readouts ask the vision tower how open the mouth is, how much changes between two frames, how sharp they are,
     and which faults there are; the audio tower, how open the sound wants the mouth, and how loud it is; the second
     layer, at the audio tokens, for both mouths, which forces it to fetch the picture of the same instant; the third for
-    their product, whose mean is the agreement, and, at the video tokens, for the faults again. They are thrown away
-    after training.
+    the square of their difference, whose mean is the distance, and, at the video tokens, for the faults again. They are
+    thrown away after training.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         w, self.seen = TINY_WIDTH, {}
-        self.sight, self.sound, self.both, self.product = (nn.Linear(*n) for n in ((4 * w, 4), (w, 2), (w, 2), (w, 1)))
+        self.sight, self.look, self.sound, self.both, self.gap = (
+            nn.Linear(*n) for n in ((4 * w, 2), (4 * w, 2), (w, 2), (w, 2), (w, 1)))
         self.faults, self.faults_again = nn.Linear(8 * w, len(FAULTS)), nn.Linear(2 * w, len(FAULTS))
         self.tokens = model.config.video_token_id, model.config.audio_token_id
         places = {"vision": model.visual, "audio": model.audio_tower, "second": model.model.layers[1],
@@ -981,17 +986,16 @@ class Hints(nn.Module):
         at = lambda name, where: self.seen[name][where].view(b, -1, TINY_WIDTH)
         spread = lambda x: torch.cat([x.mean(1), x.std(1)], -1)
         loud = (truth.audio.view(b, f, -1).square().mean(-1) + 1e-3).log() / 2 + 2.5
-        unit = lambda m: (m - m.mean(1, keepdim=True)) / (m.std(1, keepdim=True) + 0.15)
-        product = (unit(truth.shown) * unit(truth.called)).clamp(-3, 3)
+        gap = (truth.shown - truth.called).square().clamp_max(4)
         vision, known = self.seen["vision"].view(b, f // 2, -1), ~truth.faults.isnan()
         x = truth.frames.float().unflatten(1, (-1, 2))                               # (B, F/2, 2, 3, S, S)
         strength = lambda d: (d.abs().mean((2, 3, 4, 5)) + 0.3).log()                # of grey levels of 255
-        sight = torch.stack([strength(x.diff(dim=2)), strength(x.diff(dim=-1)) - 2], -1)
+        look = torch.stack([strength(x.diff(dim=2)), strength(x.diff(dim=-1)) - 2], -1)
         error = lambda guess, target: (guess - target).square().mean()
-        return (0.5 * error(self.sight(vision), torch.cat([truth.shown.view(b, -1, 2), sight], -1))
-                + 0.3 * error(self.sound(self.seen["audio"].view(b, f, -1)), torch.stack([truth.called, loud], -1))
-                + 0.5 * error(self.both(at("second", audio)), torch.stack([truth.shown, truth.called], -1))
-                + 0.2 * error(self.product(at("third", audio))[..., 0], product)
+        return (2.0 * error(self.sight(vision), truth.shown.view(b, -1, 2)) + 0.25 * error(self.look(vision), look)
+                + 0.5 * error(self.sound(self.seen["audio"].view(b, f, -1)), torch.stack([truth.called, loud], -1))
+                + 1.0 * error(self.both(at("second", audio)), torch.stack([truth.shown, truth.called], -1))
+                + 0.5 * error(self.gap(at("third", audio))[..., 0], gap)
                 + 3.0 * error(self.faults(spread(vision))[known], truth.faults[known])
                 + 3.0 * error(self.faults_again(spread(at("third", video)))[known], truth.faults[known]))
 
@@ -1675,7 +1679,7 @@ def load_sync(folder: str | Path) -> SyncNetwork:
 # ---------------------------------------------------------------- command line
 
 JUDGE_CLIPS, SYNC_CLIPS = 1500, 1000                 # drawn talkers to teach on
-GENERATED_CLIPS = 48                                 # clips that each generator imitates for the judge
+GENERATED_CLIPS = 160                                # clips that each generator imitates for the judge
 HELD_OUT_SEED = 2_000_000                            # drawn talkers for exams: other people, other speech
 DEFAULT_SYNC = Path(__file__).parent / "assets" / "sync"
 

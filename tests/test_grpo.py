@@ -181,7 +181,7 @@ def test_by_the_largest_std_a_group_of_small_differences_counts_less():
     largest, _ = advantages(reward, {"sync": 1.0}, Settings(group=2, normalise="max-group"), 1)
     assert torch.allclose(own[:, 0], torch.tensor([-1., 1, -1, 1]))
     assert torch.allclose(largest[:, 0], torch.tensor([-0.25, 0.25, -1, 1]))
-    reward.per_chunk = {"sync": torch.tensor([[0., 0], [14, 2], [0, 0], [4, 4]])}     # to go: 0 0, 8 2, 0 0, 4 4
+    reward.per_chunk = {"sync": torch.tensor([[0., 0], [11, 2], [0, 0], [4, 4]])}     # to go: 0 0, 8 2, 0 0, 4 4
     largest, _ = advantages(reward, {"sync": 1.0}, Settings(group=2, normalise="max-group", credit="chunk"), 2)
     assert torch.allclose(largest, torch.tensor([[-1., -0.5], [1, 0.5], [-0.5, -1], [0.5, 1]]))       # chunk by chunk
 
@@ -217,9 +217,10 @@ def test_a_reward_that_is_not_a_number_is_named():
 
 
 def test_credit_per_chunk_looks_forward_only():
-    """reward to go of 1 2 6 is 9/3 8/2 6; what happened before a chunk is no part of its credit, and components
-    without a place in time count for the whole video."""
-    assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]])), torch.tensor([[3., 4, 6]]))
+    """reward to go of 1 2 6 is 9/3 8/2 6, with a discount of 1/2 it is 3.5/1.75 5/1.5 6; what happened before a chunk is
+    no part of its credit, and components without a place in time count for the whole video."""
+    assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]]), 1), torch.tensor([[3., 4, 6]]))
+    assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]]), 0.5), torch.tensor([[2, 10 / 3, 6]]))
     made = scores(seam=[0., 0], sync=[1., 3])
     made.per_chunk = {"seam": torch.tensor([[5., 0, 1], [0., 0, 3]])}
     value, _ = advantages(made, {"seam": 1.0}, Settings(group=2, credit="chunk"), 3)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import reward
 from data import FPS, Clip, MediaError, render_talker, write_video
 from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Judge, Material,
-                    PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, agreement, battery, exam, good_material,
+                    PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, apart, battery, correlation, exam, good_material,
                     lessons, likeness, mouths, prompt, rating_loss, save_judge, spans, spoil, straying, teach, temporal,
                     tiny_judge)
 
@@ -195,13 +195,14 @@ def test_rubrics_say_what_to_look_at_and_list_the_scale_either_way():
 
 # ---------------------------------------------------------------- lessons
 
-def test_agreement_is_correlation_for_a_mouth_that_moves_and_nothing_for_one_that_does_not():
+def test_mouths_are_apart_by_what_their_correlation_lacks_and_by_what_their_size_lacks():
+    """For curves of mean 0 and deviation 1, |a - b|^2 / 2F = 1 - correlation; half as much movement is 0.5 / sqrt 2."""
     torch.manual_seed(0)
-    mouth = torch.randn(3, 200)
-    assert (agreement(mouth, mouth) - 1).abs().max() < 0.02 and (agreement(mouth, -mouth) + 1).abs().max() < 0.02
-    a, b = torch.randn(2, 200)
-    assert abs(agreement(a, b) - torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.01
-    assert agreement(torch.zeros(200), a) == 0 and agreement(0.02 * a, a) < 0.2
+    a, b = torch.randn(2, 2000, dtype=torch.float64)
+    a, b = ((x - x.mean()) / x.std(correction=0) for x in (a, 0.9 * a + 0.3 * b))
+    assert apart(a, a) == 0 and apart(a, -a) == 1
+    assert abs(apart(a, b) ** 2 - (1 - torch.corrcoef(torch.stack([a, b]))[0, 1])) < 1e-12
+    assert abs(apart(a, b.roll(700)) - 1) < 0.05 and abs(apart(0.5 * a, a) - 0.125 ** 0.5) < 1e-9
 
 
 def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth(clips):
@@ -231,7 +232,7 @@ def test_quality_falls_with_what_was_done(good):
     assert 1 <= truth.quality.min() and truth.quality.max() <= 5
     worst = truth.faults.amax(1)
     assert (truth.quality[:, 2] <= 5 - 4 * worst + 1e-4).all() and (worst > 0).float().mean() > 0.3
-    expected = 1 + 4 * agreement(truth.shown, truth.called).clamp(0, 1)
+    expected = 5 - 4 * (truth.shown - truth.called).pow(2).mean(1).div(2).sqrt().clamp(max=1)
     torch.testing.assert_close(truth.quality[:, 0], expected)
     assert (truth.quality[:, 0] > 4.5).float().mean() > 0.1 and (truth.quality[:, 0] < 2).float().mean() > 0.1
 
@@ -411,13 +412,30 @@ def test_long_videos_are_judged_in_windows_and_chunks_get_the_mean_of_the_spans_
     """Brightness rises with time, so the second half's chunks earn more; the whole earns the mean of its windows."""
     frames = (torch.arange(60.0) / 60).view(1, 60, 1, 1, 1).expand(1, 60, 3, 64, 64)
     judge, audio = Fixed(), torch.zeros(1, 60 * 640)
-    scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"], per_chunk=True)
+    scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"])
     windows = [1 + 4 * torch.arange(a, b).float().mean() / 60 for a, b in ((0, 20), (20, 40), (40, 60))]
     assert scores.components["lip_sync"].item() == pytest.approx(torch.stack(windows).mean().item(), abs=1e-5)
-    credit = scores.per_chunk["lip_sync"]
-    assert credit.shape == (1, 15) and (credit.diff() >= 0).all() and credit[0, -1] - credit[0, 0] > 2
-    assert {"seam", "jerk", "flicker", "still", "identity", "activity"} <= set(scores.per_chunk)
-    assert all(values.shape == (1, 15) for values in scores.per_chunk.values())
+    assert scores.per_chunk == {}
+    scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"], per_chunk=True)
+    for aspect in ASPECTS:
+        credit = scores.per_chunk[aspect]
+        assert credit.shape == (1, 15) and (credit.diff() >= 0).all() and credit[0, -1] - credit[0, 0] > 2
+
+
+def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(real, clips):
+    """The credit of a chunk points where the whole video should go: where a video moves too little on the average, a
+    chunk that moves more earns more."""
+    frames = torch.stack([c.frames[:48] for c in clips[:4]]) / 255
+    frames = frames[:, :1] + torch.tensor([0.2, 0.8, 1.2, 2.0]).view(-1, 1, 1, 1, 1) * (frames - frames[:, :1])
+    scores = Reward(Fixed(), real)(frames, torch.zeros(4, 48 * 640), frames[:, 0], list("abcd"), per_chunk=True)
+    assert set(scores.per_chunk) == set(scores.components)
+    for name in set(scores.components) - set(ASPECTS):
+        torch.testing.assert_close(scores.per_chunk[name].mean(1), scores.components[name])
+        assert (scores.components[name] <= 0).all()
+    activity = [scores.per_chunk["activity"][i] for i in (0, 3)]                     # far too little, far too much
+    swing = (frames[:, 8:] - frames[:, :-8]).abs().mean((2, 3, 4))
+    swing = torch.cat([swing[:, :1].expand(-1, 8), swing], 1).unflatten(1, (12, 4)).mean(2)
+    assert correlation(activity[0], swing[0]) > 0.9 and correlation(activity[1], swing[3]) < -0.9
 
 
 def test_spans_cover_every_frame_evenly():
@@ -481,7 +499,7 @@ def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, mon
 
 
 def test_people_s_ratings_give_a_table_and_a_calibration(tmp_path, capsys, clips):
-    """Raters who say what the judge says: perfect agreement, and a calibration that train.py can read."""
+    """Raters who say what the judge says: perfect apart, and a calibration that train.py can read."""
     for i, clip in enumerate(clips[:6]):
         write_video(tmp_path / f"{i}.mp4", clip.frames[:30], clip.audio[:30 * 640])
     ratings = [f"{i}.mp4,{aspect},{1 + (i + r) % 5}" for i in range(6) for aspect in ASPECTS for r in range(2)]
