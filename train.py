@@ -569,8 +569,8 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--parts", type=int, default=2, help="gradient steps per update, each on a part of its rollouts; with one the "
          "clip is never met (%(default)s)")
     flag("--micro-batch", type=int, help="rollouts per backward pass (by preset)")
-    flag("--post-lr", type=float, default=4e-4, help="of AdamW (%(default)s)")
-    flag("--post-ema", type=float, default=0.95, help="decay of the moving average of the policy (%(default)s)")
+    flag("--post-lr", type=float, default=2e-4, help="of AdamW (%(default)s)")
+    flag("--post-ema", type=float, default=0.9, help="decay of the moving average of the policy (%(default)s)")
     flag("--watch-every", type=int, default=10, help="updates between looks at the watched clips (%(default)s)")
     flag("--watch-clips", type=int, default=24, help="held-out clips that choose the checkpoint (%(default)s)")
     flag("--patience", type=int, default=4, help="stop after so many looks without a better checkpoint (%(default)s)")
