@@ -66,6 +66,7 @@ def inspect(made) -> dict:
     return {"registers": int(re.search(r"REG:(\d+)", use)[1]), "stack": int(re.search(r"STACK:(\d+)", use)[1]),
             "shared": made.metadata.shared, "matrix": len(re.findall(r"\b(?:HMMA|HGMMA)\b", sass)),
             "warp_group": len(re.findall(r"\bHGMMA\b", sass)), "local": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+            "arithmetic": {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("FFMA", "FMUL", "FADD")},
             "wide_loads": len(re.findall(r"\bLD(?:G|GSTS)\.E\S*\.128", sass)),
             "summed": reduced_layouts(made.asm["ttgir"])}
 
@@ -88,7 +89,7 @@ def main(architectures: list[int], wanted: str = "") -> list[dict]:
 
     if wanted in "flow step":
         for n, dtype in ((1280, torch.float32), (1280, torch.bfloat16), (327_680, torch.bfloat16)):
-            record(flow_step, f"flow step, {n}")
+            record(flow_step, f"flow step, {n}, {TYPES[dtype]}")
             x, seed, log_prob = torch.zeros(2, 1, n), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
             velocity = x.to(dtype)
             for mode, given in (("ode", None), ("noise", x), ("seed", seed), ("rescore", x)):

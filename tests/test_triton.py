@@ -455,6 +455,20 @@ def test_compiled_sums_of_a_draw_and_of_its_rescoring_add_in_one_order(compiled)
     assert len(layouts) >= 2 and all(len(found) == 1 and len(next(iter(found))) == 2 for found in layouts.values())
 
 
+def test_compiled_draws_and_rescorings_round_alike(compiled):
+    """The interpreter does not round a fused multiply-add once, so rounding is read off the instructions: one FFMA an
+    element in every mode, the mean, and in a draw one multiplication and one addition more than in its rescoring."""
+    steps = {}
+    for r in compiled:
+        if r["kernel"] == "step_kernel":
+            steps.setdefault((r["sm"], r["case"], r["BLOCK"]), {})[r["MODE"]] = r["arithmetic"]
+    assert steps
+    for (_, _, block), modes in steps.items():
+        each = block // 256                                          # elements of each of the 8 x 32 threads
+        assert {a["FFMA"] for a in modes.values()} == {each}, modes
+        assert all(modes["noise"][op] == modes["rescore"][op] + each for op in ("FMUL", "FADD")), modes
+
+
 # ---------------------------------------------------------------- the benchmark
 
 @pytest.mark.parametrize("layout", [Layout(1, 3, 2), Layout(4, 3, 2), Layout(5, 2, 4, segments=2, window=2),
