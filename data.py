@@ -227,7 +227,7 @@ class SpeechEncoder:
         encoder_width(name)
         local = Path(name).is_dir()
         model = pretrained(name, ENCODERS, "a speech encoder")
-        with _named(name, "a speech encoder"):
+        with loading(name, "a speech encoder"):
             self.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, local_files_only=local)
         self.device, whisper = device, model.config.model_type == "whisper"
         self.before, self.after, self.skip = (160, 0, 1) if whisper else (40, 40, 0)
@@ -236,7 +236,7 @@ class SpeechEncoder:
         for weight in self.model.state_dict().values():
             sign.update(weight.cpu().numpy())
         self.fingerprint = sign.hexdigest()
-        with _named(name, "a speech encoder"):                       # what cannot hear is found out now
+        with loading(name, "a speech encoder"):                       # what cannot hear is found out now
             self.listen(torch.ones(SAMPLES_PER_FRAME))
 
     def listen(self, sound: Tensor) -> Tensor:
@@ -941,13 +941,37 @@ def reading_weights(folder: Path, kind: str, source: str) -> Iterator[None]:
         raise MediaError(folder, f"is not {kind} of this version ({first_line(error)}); train it again") from None
 
 
-def pretrained_config(name: str | Path, kinds: Sequence[str], what: str):
-    """Read the configuration of a model of transformers, one of `kinds`: a folder's, or, where `name` is no folder,
-    the hub's: naming a model asks for its download. Raises: MediaError where there is none, or one of another kind."""
+@contextmanager
+def loading(name: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises into a MediaError, and load without its chatter."""
     import transformers                              # here: it takes seconds, and few uses need it
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with _named(name, what):
+    try:
+        yield
+    except MediaError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise MediaError(name, f"cannot be loaded as {what} ({first_line(error)}); give a folder that transformers "
+                               "wrote, or a name on the hub") from None
+
+
+def whole_model(kind, name: str | Path, **settings) -> torch.nn.Module:
+    """Load a frozen model of a class of transformers: a folder's, or, where `name` is no folder, the hub's: naming a
+    model asks for its download. Raises: MediaError where weights are missing; else what transformers raises."""
+    model, loaded = kind.from_pretrained(str(name), local_files_only=Path(name).is_dir(), output_loading_info=True,
+                                         **settings)
+    missing = sorted(set(loaded["missing_keys"]) - {"masked_spec_embed"})            # only training reads that one
+    if missing:
+        raise MediaError(name, f"lacks the weights {', '.join(missing[:3])}; copy the folder again")
+    return model.eval().requires_grad_(False)
+
+
+def pretrained_config(name: str | Path, kinds: Sequence[str], what: str):
+    """Read the configuration of a model of transformers, one of `kinds`, from a folder or the hub, as `whole_model`.
+    Raises: MediaError where there is none, or one of another kind."""
+    import transformers
+    with loading(name, what):
         config = transformers.AutoConfig.from_pretrained(str(name), local_files_only=Path(name).is_dir())
         if config.model_type not in kinds:
             raise MediaError(name, f"is a {config.model_type} and cannot serve as {what}; use {', '.join(kinds)}")
@@ -958,25 +982,8 @@ def pretrained(name: str | Path, kinds: Sequence[str], what: str) -> torch.nn.Mo
     """Load the bare model whose configuration `pretrained_config` reads, in fp32. Raises: MediaError, likewise."""
     import transformers
     pretrained_config(name, kinds, what)
-    with _named(name, what):
-        model, loaded = transformers.AutoModel.from_pretrained(
-            str(name), dtype=torch.float32, local_files_only=Path(name).is_dir(), output_loading_info=True)
-        missing = sorted(set(loaded["missing_keys"]) - {"masked_spec_embed"})        # only training reads that one
-        if missing:
-            raise MediaError(name, f"lacks the weights {', '.join(missing[:3])}; copy the folder again")
-        return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _named(name: str | Path, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises into a MediaError."""
-    try:
-        yield
-    except MediaError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise MediaError(name, f"cannot be loaded as {what} ({first_line(error)}); give a folder that transformers "
-                               "wrote, or a name on the hub") from None
+    with loading(name, what):
+        return whole_model(transformers.AutoModel, name, dtype=torch.float32)
 
 
 def write_speech(path: Path, audio: Tensor) -> None:

@@ -53,9 +53,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, first_line,
-                  folder_clips, load_clip, load_portrait, log_mel, normalise_loudness, reading_weights, replacing,
-                  synthetic_clips, write_speech, write_video, write_weights)
+from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError,
+                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, reading_weights,
+                  replacing, synthetic_clips, whole_model, write_speech, write_video, write_weights)
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -165,26 +165,15 @@ class Judge:
         import transformers                          # here: it takes seconds, and not every use needs a judge
         name, local = str(name), Path(name).is_dir()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        try:
+        with loading(name, "a judge"):
             kind = transformers.AutoConfig.from_pretrained(name, local_files_only=local).model_type
             if (kind := kind.removesuffix("_thinker")) not in THINKERS:
                 raise MediaError(name, f"is a {kind}, which cannot watch and hear; use one of {', '.join(THINKERS)}")
-            transformers.logging.set_verbosity_error()           # a talker's weights that nobody asked for are no news
-            transformers.logging.disable_progress_bar()
-            model, loaded = getattr(transformers, THINKERS[kind]).from_pretrained(
-                name, dtype=dtype, local_files_only=local, output_loading_info=True)
-            if loaded["missing_keys"]:
-                raise MediaError(name, f"lacks the weights {', '.join(sorted(loaded['missing_keys'])[:3])}; "
-                                       "copy the folder again")
+            model = whole_model(getattr(transformers, THINKERS[kind]), name, dtype=dtype)
             processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local)
             own = Path(name) / "judge.json"
             settings = (json.loads(own.read_text()) if own.exists() else {}) | settings
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if isinstance(error, MediaError):
-                raise
-            raise MediaError(name, f"cannot be loaded as a judge ({first_line(error)}); give a "
-                                   "folder with model, tokenizer and processor, or a name on the hub") from None
-        return cls(model.eval().requires_grad_(False), processor, device=device, **settings)
+        return cls(model, processor, device=device, **settings)
 
     def questions(self) -> tuple[str, list[str]]:
         """Return the text up to the end of the clip, and, for each aspect and order, the text that follows."""
@@ -430,13 +419,10 @@ class PretrainedLikeness:
     def __init__(self, name: str, device: str = "cpu"):
         import transformers
         local = Path(name).is_dir()
-        try:
+        with loading(name, "a vision model"):
             model = transformers.AutoModel.from_pretrained(name, local_files_only=local)
             self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
             self.processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=local)
-        except (OSError, ValueError, KeyError) as error:
-            raise MediaError(name, f"cannot be loaded as a vision model ({first_line(error)}); "
-                                   "give a folder, or a name on the hub") from None
         self.device = device
 
     def features(self, pictures: Tensor) -> Tensor:
@@ -799,7 +785,7 @@ def spoil(fault: str, strength: float, x: Tensor, mouth: Tensor, rng: torch.Gene
         return x + 0.1 * u * normal(*x.shape), mouth
     if fault == "flicker":                           # light and tint tremble
         return x * (1 + 0.12 * u * normal(f, 1, 1, 1)) + 0.06 * u * normal(f, 3, 1, 1), mouth
-    chunk = at // whole(rng, 3, 7)                        # seam: every few frames head and shading jump
+    chunk = at // whole(rng, 3, 7)                   # seam: every few frames head and shading jump
     n, pose = chunk[-1].item() + 1, torch.zeros(chunk[-1].item() + 1, 6)
     pose[:, [0, 3]], pose[:, [1, 5]] = 0.04 * u * normal(n, 2), 0.03 * u * normal(n, 2)
     shade = nnf.interpolate(0.06 * u * normal(n, 3, 6, 6), x.shape[-2:], mode="bicubic")
