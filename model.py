@@ -306,8 +306,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the portrait and of the last W context blocks, in constant memory.
 
-    A ring of tokens per layer: the portrait's first, never overwritten, then W blocks, oldest replaced first; and behind
-    it room for the chunk that is being denoised.
+    A ring of tokens per layer: the portrait's first, never overwritten, then W blocks, oldest replaced first; and
+    behind it room for the chunk that is being denoised.
     Order inside the ring is free, since keys are rotated by absolute positions before they are stored. The
     ring evicts whole blocks because only block 0, which lacks its video part, is shorter, and it goes first.
     """
