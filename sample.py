@@ -19,7 +19,7 @@ from tqdm import tqdm
 import reward
 from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, hear, load_portrait, load_speech,
                   write_video)
-from model import Generator, estimate_pose, load_generator, ode_step
+from model import Generator, estimate_pose, load_generator, ode_step, unwarp
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -57,15 +57,20 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
              sync: reward.SyncNetwork | None = None) -> dict[str, Tensor]:
     """Measure videos (B, F, 3, S, S) in [0, 1] against their true clips by the held-out metrics of reward.py.
 
-    Returns: name -> (B,) values. Of drawn talkers, lip_sync is the correlation with the true mouth. Of real clips,
+    Returns: name -> (B,) values. psnr is the distance to the true frames, most of it where a head went that is free to
+    go elsewhere; mouth_psnr that of mouths, heads held still and the first frame taken off. Of drawn talkers, lip_sync is the correlation with the true mouth. Of real clips,
     mouth_own is the mouth-motion correlation with the true clip, mouth_late the same against the true clip 5 frames
     later, mouth_other against another clip; over_late and over_other are by how much the first exceeds these. With a
     sync network, also sync_confidence and sync_own of its offset curve, and identity, the mean cosine to the portrait.
     """
     frames = videos.shape[1]
     truths = [clip.frames[:frames] / 255 for clip in clips]
-    heads = [[reward.head_motion(estimate_pose(v[None])[0]) for v in vs] for vs in (videos, truths)]
+    poses = [[estimate_pose(v[None])[0] for v in vs] for vs in (videos, truths)]
+    heads = [[reward.head_motion(pose) for pose in some] for some in poses]
+    mouths = [[reward.mouth_box(unwarp(v, pose)) for v, pose in zip(vs, some)]
+              for vs, some in zip((videos, truths), poses)]
     values = {"psnr": [reward.psnr(v, t) for v, t in zip(videos, truths)],
+              "mouth_psnr": [reward.psnr(made, true) for made, true in zip(*mouths)],
               "motion": [reward.motion(v) / reward.motion(t) for v, t in zip(videos, truths)],
               "head": [made / true for made, true in zip(*heads)],
               "jerk_ratio": [reward.jerk(v) / reward.jerk(t) for v, t in zip(videos, truths)],

@@ -112,8 +112,8 @@ def test_a_run_leaves_everything_it_names(run):
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
     assert [e["step"] for e in entries if "held_out" in e] == [4, 6]
-    measured = {"lip_sync", "offset", "amplitude", "psnr", "motion", "head", "jerk_ratio", "still_psnr", "jerk", "seam",
-                "sync_own", "sync_confidence", "identity"}
+    measured = {"lip_sync", "offset", "amplitude", "psnr", "mouth_psnr", "motion", "head", "jerk_ratio", "still_psnr",
+                "jerk", "seam", "sync_own", "sync_confidence", "identity"}
     assert set(entries[-1]["held_out"]) == measured and set(entries[0]["codec"]) == measured
     assert Image.open(run / "sheet.png").size == (12 * 32, 2 * 2 * 32)
 
