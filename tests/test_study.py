@@ -9,7 +9,7 @@ import torch
 
 import reward
 import sample
-from data import MediaError, load_clip
+from data import MediaError, load_clip, render_talker
 from model import Config, Generator, save_generator
 from reward import clopper_pearson, tally
 
@@ -27,6 +27,8 @@ def runs(tmp_path_factory):
             torch.manual_seed(seed)
             model = Generator(Config(**SHAPE | more))
             model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
+            for weight in model.parameters():        # those that start at zero would hide the noise
+                weight.data.normal_(std=0.2)
             save_generator(model, folder / name, model.state_dict())
         yield folder
 
@@ -79,6 +81,8 @@ def test_both_videos_of_a_pair_have_one_noise_and_one_sound(made, runs, tmp_path
     _, page, _ = make(runs, tmp_path / "self", "amber", "amber", "--clips", "2")
     assert all(pair["left"] == pair["right"] for pair in page["pairs"])
     assert page["pairs"][0]["left"] != page["pairs"][1]["left"]
+    model, one = sample.load_generator(runs / "amber").eval(), [render_talker(0, 0, 32, 28)]
+    assert not torch.allclose(*(sample.imitate(model, one, 28, 1, seed=seed) for seed in (0, 1)), atol=0.01)
     left, right = (clip(made[1]["pairs"][0][side], tmp_path / "v.mp4") for side in ("left", "right"))
     assert left.frames.shape == right.frames.shape == (28, 3, 256, 256)
     assert torch.equal(left.audio, right.audio) and left.audio.abs().max() > 0.1
