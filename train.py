@@ -572,7 +572,7 @@ def means(metrics: dict[str, Tensor]) -> dict[str, float]:
 # Made of log.jsonl and held_out.json alone, so that a resumed run reports the whole of itself.
 
 STAGES = {"config": "preparation", "loss": "pretraining", "parts": "post-training", "watched": "watching",
-          "control_steps": "control", "held_out": "measuring", "rewarded": "measuring"}     # what a line of the log ends
+          "control_steps": "control", "held_out": "measuring", "rewarded": "measuring"}    # what a line of the log ends
 
 
 def hardware(device: str) -> str:
@@ -643,8 +643,9 @@ def pretraining_part(folder: Path, entries: list[dict]) -> str:
     labels = [f"sigma {a:.1f} to {b:.1f}" for a, b in zip(edges, edges[1:])]
     draw(folder / "pretraining.png", {"velocity loss": [(x, y, 0, name) for y, name in zip(bins, labels)]}, "step",
          "log")
-    text = ("\n## Pretraining\n\nThe weighted error of the velocity by noise level; below the picture, its mean over the "
-            "last hundredth.\n\n![loss by noise level](pretraining.png)\n\n" + grid(labels, [[f"{y[-1]:.4f}" for y in bins]]))
+    text = ("\n## Pretraining\n\nThe weighted error of the velocity by noise level; below the picture, its mean over "
+            "the last hundredth.\n\n![loss by noise level](pretraining.png)\n\n"
+            + grid(labels, [[f"{y[-1]:.4f}" for y in bins]]))
     if looks:
         draw(folder / "validation.png", metric_panels(looks, "step", "held_out"), "step")
         text += "\n![held-out metrics on the way](validation.png)\n"
@@ -668,8 +669,8 @@ def post_training_part(folder: Path, entries: list[dict]) -> str:
     draw(folder / "rewards.png", panels | {"reward": [(x, [e["reward"] for e in updates], 0, "")]}, "update")
     draw(folder / "watched.png", metric_panels(looks, "update", "watched"), "update")
     return ("\n## Post-training\n\nThe reward of rollouts and its components; shaded, a group's standard deviation.\n\n"
-            "![reward over updates](rewards.png)\n\nMetrics that no reward contains, on the watched clips, of the moving "
-            "average.\n\n![watched metrics over updates](watched.png)\n")
+            "![reward over updates](rewards.png)\n\nMetrics that no reward contains, on the watched clips, of the "
+            "moving average.\n\n![watched metrics over updates](watched.png)\n")
 
 
 def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
@@ -683,8 +684,8 @@ def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
         if all("mouth_distance" in e for e in logged.values()):
             rows.append(["mouth_distance", "", *(f"{logged[arm]['mouth_distance']:.3f}" for arm in made),
                          *[""] * len(paired(made))])
-        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; mean ± "
-                 f"95% interval, differences clip by clip.\n\n" + grid(("", "codec alone", *columns), rows))
+        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; mean "
+                 f"± 95% interval, differences clip by clip.\n\n" + grid(("", "codec alone", *columns), rows))
     return text
 
 

@@ -34,8 +34,8 @@ def runs(tmp_path_factory):
 
 
 def make(runs, out, one="amber", other="birch", *more):
-    sample.main(["--study", str(runs / one), str(runs / other), "--out", str(out), "--steps", "1", "--max-seconds", "1.2",
-                 "--judge", "none", *more])
+    sample.main(["--study", str(runs / one), str(runs / other), "--out", str(out), "--steps", "1",
+                 "--max-seconds", "1.2", "--judge", "none", *more])
     html = (out / "study.html").read_text()
     page = json.loads(re.search(r'<script id="study" type="application/json">(.*?)</script>', html)[1])
     return html, page, json.loads((out / "key.json").read_text())

@@ -84,7 +84,8 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_unbroken_one(run, tmp_path
     monkeypatch.setattr(train, "optimizers", make)
     train.main(["--resume", str(tmp_path / "half")])
     assert_same_bits(run, tmp_path / "half")
-    whole, half = ((folder / "report.md").read_text().partition("## Pretraining") for folder in (run, tmp_path / "half"))
+    whole, half = ((folder / "report.md").read_text().partition("## Pretraining")
+                   for folder in (run, tmp_path / "half"))
     assert whole[2] and whole[2] == half[2] and half[0].count("python train.py") == 2      # what it found, and how
 
 
@@ -117,7 +118,8 @@ def test_a_run_leaves_everything_it_names(run):
     assert [e["step"] for e in entries if "held_out" in e] == [4, 6]
     measured = {"lip_sync", "offset", "amplitude", "psnr", "motion", "head", "jerk_ratio", "still_psnr", "jerk", "seam",
                 "sync_own", "sync_confidence", "identity"}
-    assert set(entries[-2]["held_out"]) == measured and "rewarded" in entries[-1] and set(entries[0]["codec"]) == measured
+    assert set(entries[-2]["held_out"]) == measured and set(entries[0]["codec"]) == measured
+    assert "rewarded" in entries[-1] and (run / "report.md").read_text().count("](pretraining.png)") == 1
     assert Image.open(run / "sheet.png").size == (12 * 32, 2 * 2 * 32)
 
 
