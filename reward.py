@@ -5,6 +5,7 @@
     python reward.py --validate-judge [--judge NAME]        can this judge hear, see and tell? on your clips?
     python reward.py --align ratings.csv                    does it agree with people? and a calibration to their scale
     python reward.py --train-sync [--data DIR]              train the sync network of the held-out metrics
+    python reward.py --tally VOTES.json --key KEY.json      what people preferred in a study of sample.py
 
 What you learn here, in the order of the file:
 
@@ -1286,6 +1287,90 @@ def align(judge_scores: dict[tuple[str, str], float], rows: list[tuple[str, str,
     return "\n".join(lines + notes)
 
 
+# ---------------------------------------------------------------- what people prefer: votes on pairs of videos
+
+CHOICES = ("left", "right", "tie")                   # of a rater, for each of ASPECTS and "overall"
+
+
+def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Tensor:
+    """Rate clips (B, F, 3, S, S) in [0, 1] with sound (B, F * 640), long ones in spans. Returns: (B, 3)."""
+    reward = Reward(judge, None, Weights(*[1.0] * 3, *[0.0] * 6))
+    return reward.rate(frames, audio, names, spans(frames.shape[1], judge.window))[0].mean(1)
+
+
+def binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(at most k successes in n trials), 0 < p < 1."""
+    choose = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
+    return math.fsum(math.exp(c + i * math.log(p) + (n - i) * math.log1p(-p)) for i, c in enumerate(choose))
+
+
+def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the exact interval of a probability after k successes in n independent trials (Clopper, Pearson 1934):
+    the p under which so many, or so few, are as unlikely as (1 - level) / 2."""
+    def solve(k, target):
+        low, high = 0.0, 1.0
+        for _ in range(60):                          # the CDF falls with p
+            p = (low + high) / 2
+            low, high = (p, high) if binomial_cdf(k, n, p) > target else (low, p)
+        return low
+    tail = (1 - level) / 2
+    return (solve(k - 1, 1 - tail) if k else 0.0), (solve(k, tail) if k < n else 1.0)
+
+
+def share(k: int, n: int) -> str:
+    """Write k of n with its exact 95 % interval."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(k / n, *clopper_pearson(k, n)) if n else "no vote"
+
+
+def read_json(path: Path, what: str, complete: Callable[[dict], bool]) -> dict:
+    """Read a JSON file. Raises: MediaError where it is missing, broken, or `complete` does not hold of it."""
+    try:
+        read = json.loads(path.read_text())
+        if not complete(read):
+            raise ValueError("something is missing or misspelt")
+    except OSError as error:
+        raise MediaError(path, f"cannot be read ({error.strerror}); name {what}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MediaError(path, f"is not {what} ({str(error)[:80]}); save it again") from None
+    return read
+
+
+def tally(paths: Sequence[Path], key_path: Path) -> str:
+    """Count the votes of a study, aspect by aspect, and compare them with the judge's ratings if the key has any.
+
+    Intervals take every vote as independent: those of one rater, or on one pair, are not quite.
+    Returns: the table. Raises: MediaError for bad files, unknown pairs, another study's votes, a rater counted twice.
+    """
+    key = read_json(key_path, "the key of a study", lambda k: {k["study"], k["a"], k["b"]} and all(
+        {pair["left"], pair["right"]} == {"a", "b"} for pair in k["pairs"].values()))
+    raters, votes = {}, []                           # votes: (aspect, "a", "b" or "tie", the judge's choice or None)
+    for path in paths:
+        read = read_json(path, "a file of votes", lambda v: {v["study"], v["rater"]} and all(
+            a in (*ASPECTS, "overall") and c in CHOICES for pair in v["votes"].values() for a, c in pair.items()))
+        if read["study"] != key["study"]:
+            raise MediaError(path, f"holds votes of study {read['study']}; the key is of {key['study']}")
+        if read["rater"] in raters:
+            raise MediaError(path, f"is of the same rater as {raters[read['rater']]}; leave one out")
+        raters[read["rater"]] = path
+        if unknown := sorted(read["votes"].keys() - key["pairs"].keys()):
+            raise MediaError(path, f"votes on the unknown pair {unknown[0]}; the key has {len(key['pairs'])} pairs")
+        for name, choices in read["votes"].items():
+            pair = key["pairs"][name]
+            rated = {a: dict(zip(ASPECTS, scores)) for a, scores in pair.get("judge", {}).items()}
+            for aspect, choice in choices.items():
+                a, b = (rated.get(run, {}).get(aspect) for run in "ab")
+                votes.append((aspect, pair.get(choice, "tie"), None if a is None or a == b else "a" if a > b else "b"))
+    lines = [f"{len(raters)} raters, {len(key['pairs'])} pairs; a: {key['a']}, b: {key['b']}; exact 95% intervals",
+             f"{'':15}{'a':>5}{'b':>5}{'no difference':>15}   {'a wins of a + b':24}the judge chooses alike"]
+    for aspect in (*ASPECTS, "overall"):
+        cast = [(choice, judged) for name, choice, judged in votes if name == aspect]
+        a, b, ties = (sum(choice == name for choice, _ in cast) for name in ("a", "b", "tie"))
+        both = [choice == judged for choice, judged in cast if choice != "tie" and judged]
+        alike = f"{share(sum(both), len(both))} of {len(both)}" if both else "-"
+        lines.append(f"{aspect:15}{a:5}{b:5}{ties:15}   {share(a, a + b):24}{alike}")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- held-out metrics
 #
 # From here on stands what no reward may use: `Reward` calls nothing below, so that what it has trained can be measured
@@ -1683,9 +1768,9 @@ def weights_argument(text: str) -> dict[str, float]:
     return weights
 
 
-def reward_flags(p: argparse.ArgumentParser) -> list[str]:
-    """Add the flags that define a reward; train.py has the same. Returns: their names."""
-    g, names = p.add_argument_group("reward"), []
+def judge_flags(p: argparse.ArgumentParser) -> list[str]:
+    """Add the flags that name a judge, as `make_judge` reads them. Returns: their names."""
+    g, names = p.add_argument_group("judge"), []
     flag = lambda *name, **settings: names.append(g.add_argument(*name, **settings).dest)
     flag("--judge", default=str(DEFAULT_JUDGE), metavar="NAME", help="a folder, or a model of the hub such as "
          "Qwen/Qwen2.5-Omni-3B, which is then downloaded; none: no judge (the embedded one)")
@@ -1697,6 +1782,13 @@ def reward_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--judge-order", choices=("ascending", "descending", "both"), default="ascending",
          help="of the scale in the question; both are averaged (%(default)s)")
     flag("--judge-offload", action="store_true", help="keep the judge in main memory between two uses")
+    return names
+
+
+def reward_flags(p: argparse.ArgumentParser) -> list[str]:
+    """Add the flags that define a reward; train.py has the same. Returns: their names."""
+    names, g = judge_flags(p), p.add_argument_group("reward")
+    flag = lambda *name, **settings: names.append(g.add_argument(*name, **settings).dest)
     flag("--calibration", metavar="FILE", help="map ratings to people's scale by what --align wrote")
     flag("--perceptual", metavar="NAME", help="identity by a vision model of transformers, a folder or a name "
          "on the hub such as facebook/dinov2-small (local brightness, colour and contrast)")
@@ -1843,14 +1935,12 @@ def validate_judge(args: argparse.Namespace) -> None:
 
 def align_judge(args: argparse.Namespace) -> None:
     """Rate every video that people rated, compare, and fit the calibration. Paths are relative to the table."""
-    rows, scores = read_ratings(args.align), {}
-    args.calibration = None                                                          # one is fitted to raw ratings
-    reward = Reward(make_judge(args), None, Weights(*[1.0] * 3, *[0.0] * 6))
+    rows, scores = read_ratings(args.align), {}                                      # a calibration fits raw ratings
+    judge = make_judge(args)
     for video in tqdm(dict.fromkeys(video for video, _, _ in rows), "rating", leave=False):
         clip = load_clip(args.align.parent / video, args.size, args.crop)
-        score, _ = reward.rate(clip.frames[None] / 255, clip.audio[None], [video],
-                               spans(len(clip.frames), reward.judge.window))
-        scores |= {(video, aspect): score[0, :, a].mean().item() for a, aspect in enumerate(ASPECTS)}
+        rated = rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])[0]
+        scores |= {(video, aspect): score for aspect, score in zip(ASPECTS, rated.tolist())}
     print(align(scores, rows, args.out or Path("calibration.json")))
 
 
@@ -1864,7 +1954,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--align", type=Path, metavar="CSV", help="compare the judge with people's ratings (columns video, "
                    "aspect, rating) and write a calibration to --out (calibration.json)")
     g.add_argument("--train-sync", action="store_true", help="train the sync network, into --out (runs/sync)")
+    g.add_argument("--tally", nargs="+", type=Path, metavar="VOTES", help="count the votes of a study of sample.py")
     g = p.add_argument_group("with what")
+    g.add_argument("--key", type=Path, help="of the study whose votes are counted: its key.json")
     g.add_argument("--portrait", help="of the videos (their first frame)")
     g.add_argument("--data", type=Path, help="a folder of real clips: what to learn from, try on, or compare with "
                                              "(drawn talkers)")
@@ -1885,6 +1977,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, least in dict(size=32, chunk_frames=2, steps=1, clips=2, seed=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if args.tally and not args.key:
+        p.error("--tally needs --key, the key.json that the study wrote")
     return args
 
 
@@ -1898,6 +1992,8 @@ def main(argv: list[str] | None = None) -> None:
         validate_judge(args)
     elif args.align:
         align_judge(args)
+    elif args.tally:
+        print(tally(args.tally, args.key))
     else:
         train_sync_network(args)
 

@@ -1,13 +1,18 @@
 """Animate a portrait with speech, and measure how well it is done.
 
     python sample.py --checkpoint runs/tiny --image portrait.jpg --audio speech.wav --out video.mp4
+    python sample.py --study runs/one runs/other --out study      which of two runs do people prefer?
 
 The video is generated chunk by chunk and written as it comes, in constant memory: speech may be of any length.
 """
 
 import argparse
+import base64
+import hashlib
+import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import reward
-from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, hear, load_portrait, load_speech,
-                  write_video)
+from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, hear, load_portrait,
+                  load_speech, replacing, synthetic_clips, write_video)
 from model import Generator, estimate_pose, load_generator, ode_step, unwarp
 
 
@@ -102,13 +107,16 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
     return {name: torch.stack(tuple(v)) for name, v in values.items()}
 
 
+def with_interval(values: Tensor) -> str:
+    """Write the mean of (B,) values ± its 95% confidence interval, nan of a single value."""
+    half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{values.mean().item():.3f}±{half:.3f}"
+
+
 def summary(metrics: dict[str, Tensor]) -> str:
     """Write metrics, name -> (B,), as means with 95% confidence intervals; on a second line what needs no truth."""
-    def text(name, values):
-        half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return f"{name} {values.mean().item():.3f}±{half:.3f}"
-    apart = [text(k, v) for k, v in metrics.items() if k in NEED_NO_TRUTH]
-    rest = [text(k, v) for k, v in sorted(metrics.items()) if k not in NEED_NO_TRUTH]
+    apart = [f"{k} {with_interval(v)}" for k, v in metrics.items() if k in NEED_NO_TRUTH]
+    rest = [f"{k} {with_interval(v)}" for k, v in sorted(metrics.items()) if k not in NEED_NO_TRUTH]
     return f"  against the truth  {'  '.join(rest)}\n  without it         {'  '.join(apart)}"
 
 
@@ -127,22 +135,100 @@ def animate(model: Generator, portrait: Tensor, speech: Tensor, steps: int, guid
         left -= chunk.shape[1]
 
 
+# ---------------------------------------------------------------- let people choose
+
+STUDY_PAGE = Path(__file__).parent / "assets" / "study.html"
+STUDY_SECONDS = 3.0                                  # of a clip, unless --max-seconds says otherwise
+STUDY_SIDE = 256                                     # pixels that small pictures are enlarged to, at least half of it
+
+
+def study_clips(args: argparse.Namespace, models: Sequence[Generator]) -> tuple[list[Clip], int]:
+    """Return held-out clips and their frames, which are whole chunks of both models. Raises: MediaError for none."""
+    sizes = [model.config.size for model in models]
+    if sizes[0] != sizes[1]:
+        raise MediaError(args.study[1], f"makes pictures of {sizes[1]} pixels, {args.study[0]} of {sizes[0]}; compare "
+                                        "runs of one size")
+    seconds, chunk = args.max_seconds or STUDY_SECONDS, math.lcm(*(model.config.chunk_frames for model in models))
+    frames = round(seconds * FPS) // chunk * chunk
+    if args.data:
+        clips = [c for c in folder_clips(args.data, sizes[0], seconds, args.crop)[1] if len(c.frames) >= frames]
+    else:
+        clips = synthetic_clips(args.clips, sizes[0], seconds, reward.HELD_OUT_SEED + args.seed)
+    if not clips or not frames:
+        raise MediaError(args.data or "--max-seconds", f"gives no held-out clip of {max(frames, chunk)} frames")
+    chosen = torch.randperm(len(clips), generator=generator(args.seed, 0))[:args.clips]
+    return [clips[i] for i in chosen.tolist()], frames
+
+
+def data_uri(frames: Tensor, audio: Tensor) -> str:
+    """Write a video (F, 3, S, S) in [0, 1] with its sound as an mp4 in a base64 data URI."""
+    scale = max(1, STUDY_SIDE // frames.shape[-1])
+    frames = reward.to_bytes(frames).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(path := Path(folder) / "video.mp4", frames, audio)
+        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def study(args: argparse.Namespace) -> None:
+    """Write DIR/study.html, pairs of videos of two runs to choose from, and DIR/key.json, which alone tells whose is
+    whose: the same portrait, speech and noise for both, each run on the left in half of the pairs, drawn by the seed.
+
+    Noise is the same where the runs' chunks are; else it comes from the same seed.
+    """
+    out, judge = Path(args.out), reward.make_judge(args)
+    if (out / "key.json").exists():
+        raise MediaError(out / "key.json", "is the key of a study that may have votes; choose another --out")
+    models = [load_generator(run).to(args.device).eval() for run in args.study]
+    clips, frames = study_clips(args, models)
+    audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
+    videos = {run: imitate(model, clips, frames, args.steps, args.guidance, args.seed)
+              for run, model in zip("ab", models)}
+    names = [clip.name for clip in clips]
+    ratings = {run: reward.rate_whole(judge, v, audio, names).tolist() for run, v in videos.items()} if judge else {}
+    swapped = torch.randperm(len(clips), generator=generator(args.seed, 1)) % 2 == 1
+    pairs, key = [], {}
+    for i, clip in enumerate(tqdm(clips, "pairs", leave=False)):
+        name, sides = f"{i + 1:03}", dict(zip(("left", "right"), "ba" if swapped[i] else "ab"))
+        pairs.append({"id": name, **{side: data_uri(videos[run][i], audio[i]) for side, run in sides.items()}})
+        key[name] = sides | {"clip": clip.name} | ({"judge": {r: s[i] for r, s in ratings.items()}} if judge else {})
+    number = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]             # of what the page shows anyway
+    out.mkdir(parents=True, exist_ok=True)
+    page = STUDY_PAGE.read_text().replace("STUDY</", json.dumps({"study": number, "pairs": pairs}) + "</")
+    runs = dict(zip("ab", args.study))
+    for name, text in (("study.html", page),
+                       ("key.json", json.dumps({"study": number, **runs, "seed": args.seed, "pairs": key}, indent=1))):
+        with replacing(out / name) as path:
+            path.write_text(text)
+    print(f"{out}/study.html: {len(pairs)} pairs, to be opened in a browser or sent; keep {out}/key.json to yourself\n"
+          f"then: python reward.py --tally votes.json --key {out}/key.json")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--checkpoint", required=True, help="the folder of a run, as train.py writes it")
-    p.add_argument("--image", required=True, help="the portrait: any picture, its centre square is used")
+    p.add_argument("--checkpoint", help="the folder of a run, as train.py writes it")
+    p.add_argument("--image", help="the portrait: any picture, its centre square is used")
     p.add_argument("--crop", type=crop_argument, help="x,y,size: use this square of the picture, in pixels")
-    p.add_argument("--audio", required=True, help="the speech: any file with sound that ffmpeg reads")
-    p.add_argument("--out", required=True, help="the mp4 to write")
+    p.add_argument("--audio", help="the speech: any file with sound that ffmpeg reads")
+    p.add_argument("--out", required=True, help="the mp4 to write, or the folder of the study")
+    g = p.add_argument_group("study", "instead of --checkpoint, --image and --audio")
+    g.add_argument("--study", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs to be compared by people")
+    g.add_argument("--clips", type=int, default=12, help="pairs, of held-out clips (default 12)")
+    g.add_argument("--data", type=Path, help="a folder of real clips; without it, drawn talkers")
+    reward.judge_flags(p)
     p.add_argument("--steps", type=int, default=4, help="flow steps per chunk (default 4)")
     p.add_argument("--guidance", type=float, default=1.0,
                    help="how far to exaggerate what the sound adds; 1: as learned (default 1)")
     p.add_argument("--seed", type=int, default=0, help="what the sound leaves open: head, blinks (default 0)")
-    p.add_argument("--max-seconds", type=float, help="use only the start of the speech")
+    p.add_argument("--max-seconds", type=float, help="use only the start of the speech; in a study: "
+                   f"the length of a clip (default {STUDY_SECONDS:g})")
     p.add_argument("--device", type=device_argument, default=device_argument(), help="default: cuda if present")
     args = p.parse_args(argv)
     if args.steps < 1 or (args.max_seconds is not None and args.max_seconds <= 0):
         p.error("--steps must be at least 1 and --max-seconds above 0")
+    if args.study and (args.clips < 1 or args.seed < 0 or (args.max_seconds or 1) < 1):
+        p.error("a study wants --clips and --max-seconds of at least 1 and --seed of at least 0")
+    if bool(args.study) == all((args.checkpoint, args.image, args.audio)):
+        p.error("want either --checkpoint, --image and --audio, or --study")
     return args
 
 
@@ -169,6 +255,9 @@ def device_argument(text: str | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.study:
+        study(args)
+        return
     model = load_generator(args.checkpoint).to(args.device).eval()
     portrait = load_portrait(args.image, model.config.size, args.crop)
     speech = load_speech(args.audio, args.max_seconds)

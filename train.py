@@ -35,10 +35,13 @@ import json
 import math
 import os
 import pickle
+import platform
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -61,7 +64,7 @@ from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first
                   synthetic_clips, write_speech, write_video)
 from model import PRESETS, Config, Generator, load_generator, load_trunk, ode_step, save_generator, trunk_shape
 from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
-from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary
+from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary, with_interval
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
@@ -499,18 +502,24 @@ def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argpa
         for name, model in arms.items():
             made[name], videos = validate(model, clips, args, noisy=sampler != "ode")
             shown += [videos] if sampler == "ode" else []
-            log(step=step, arm=name, sampler=sampler, held_out=means(made[name]))
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
-            if args.sync != "none":
-                print(f"  all clips together   Frechet distance of mouths {mouth_distance(videos, clips, args):.3f}")
-        for name in [name for name in made if POST_TRAINED in made and name != POST_TRAINED]:
-            difference = {k: v - made[name][k] for k, v in made[POST_TRAINED].items()}
-            print(f"{POST_TRAINED} minus {name}, clip by clip, {sampler}:\n{summary(difference)}")
+            together = {} if args.sync == "none" else {"mouth_distance": mouth_distance(videos, clips, args)}
+            for distance in together.values():
+                print(f"  all clips together   Frechet distance of mouths {distance:.3f}")
+            log(step=step, arm=name, sampler=sampler, held_out=means(made[name]), **together)
+        for title, difference in paired(made).items():
+            print(f"{title}, clip by clip, {sampler}:\n{summary(difference)}")
         values[sampler] = {name: {k: v.tolist() for k, v in metrics.items()} for name, metrics in made.items()}
     with replacing(args.out / "held_out.json") as path:
         path.write_text(json.dumps(values))
     return shown
+
+
+def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Subtract every other arm's metrics from the post-trained one's, clip by clip. Returns: title -> metrics."""
+    return {f"{POST_TRAINED} minus {name}": {k: v - metrics[k] for k, v in made[POST_TRAINED].items()}
+            for name, metrics in made.items() if POST_TRAINED in made and name != POST_TRAINED}
 
 
 def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
@@ -534,8 +543,8 @@ def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: in
 class Log:
     """One line of JSON per event in RUN/log.jsonl; a resumed run drops the steps and updates that it will repeat."""
 
-    def __init__(self, folder: Path, step: int):
-        self.path, self.start = folder / "log.jsonl", time.perf_counter()
+    def __init__(self, folder: Path, step: int, start: float):
+        self.path, self.start = folder / "log.jsonl", start
         if not step and not rank():
             self.path.unlink(missing_ok=True)
         self.rewind("step", step)
@@ -557,6 +566,142 @@ class Log:
 
 def means(metrics: dict[str, Tensor]) -> dict[str, float]:
     return {name: round(values.mean().item(), 5) for name, values in metrics.items()}
+
+
+# ---------------------------------------------------------------- the report of a run
+#
+# Made of log.jsonl and held_out.json alone, so that a resumed run reports the whole of itself.
+
+STAGES = {"config": "preparation", "loss": "pretraining", "parts": "post-training", "watched": "watching",
+          "control_steps": "control", "held_out": "measuring", "rewarded": "measuring"}    # what a line of the log ends
+
+
+def hardware(device: str) -> str:
+    """Name the GPU, or the CPU, and the threads of each process."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.exists() else ())
+             if line.startswith("model name")]
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else (names or [platform.machine()])[0]
+    return f"{name}, {torch.get_num_threads()} CPU threads" + f" in each of {world()} processes" * (world() > 1)
+
+
+def draw(path: Path, panels: dict[str, list[tuple]], unit: str, scale: str = "linear") -> None:
+    """Draw title -> curves (x, y, deviation, label), three panels a row; the deviation is shaded, 0 for none."""
+    from matplotlib.figure import Figure             # here: it takes a second, and only the report draws
+    columns, rows = min(len(panels), 3), math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(2 + 3 * columns, 2.5 * rows), layout="constrained")
+    for place, (title, curves) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=unit, yscale=scale)
+        for x, y, deviation, label in curves:
+            x, y = np.array(x), np.array(y, float)
+            axes.plot(x, y, ".-" if len(x) < 20 else "-", label=label)
+            if np.any(deviation):
+                axes.fill_between(x, y - deviation, y + deviation, alpha=0.2)
+        if len(curves) > 1:
+            axes.legend(fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def facts(entries: list[dict]) -> str:
+    """Tell how a run was made: commands, hardware, seed, and where its time went."""
+    sessions, updates = ([e for e in entries if key in e] for key in ("config", "parts"))
+    spent, before = Counter(), 0.0
+    for e in entries:                                # seconds count from the start of each session
+        stage = next(name for key, name in STAGES.items() if key in e)
+        spent[stage] += e["seconds"] - (0 if "config" in e else before)
+        before = e["seconds"]
+    last, flags = sessions[-1], sessions[-1]["training"]
+    rows = [("hardware", " / ".join(dict.fromkeys(s["hardware"] for s in sessions if "hardware" in s))),
+            ("seed", f"{flags['seed']}"),
+            ("generator", f"{last['parameters'] / 1e6:.2f} M parameters, {last['config']['size']} pixels"),
+            ("minutes", f"{sum(spent.values()) / 60:.1f}"),
+            *((f"minutes of {stage}", f"{seconds / 60:.1f}") for stage, seconds in spent.items())]
+    for stage in updates[0]["seconds_for"] if updates else ():
+        rows.append((f"seconds an update, {stage}", f"{np.mean([e['seconds_for'][stage] for e in updates]):.2f}"))
+    rows += [("kept", f"update {e['best']} of {e['update']}") for e in [e for e in entries if "watched" in e][-1:]]
+    rows += [("control", f"{e['control_steps']} more steps of pretraining in {e['cpu_seconds']:.0f} CPU-seconds")
+             for e in [e for e in entries if "control_steps" in e][-1:]]
+    commands = "\n".join(s["command"] for s in sessions if "command" in s)
+    return f"```sh\n{commands}\n```\n\n" + grid(("", ""), rows)
+
+
+def pretraining_part(folder: Path, entries: list[dict]) -> str:
+    """Draw the loss by noise level, and what was validated on the way. Returns: Markdown, empty without such steps."""
+    steps = [e for e in entries if "loss" in e]
+    looks = [e for e in entries if "held_out" in e and "arm" not in e]
+    if not steps:
+        return ""
+    blocks = np.array_split(np.array([[e["step"], *e["loss_by_sigma"]] for e in steps], float), min(len(steps), 100))
+    with np.errstate(invalid="ignore"):              # a level that a short run never drew stays nan
+        x, *bins = np.stack([np.nansum(b, 0) / np.isfinite(b).sum(0) for b in blocks], 1)
+    edges = np.linspace(0, 1, SIGMA_BINS + 1)
+    labels = [f"sigma {a:.1f} to {b:.1f}" for a, b in zip(edges, edges[1:])]
+    draw(folder / "pretraining.png", {"velocity loss": [(x, y, 0, name) for y, name in zip(bins, labels)]}, "step",
+         "log")
+    text = ("\n## Pretraining\n\nThe weighted error of the velocity by noise level; below the picture, its mean over "
+            "the last hundredth.\n\n![loss by noise level](pretraining.png)\n\n"
+            + grid(labels, [[f"{y[-1]:.4f}" for y in bins]]))
+    if looks:
+        draw(folder / "validation.png", metric_panels(looks, "step", "held_out"), "step")
+        text += "\n![held-out metrics on the way](validation.png)\n"
+    return text
+
+
+def metric_panels(looks: list[dict], unit: str, key: str) -> dict[str, list[tuple]]:
+    """One panel for each metric that was looked at, name -> value under `key`, over steps or updates."""
+    return {name: [([e[unit] for e in looks], [e[key][name] for e in looks], 0, name)] for name in looks[0][key]}
+
+
+def post_training_part(folder: Path, entries: list[dict]) -> str:
+    """Draw the reward's components and the watched metrics over updates. Returns: Markdown, empty without updates."""
+    updates, looks = [e for e in entries if "parts" in e], [e for e in entries if "watched" in e]
+    if not updates:
+        return ""
+    x, panels = [e["update"] for e in updates], {}
+    for name in [name for name, of in updates[0]["components"].items() if "mean" in of]:
+        mean, std = ([e["components"][name][of] for e in updates] for of in ("mean", "group_std"))
+        panels[name] = [(x, mean, np.array(std), name)]
+    draw(folder / "rewards.png", panels | {"reward": [(x, [e["reward"] for e in updates], 0, "")]}, "update")
+    draw(folder / "watched.png", metric_panels(looks, "update", "watched"), "update")
+    return ("\n## Post-training\n\nThe reward of rollouts and its components; shaded, a group's standard deviation.\n\n"
+            "![reward over updates](rewards.png)\n\nMetrics that no reward contains, on the watched clips, of the "
+            "moving average.\n\n![watched metrics over updates](watched.png)\n")
+
+
+def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
+    """Tabulate the held-out metrics of every arm and their paired differences. Returns: Markdown."""
+    text, codec = "", [e for e in entries if "codec" in e][-1]["codec"]
+    for sampler, made in values.items():
+        made = {arm: {k: torch.tensor(v) for k, v in metrics.items()} for arm, metrics in made.items()}
+        logged = {e["arm"]: e for e in entries if e.get("sampler") == sampler}                   # the last one counts
+        columns, names = made | paired(made), next(iter(made.values()))
+        rows = [[name, f"{codec[name]:.3f}", *(with_interval(c[name]) for c in columns.values())] for name in names]
+        if all("mouth_distance" in e for e in logged.values()):
+            rows.append(["mouth_distance", "", *(f"{logged[arm]['mouth_distance']:.3f}" for arm in made),
+                         *[""] * len(paired(made))])
+        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; mean "
+                 f"± 95% interval, differences clip by clip.\n\n" + grid(("", "codec alone", *columns), rows))
+    return text
+
+
+def write_report(folder: Path) -> None:
+    """Write report.md and the curves that it shows, of what the run has logged and measured."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    values = json.loads((folder / "held_out.json").read_text())
+    rewards = [e["rewarded"] for e in entries if "rewarded" in e]
+    text = (f"# {folder.resolve().name}\n\n" + facts(entries) + pretraining_part(folder, entries)
+            + post_training_part(folder, entries) + held_out_part(values, entries)
+            + f"\n## By the reward\n\n```\n{rewards[-1]}\n```\n"
+              f"\n## Pictures\n\nTruth above {', '.join(values['ode'])}; all side by side, with sound, in "
+              "[sample.mp4](sample.mp4).\n\n![truth above generated](sheet.png)\n")
+    with replacing(folder / "report.md") as path:
+        path.write_text(text)
 
 
 # ---------------------------------------------------------------- command line
@@ -885,14 +1030,15 @@ def begin_post_training(reference: Generator, reward: Reward, args: argparse.Nam
     return post
 
 
-def describe(run: Pretraining, data: Latents, held_out: list[Clip], log: Log, start: float) -> None:
+def describe(run: Pretraining, data: Latents, held_out: list[Clip], log: Log, argv: list[str]) -> None:
     """Say what is about to be trained, and what the codec alone can reach."""
     codec, args = codec_alone(run.model, held_out, run.args), run.args
     parameters = sum(p.numel() for p in run.model.parameters())
-    log(config=asdict(args.config), training=flags(args), parameters=parameters, codec=means(codec))
+    log(config=asdict(args.config), training=flags(args), parameters=parameters, codec=means(codec),
+        command=shlex.join(["python", "train.py", *argv]), hardware=hardware(args.device))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
-          f"on {args.device}; ready after {time.perf_counter() - start:.0f} s")
+          f"on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
 
 
 def keep_freed_memory() -> None:
@@ -914,10 +1060,10 @@ def main(argv: list[str] | None = None) -> None:
         clips, held_out, watched = load_clips(args)
     reward = make_reward(args, clips, args.config.chunk_frames)     # before the minutes of training that would be lost
     run = begin_pretraining(args, clips)
-    log = Log(args.out, run.step if args.resume else 0)
+    log = Log(args.out, run.step if args.resume else 0, start)
     data = encode(run.model, clips, args.frames, args.device)
     if not rank():
-        describe(run, data, held_out, log, start)
+        describe(run, data, held_out, log, sys.argv[1:] if argv is None else argv)
     pretrain(run, data, held_out, log)
     arms = {PRETRAINED: averaged(run)}
     if args.updates:
@@ -931,10 +1077,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     videos = report(arms, held_out, run.step, args, log)
     write_pictures(args.out, videos, held_out)
-    print(f"{rewarded(reward, dict(zip(arms, videos)), held_out)}\n"
-          f"{args.out}: sheet.png (truth above {', '.join(arms)}), sample.mp4 (truth beside them), log.jsonl; "
-          f"{(time.perf_counter() - start) / 60:.1f} minutes in all\nto try next:\n  python sample.py "
-          f"--checkpoint {args.out} --image {args.out}/portrait.png --audio {args.out}/speech.wav --out video.mp4")
+    by_reward = rewarded(reward, dict(zip(arms, videos)), held_out)
+    log(step=run.step, rewarded=by_reward)
+    write_report(args.out)
+    print(f"{by_reward}\n{(time.perf_counter() - start) / 60:.1f} minutes in all\nto try next:\n  python sample.py "
+          f"--checkpoint {args.out} --image {args.out}/portrait.png --audio {args.out}/speech.wav --out video.mp4\n"
+          f"{args.out}/report.md: metrics and curves; sheet.png (truth above {', '.join(arms)}), "
+          "sample.mp4 (truth beside them), log.jsonl")
 
 
 if __name__ == "__main__":

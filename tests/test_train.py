@@ -84,6 +84,9 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_unbroken_one(run, tmp_path
     monkeypatch.setattr(train, "optimizers", make)
     train.main(["--resume", str(tmp_path / "half")])
     assert_same_bits(run, tmp_path / "half")
+    whole, half = ((folder / "report.md").read_text().partition("## Pretraining")
+                   for folder in (run, tmp_path / "half"))
+    assert whole[2] and whole[2] == half[2] and half[0].count("python train.py") == 2      # what it found, and how
 
 
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(run, tmp_path, monkeypatch):
@@ -108,14 +111,39 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(run, tmp_path, monkeyp
 def test_a_run_leaves_everything_it_names(run):
     names = {p.name for p in run.iterdir()}
     assert names == {"config.json", "model.safetensors", "state.pt", "log.jsonl", "sheet.png", "sample.mp4",
-                     "portrait.png", "speech.wav", "held_out.json"}
+                     "portrait.png", "speech.wav", "held_out.json", "report.md", "pretraining.png",
+                     "validation.png"}
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
     assert [e["step"] for e in entries if "held_out" in e] == [4, 6]
     measured = {"lip_sync", "offset", "amplitude", "psnr", "mouth_psnr", "motion", "head", "jerk_ratio", "still_psnr",
                 "jerk", "seam", "sync_own", "sync_confidence", "identity"}
-    assert set(entries[-1]["held_out"]) == measured and set(entries[0]["codec"]) == measured
+    assert set(entries[-2]["held_out"]) == measured and set(entries[0]["codec"]) == measured
+    assert "rewarded" in entries[-1] and (run / "report.md").read_text().count("](pretraining.png)") == 1
     assert Image.open(run / "sheet.png").size == (12 * 32, 2 * 2 * 32)
+
+
+def test_the_report_is_made_of_the_log_and_the_clips_values_alone(post_run, tmp_path):
+    """Three arms whose lip_sync is known by hand: means, intervals and paired differences of two clips."""
+    shutil.copytree(post_run, tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        if path.name not in ("log.jsonl", "held_out.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    values = json.loads((post_run / "held_out.json").read_text())
+    for arm, pair in {"pretrained": [0.2, 0.4], "control": [0.1, 0.3], "post-trained": [0.5, 0.9]}.items():
+        values["ode"][arm]["lip_sync"] = pair
+    (tmp_path / "copy" / "held_out.json").write_text(json.dumps(values))
+    train.write_report(tmp_path / "copy")
+    text = (tmp_path / "copy" / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| lip_sync |")).split(" | ")
+    # 1.96 * std / sqrt(2) of two values is 1.96 * half their distance
+    assert row[2:] == ["0.300±0.196", "0.700±0.392", "0.200±0.196", "0.400±0.196", "0.500±0.196 |"]
+    for words in ("| seed | 0 |", "hardware", "CPU threads", "seconds an update, rollout", "minutes of post-training",
+                  "post-trained minus control", "python train.py --pretrained", "more steps of pretraining", "kept"):
+        assert words in text, words
+    for name in ("rewards.png", "watched.png"):
+        assert f"({name})" in text and Image.open(tmp_path / "copy" / name).size[0] > 300
+    assert "pretraining.png" not in text                               # those steps are in the other run's report
 
 
 def test_the_seed_changes_the_run(run, cache, tmp_path):
@@ -202,7 +230,7 @@ def test_a_folder_of_clips_trains_and_resumes(cache, tmp_path):
     flags = TINY[:TINY.index("--clips")] + TINY[TINY.index("--clips") + 2:]
     train.main([*flags, "--data", str(videos), "--crop", "0,0,32", "--steps", "1", "--out", str(tmp_path / "run")])
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert {"mouth_own", "mouth_late", "over_late", "amplitude", "offset"} <= set(entries[-1]["held_out"])
+    assert {"mouth_own", "mouth_late", "over_late", "amplitude", "offset"} <= set(entries[-2]["held_out"])
     train.main(["--resume", str(tmp_path / "run")])
 
 
