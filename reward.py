@@ -437,9 +437,12 @@ class PretrainedLikeness:
         return (seen * self.features(portrait)[:, None]).sum(-1)
 
 
-def temporal(frames: Tensor, chunk_frames: int) -> dict[str, Tensor]:
-    """Measure motion per chunk, as logarithms: name -> (B, K). frames (B, F, 3, S, S) in [0, 1].
+def temporal(frames: Tensor, portrait: Tensor, chunk_frames: int) -> dict[str, Tensor]:
+    """Measure motion per chunk, as logarithms: name -> (B, K).
 
+    Args: frames (B, F, 3, S, S), portrait (B, 3, S, S), in [0, 1].
+
+    drift       mean distance of areas of S/8 to the portrait's: a head that wanders off, colours that shift
     activity    mean change over a third of a second, in grey levels of 1: how far things move; flicker adds nothing
     jerk        mean third difference: trembling
     flicker     mean second difference of areas of S/8: light that trembles
@@ -447,11 +450,12 @@ def temporal(frames: Tensor, chunk_frames: int) -> dict[str, Tensor]:
     """
     cut = lambda d: in_chunks(d.abs().mean((2, 3, 4)), frames.shape[1], chunk_frames) + 1e-4     # (B, K, T)
     areas = nnf.adaptive_avg_pool2d(frames.flatten(0, 1), 8).unflatten(0, frames.shape[:2])
+    away = areas - nnf.adaptive_avg_pool2d(portrait, 8)[:, None]
     change = cut(frames.diff(dim=1))
     reach = frames[:, REACH:] - frames[:, :-REACH]
     seam = (change[:, :, 0] / change[:, :, 1:].mean(2)).log()
-    return {"activity": cut(reach).mean(2).log(), "jerk": cut(frames.diff(n=3, dim=1)).mean(2).log(),
-            "flicker": cut(areas.diff(n=2, dim=1)).mean(2).log(),
+    return {"drift": (cut(away).mean(2) + 0.01).log(), "activity": cut(reach).mean(2).log(),
+            "jerk": cut(frames.diff(n=3, dim=1)).mean(2).log(), "flicker": cut(areas.diff(n=2, dim=1)).mean(2).log(),
             "seam": torch.cat([torch.zeros_like(seam[:, :1]), seam[:, 1:]], 1)}
 
 
@@ -473,7 +477,7 @@ class RealClips:
         stray = torch.stack([(v - v[:, :1]).abs().mean((0, 1, 2)) for v in videos]).mean(0)
         still = torch.exp(-stray / STILL_DEVIATION)
         mean = lambda values: torch.cat([v.flatten() for v in values]).mean().item()
-        motion = [temporal(v, chunk_frames) for v in videos]
+        motion = [temporal(v, v[:, 0], chunk_frames) for v in videos]
         return cls(still, mean(straying(v, v[:, 0], still) for v in videos),
                    mean(likeness(v, v[:, 0]) for v in videos),
                    {name: mean(m[name] for m in motion) for name in motion[0]})
@@ -490,6 +494,7 @@ class Weights:
     motion: float = 0.5
     still: float = 0.25
     identity: float = 0.25
+    drift: float = 0.5
     activity: float = 0.5
     jerk: float = 0.5
     flicker: float = 0.25
@@ -503,15 +508,16 @@ COMPONENTS = {
     "motion": ("1..5", "rating", "judge: how natural and clean"),
     "still": ("-1..0", "grey level", "background's distance to the portrait, beyond that of real clips"),
     "identity": ("-1..0", "similarity", "likeness to the portrait, as far as below that of real clips"),
+    "drift": ("..0", "log ratio", "distance to the portrait against real clips, more or less"),
     "activity": ("..0", "log ratio", "range of motion against real clips, more or less"),
     "jerk": ("..0", "log ratio", "trembling against real clips, more or less"),
     "flicker": ("..0", "log ratio", "trembling light against real clips, more or less"),
     "seam": ("..0", "log ratio", "jumps at chunk borders against real clips, more or less"),
 }
 # Deviations within a group that are not worth learning from: less cannot be seen, and a z-score would blow it up.
-FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "still": 0.003, "identity": 0.01, "activity": 0.05,
-          "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
-CREDIT_WIDTH, CREDIT_HOP = 16, 8                     # frames that are judged for the credit of the chunks in them
+FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "still": 0.003, "identity": 0.01, "drift": 0.05,
+          "activity": 0.05, "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
+CREDIT_WIDTH, CREDIT_HOP = 24, 8                     # frames that are judged for the credit of the chunks in them
 
 
 @dataclass
@@ -573,7 +579,9 @@ class Reward:
             score, mass = self.rate(frames, audio, names, parts)
             components |= dict(zip(ASPECTS, score.mean(1).T))
             if per_chunk:
-                chunks |= dict(zip(ASPECTS, self.in_time(score, parts, n)))
+                in_time = dict(zip(ASPECTS, self.in_time(score, parts, n)))
+                del in_time["expressiveness"]                    # liveliness is of a whole: swaying all the time is not
+                chunks |= in_time
         components = {name: components[name] for name in self.weights}
         for name, values in components.items():
             if not values.isfinite().all():
@@ -590,7 +598,8 @@ class Reward:
             still = nnf.interpolate(still[None, None], frames.shape[-2:], mode="bilinear")[0, 0]
         stray = cut(straying(frames, portrait, still)) - self.real.straying
         alike = cut(self.likeness(frames, portrait)) - self.real.likeness
-        return {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0), **temporal(frames, self.chunk_frames)}
+        return {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0),
+                **temporal(frames, portrait, self.chunk_frames)}
 
     def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str], parts: list) -> tuple[Tensor, Tensor]:
         """Judge the spans (start, stop) of every clip. Returns: score (B, spans, 3), calibrated, and mass (B, 3)."""
@@ -614,7 +623,7 @@ class Reward:
 #
 # Clips of known quality, made from good ones by graded faults. Three numbers say how good a lesson is:
 #
-#     lip_sync         5 - 4 d         d: distance of the mouth that is shown from the mouth that the sound calls for
+#     lip_sync         5 - 4 d         d: how far the mouth that is shown and the mouth that the sound calls for are apart
 #     expressiveness   1 + 4 l         l: liveliness, the amplitude of mouth (.65) and of brows, eyes, head (.35)
 #     motion           5 - 4 u         u: strength of the worst fault: tremble, freeze, ghost, blur, noise, ...
 #
@@ -624,7 +633,10 @@ class Reward:
 MATERIAL_FRAMES = 64                                 # of a clip; lessons are windows of it, so sound can be shifted
 LESSON_FRAMES = 16, 48                               # shortest and longest lesson
 SHIFT = 6                                            # frames by which sound is moved at most
+STIR = 0.3                                           # deviations of a mouth: less is rest
 MOUTH_SHARE = 0.65                                   # of the mouth in liveliness
+VERSIONS, RIVALS = 6, 4                              # ways to show a clip that generators imitate; and of a lesson
+RIVALRY = 0.25                                       # weight of the loss of rivals: at 1 other aspects are unlearned
 
 
 @dataclass
@@ -663,12 +675,14 @@ def mouths(clips: Sequence[Clip], frames: int) -> Tensor:
 
 
 def apart(shown: Tensor, called: Tensor) -> Tensor:
-    """Return how far apart two mouths (..., F) of unit deviation are: 0 alike, 1 as far as unrelated ones or farther.
+    """Return how far apart the courses of two mouths (..., F) are: 0 alike, 1 as far as unrelated ones or farther.
 
-    It is the root mean square of the difference over sqrt 2. (A correlation would hardly tell good from very good: .95
-    from .97 is .22 from .17 here; and it would not see that lips move too little.)
+    It is sqrt(1 - correlation): .95 is .22 and .97 is .17 here, where a correlation would hardly tell good from very
+    good. How far lips open is left to expressiveness: a generator whose lips move too little would else learn to open
+    them more rather than in time. A mouth at rest, where a correlation means nothing, counts as if it moved by STIR.
     """
-    return ((shown - called).square().mean(-1) / 2).sqrt().clamp_max(1)
+    course = lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True).clamp_min(STIR)
+    return ((course(shown) - course(called)).square().mean(-1) / 2).sqrt().clamp_max(1)
 
 
 def good_material(clips: Sequence[Clip], frames: int = MATERIAL_FRAMES) -> Material:
@@ -691,13 +705,15 @@ def good_material(clips: Sequence[Clip], frames: int = MATERIAL_FRAMES) -> Mater
 
 
 def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) -> Material:
-    """Show what a generator makes of clips, what its codec makes of them, and that with noise on the latents.
+    """Show every clip in VERSIONS ways: four takes of a generator, its codec alone, and that with noise on the latents.
 
-    Its quality is measured against the true clips: mouth and head by `sample.evaluate`; the fault is
-    log(jerk / true jerk) / log 3, which puts the codec alone at .2 and a generator of 150 steps at .8.
+    The takes are such as GRPO compares: of one initial noise, with other draws on the way. Quality is measured against
+    the true clips: mouth and head by `sample.evaluate`; the fault is log(jerk / true jerk) / log 3, which puts the
+    codec alone at .2 and a generator of 150 steps at .8. Returns: Material, the versions of a clip one after the other.
     """
+    from grpo import Settings, drawing_step, stochastic_steps
     from model import load_generator
-    from sample import evaluate, imitate
+    from sample import evaluate, imitate, seeded_noise
     model = load_generator(run).eval()
     c = model.config
     frames = min(len(clip.frames) for clip in clips) // c.chunk_frames * c.chunk_frames
@@ -706,8 +722,11 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
         latents = torch.cat([model.codec.encode(part) for part in true.split(16)])
         rng = torch.Generator().manual_seed(seed)
         noise = torch.rand(len(clips), 1, 1, 1, generator=rng) * torch.randn(latents.shape, generator=rng)
-        videos = [imitate(model, clips, frames, seed=seed), *(model.codec.decode(true[:, 0], z)
-                                                               for z in (latents, latents + 0.5 * noise))]
+        videos = [model.codec.decode(true[:, 0], z) for z in (latents, latents + 0.5 * noise)]
+        for take in range(VERSIONS - 2):
+            fresh = seeded_noise(seed + 1 + take, range(len(clips)), (c.video_tokens, c.channels))
+            step = drawing_step(Settings(), stochastic_steps(Settings.rollout_steps), fresh)
+            videos.append(imitate(model, clips, frames, Settings.rollout_steps, seed=seed, step=step))
     called = mouths(clips, frames)
     audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME].view(frames, -1) for clip in clips])
     parts = []
@@ -716,7 +735,8 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
         lively = MOUTH_SHARE * measured["amplitude"].clamp(0, 1) + (1 - MOUTH_SHARE) * measured["head"].clamp(0, 1)
         fault = (measured["jerk_ratio"].log() / math.log(3)).clamp(0, 1)
         parts.append(Material(to_bytes(video), audio, called, read_mouths(video, clips), lively, fault))
-    return Material.joined(parts)
+    return Material(*(rearrange(list(field), "v n ... -> (n v) ...") for field in zip(*(
+        list(vars(part).values())[:6] for part in parts))))
 
 
 def read_mouths(videos: Tensor, clips: Sequence[Clip]) -> Tensor:
@@ -803,6 +823,7 @@ class Lesson:
     shown: Tensor                                    # (B, F) mouth, as in Material
     called: Tensor                                   # (B, F)
     faults: Tensor                                   # (B, 7) strength of each of FAULTS, nan where it is not known
+    rivals: int                                      # how many, the last ones, are groups of RIVALS
 
 
 def lesson(material: Material, other: Material, row: int, frames: int, rng: torch.Generator) -> tuple:
@@ -852,15 +873,22 @@ def lesson(material: Material, other: Material, row: int, frames: int, rng: torc
 @torch.no_grad()
 def lessons(good: Material, generated: Material | None, batch: int, seed: int, frames: int | None = None,
             rows: Sequence[int] | None = None) -> Lesson:
-    """Draw a batch, all of one length, two fifths of it from generators, or of the given rows of `good`. A seed gives
-    the same lessons always."""
+    """Draw a batch, all of one length: of good clips, or of the given rows of them, and, last, three in eight of rivals.
+
+    Rivals are RIVALS versions of one clip, with one window, sound and fault: they differ in what was generated, as
+    those differ that GRPO compares. A seed gives the same lessons always.
+    """
     rng = torch.Generator().manual_seed(seed)
     frames, made = frames or 2 * whole(rng, LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1), []
-    for i in range(batch):
-        material = generated if generated is not None and i % 5 > 2 else good
-        row = whole(rng, 0, len(material)) if rows is None else rows[i]
-        made.append(lesson(material, good, row, frames, rng))
-    return Lesson(*(torch.stack(field) for field in zip(*made)))
+    rivals = 0 if generated is None else batch * 3 // 8 // RIVALS * RIVALS
+    for i in range(batch - rivals):
+        made.append(lesson(good, good, whole(rng, 0, len(good)) if rows is None else rows[i], frames, rng))
+    while len(made) < batch:
+        clip, twist = whole(rng, 0, len(generated) // VERSIONS), whole(rng, 0, 2 ** 31)
+        for version in torch.randperm(VERSIONS, generator=rng)[:RIVALS].tolist():
+            same = torch.Generator().manual_seed(twist)
+            made.append(lesson(generated, good, clip * VERSIONS + version, frames, same))
+    return Lesson(*(torch.stack(field) for field in zip(*made)), rivals)
 
 
 # ---------------------------------------------------------------- the embedded judge: what it is, and how it learns
@@ -947,6 +975,8 @@ class Hints(nn.Module):
         self.sight, self.look, self.sound, self.both, self.gap = (
             nn.Linear(*n) for n in ((4 * w, 2), (4 * w, 2), (w, 2), (w, 2), (w, 1)))
         self.faults, self.faults_again = nn.Linear(8 * w, len(FAULTS)), nn.Linear(2 * w, len(FAULTS))
+        for readout in self.children():                          # at zero they ask nothing yet: a judge that is taught on
+            nn.init.zeros_(readout.weight)                       # is not upset by random questions
         self.tokens = model.config.video_token_id, model.config.audio_token_id
         places = {"vision": model.visual, "audio": model.audio_tower, "second": model.model.layers[1],
                   "third": model.model.layers[2]}
@@ -993,6 +1023,17 @@ def rating_loss(logits: Tensor, digits: Sequence[int], quality: Tensor) -> Tenso
     return -(soft * logits.log_softmax(-1)[..., list(digits)]).sum(-1).mean((0, 1))
 
 
+def rivalry_loss(logits: Tensor, digits: Sequence[int], quality: Tensor) -> Tensor:
+    """Ask for the differences between rivals, which is all that GRPO sees of a judge: they are of a tenth of a point,
+    where the loss of each rating by itself hardly rises.
+
+    Args: logits (n RIVALS, 3, vocabulary) and quality (n RIVALS, 3); only lip-sync is known of parts of a video.
+    """
+    p = logits[:, 0, list(digits)].softmax(-1)
+    error = (p @ torch.arange(1.0, 6.0) - quality[:, 0]).view(-1, RIVALS)
+    return nnf.smooth_l1_loss(error - error.mean(1, keepdim=True), torch.zeros_like(error), beta=0.1) / 0.1
+
+
 def teach(judge: Judge, good: Material, generated: Material | None, steps: int, batch: int = 32, seed: int = 0,
           lr: float = 1.5e-3, muon_lr: float = 0.02) -> None:
     """Train the embedded judge, its digits and its hints together: Muon for the matrices of the layers, else AdamW."""
@@ -1009,7 +1050,11 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
     for step in (bar := tqdm(range(steps), "teaching the judge", unit="step")):
         truth = lessons(good, generated, batch, seed * 1_000_003 + step)
         judge.orders = (step % 2 == 1,)                                              # learns both orders of the scale
-        ratings = rating_loss(judge.logits(truth.frames, truth.audio), judge.digits, truth.quality)
+        logits = judge.logits(truth.frames, truth.audio)
+        ratings = rating_loss(logits, judge.digits, truth.quality)
+        if truth.rivals:
+            ratings = ratings + RIVALRY * rivalry_loss(logits[-truth.rivals:], judge.digits,
+                                                       truth.quality[-truth.rivals:])
         loss = ratings + hints.loss(truth)
         model.zero_grad(), hints.zero_grad()
         loss.backward()

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import reward
 from data import FPS, Clip, MediaError, render_talker, write_video
 from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Judge, Material,
-                    PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, apart, battery, correlation, exam, good_material,
-                    lessons, likeness, mouths, prompt, rating_loss, save_judge, spans, spoil, straying, teach, temporal,
-                    tiny_judge)
+                    PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, apart, battery, correlation, exam,
+                    good_material, lessons, likeness, mouths, prompt, rating_loss, rivalry_loss, save_judge, spans,
+                    spoil, straying, teach, temporal, tiny_judge)
 
 # transformers 5.17 counts tokens with np.arange(tensor), which NumPy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning",
@@ -195,14 +195,15 @@ def test_rubrics_say_what_to_look_at_and_list_the_scale_either_way():
 
 # ---------------------------------------------------------------- lessons
 
-def test_mouths_are_apart_by_what_their_correlation_lacks_and_by_what_their_size_lacks():
-    """For curves of mean 0 and deviation 1, |a - b|^2 / 2F = 1 - correlation; half as much movement is 0.5 / sqrt 2."""
+def test_mouths_are_apart_by_what_their_correlation_lacks():
+    """sqrt(1 - correlation), whatever their size and rest; of a mouth that hardly stirs, what it still moves counts."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 2000, dtype=torch.float64)
-    a, b = ((x - x.mean()) / x.std(correction=0) for x in (a, 0.9 * a + 0.3 * b))
-    assert apart(a, a) == 0 and apart(a, -a) == 1
-    assert abs(apart(a, b) ** 2 - (1 - torch.corrcoef(torch.stack([a, b]))[0, 1])) < 1e-12
-    assert abs(apart(a, b.roll(700)) - 1) < 0.05 and abs(apart(0.5 * a, a) - 0.125 ** 0.5) < 1e-9
+    b = 0.9 * a + 0.3 * b
+    want = (1 - torch.corrcoef(torch.stack([a, b]))[0, 1]).sqrt()
+    assert apart(a, a) == 0 and apart(a, -a) == 1 and abs(apart(0.5 * a + 1, 3 * b) - want) < 1e-12
+    unit = (a - a.mean()) / a.std(correction=0)
+    assert abs(apart(0.15 * unit, unit) - 0.125 ** 0.5) < 1e-12                      # half of STIR: half as much
 
 
 def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth(clips):
@@ -222,7 +223,8 @@ def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth(cli
 
 def test_the_same_seed_gives_the_same_lessons_and_another_gives_others(good):
     one, two, other = (lessons(good, None, 6, seed) for seed in (3, 3, 4))
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(vars(one).values(), vars(two).values()))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(vars(one).values(), vars(two).values())
+               if torch.is_tensor(a))
     assert one.frames.shape != other.frames.shape or not torch.equal(one.frames, other.frames)
 
 
@@ -232,9 +234,36 @@ def test_quality_falls_with_what_was_done(good):
     assert 1 <= truth.quality.min() and truth.quality.max() <= 5
     worst = truth.faults.amax(1)
     assert (truth.quality[:, 2] <= 5 - 4 * worst + 1e-4).all() and (worst > 0).float().mean() > 0.3
-    expected = 5 - 4 * (truth.shown - truth.called).pow(2).mean(1).div(2).sqrt().clamp(max=1)
+    expected = 5 - 4 * torch.stack([apart(*pair) for pair in zip(truth.shown, truth.called)])
     torch.testing.assert_close(truth.quality[:, 0], expected)
     assert (truth.quality[:, 0] > 4.5).float().mean() > 0.1 and (truth.quality[:, 0] < 2).float().mean() > 0.1
+
+
+def test_rivals_share_window_sound_and_fault_and_differ_in_what_was_generated(good):
+    """Six versions of each clip, here the same mouth at six brightnesses: what is left to differ is the version."""
+    frames = good.frames[:3].repeat_interleave(6, 0)
+    frames = frames // torch.arange(1, 7).repeat(3).view(-1, 1, 1, 1, 1).byte()
+    rows = [field[:3].repeat_interleave(6, 0) for field in (good.audio, good.called, good.shown, good.lively, good.fault)]
+    generated = Material(frames, *rows)
+    truth = lessons(good, generated, 16, 5)
+    assert truth.rivals == 4
+    same = lambda x: (x[-4:].nan_to_num() == x[-4:-3].nan_to_num()).all()
+    assert same(truth.audio) and same(truth.called) and same(truth.shown) and same(truth.quality)
+    assert not any(torch.equal(a, b) for i, a in enumerate(truth.frames[-4:]) for b in truth.frames[-4:][:i])
+    assert lessons(good, None, 16, 5).rivals == 0
+
+
+def test_the_loss_of_rivals_asks_for_differences_alone():
+    """Two groups: ratings that are all too high by the same cost nothing; one that is .4 off its group costs."""
+    log_p = torch.full((8, 3, 9), -30.0)
+    ratings = torch.tensor([1., 2, 3, 4, 5, 4, 4, 2])
+    log_p[torch.arange(8), 0, 2 + ratings.long()] = 0.0                               # digit d is token 2 + d
+    quality = torch.zeros(8, 3)
+    quality[:, 0] = ratings - torch.tensor([0.7] * 4 + [0.2] * 4)
+    assert rivalry_loss(log_p, range(3, 8), quality) < 1e-6
+    quality[7, 0] -= 0.4                                                              # off by -.1 -.1 -.1 .3
+    expected = (3 * 0.5 + 2.5) / 8                                                    # Huber's, in tenths of a point
+    assert rivalry_loss(log_p, range(3, 8), quality).item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -329,12 +358,14 @@ def test_temporal_measures_equal_hand_computed_values():
     """Brightness n / 100: .08 over 8 frames, no second or third difference; a jump of .03 at each border: seam log 3."""
     frames = torch.zeros(1, 12, 3, 16, 16)
     steady = frames + torch.arange(12.0)[None, :, None, None, None] / 100
-    measured = temporal(steady, 4)
+    measured = temporal(steady, steady[:, 0], 4)
+    away = torch.arange(12.0).view(1, 3, 4).mean(2) / 100                            # of a chunk from the first frame
+    torch.testing.assert_close(measured["drift"], (away + 0.0101).log(), atol=1e-3, rtol=0)
     torch.testing.assert_close(measured["activity"], torch.full((1, 3), math.log(0.08 + 1e-4)), atol=1e-3, rtol=0)
     assert measured["seam"].abs().max() < 1e-3 and (measured["jerk"] < -4).all() and (measured["flicker"] < -4).all()
     stairs = frames + torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15.0])[None, :, None, None, None] / 100
     expected = torch.tensor([[0, 1, 1]]) * math.log(0.0301 / 0.0101)
-    torch.testing.assert_close(temporal(stairs, 4)["seam"], expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(temporal(stairs, stairs[:, 0], 4)["seam"], expected, atol=1e-3, rtol=0)
 
 
 def test_likeness_is_one_for_the_portrait_and_falls_with_blur_noise_and_tint(batch):
@@ -359,8 +390,8 @@ def test_straying_sees_the_still_places_only():
 
 def test_components_add_up_to_the_total(real, batch):
     frames, audio, names = batch
-    weights = Weights(lip_sync=0, expressiveness=0, motion=0, still=2.0, identity=0.5, activity=0.25, jerk=0.7,
-                      flicker=0, seam=0.3)
+    weights = Weights(lip_sync=0, expressiveness=0, motion=0, still=2.0, identity=0.5, drift=0, activity=0.25,
+                      jerk=0.7, flicker=0, seam=0.3)
     scores = score(real, frames, audio, names, weights)
     assert set(scores.components) == {"still", "identity", "activity", "jerk", "seam"} and scores.mass is None
     expected = (2.0 * scores.components["still"] + 0.5 * scores.components["identity"]
@@ -417,7 +448,8 @@ def test_long_videos_are_judged_in_windows_and_chunks_get_the_mean_of_the_spans_
     assert scores.components["lip_sync"].item() == pytest.approx(torch.stack(windows).mean().item(), abs=1e-5)
     assert scores.per_chunk == {}
     scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"], per_chunk=True)
-    for aspect in ASPECTS:
+    assert "expressiveness" not in scores.per_chunk                                  # which is of the whole
+    for aspect in ("lip_sync", "motion"):
         credit = scores.per_chunk[aspect]
         assert credit.shape == (1, 15) and (credit.diff() >= 0).all() and credit[0, -1] - credit[0, 0] > 2
 
@@ -428,7 +460,7 @@ def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(real, cl
     frames = torch.stack([c.frames[:48] for c in clips[:4]]) / 255
     frames = frames[:, :1] + torch.tensor([0.2, 0.8, 1.2, 2.0]).view(-1, 1, 1, 1, 1) * (frames - frames[:, :1])
     scores = Reward(Fixed(), real)(frames, torch.zeros(4, 48 * 640), frames[:, 0], list("abcd"), per_chunk=True)
-    assert set(scores.per_chunk) == set(scores.components)
+    assert set(scores.per_chunk) == set(scores.components) - {"expressiveness"}
     for name in set(scores.components) - set(ASPECTS):
         torch.testing.assert_close(scores.per_chunk[name].mean(1), scores.components[name])
         assert (scores.components[name] <= 0).all()

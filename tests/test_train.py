@@ -444,5 +444,5 @@ def test_flags_choose_the_reward(cache):
     args = train.parse_arguments([*TINY, "--weights", "still=2,seam=0"])
     clips, _, _ = train.load_clips(args)
     reward = train.make_reward(args, clips, args.config.chunk_frames)
-    assert reward.judge is None and reward.weights == {"still": 2.0, "identity": 0.25, "activity": 0.5, "jerk": 0.5,
-                                                       "flicker": 0.25}
+    assert reward.judge is None and reward.weights == {"still": 2.0, "identity": 0.25, "drift": 0.5,
+                                                       "activity": 0.5, "jerk": 0.5, "flicker": 0.25}
