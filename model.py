@@ -17,8 +17,8 @@ What you learn here, in the order of the file:
 4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished chunk into
    the cache, and goes on: constant memory and constant time per chunk, for speech of any length.
 
-The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds, where a
-learned one takes minutes to learn a mouth at all), a trunk shaped like a Qwen3 layer (so that one can be loaded), a
+The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds; a network
+may carry the portrait, but mouths are left to principal components, which a learned codec takes minutes to find), a trunk shaped like a Qwen3 layer (so that one can be loaded), a
 portrait that stands outside rotary time (so that it is the same sink for chunk 3 and chunk 3000).
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk, C channels,

@@ -66,11 +66,11 @@ from sample import crop_argument, device_argument, evaluate, generator, imitate,
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
     "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4, micro_batch=8,
-                 codec_steps=900),
+                 codec_steps=900, checkpointing=False),
     "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8, micro_batch=4,
-                  codec_steps=5000),
-    "base": dict(steps=200_000, batch=32, clips=20_000, ema=0.9999, warmup=1000, prompts=8, micro_batch=1,
-                 codec_steps=20_000),
+                  codec_steps=5000, checkpointing=False),
+    "base": dict(steps=200_000, batch=32, clips=4000, ema=0.9999, warmup=1000, prompts=8, micro_batch=1,
+                 codec_steps=20_000, checkpointing=True),
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
@@ -639,8 +639,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     g.add_argument("--device", type=device_argument, default=device_argument(), help="cpu or cuda (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile the generator: slow to start, faster steps")
-    g.add_argument("--checkpointing", action="store_true", help="keep the inputs of blocks alone for the backward "
-                   "pass and compute the rest again: less memory, slower steps")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="keep the inputs of blocks alone for "
+                   "the backward pass and compute the rest again: less memory, slower steps (by preset)")
     g = p.add_argument_group("data")
     g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
     g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
@@ -726,8 +726,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         p.error(f"--out {args.out} is a file; name a folder")
     at_least = dict(seed=0, steps=1, codec_steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1,
-                    save_every=1, validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0, ema=0, updates=0,
-                    prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0, watch_every=1, watch_clips=1, patience=1)
+                    save_every=1, validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0,
+                    ema=0, updates=0, prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0, watch_every=1, watch_clips=1, patience=1)
     for name, least in at_least.items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
