@@ -6,6 +6,7 @@
     python train.py --updates 60                       and post-train by reinforcement
     python train.py --updates 60 --control             and ask whether more pretraining would have done as well
     python train.py --pretrained runs/tiny --updates 60 --out runs/other    post-train a finished run, again and again
+    python train.py --codec learned                    first train a codec that knows what moves with a head
     torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
 
 Pretraining by flow matching: a clip's latent chunks are noised, each to a noise level of its own,
