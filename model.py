@@ -17,8 +17,8 @@ What you learn here, in the order of the file:
 4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished chunk into
    the cache, and goes on: constant memory and constant time per chunk, for speech of any length.
 
-The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds, where a
-learned one takes minutes to learn a mouth at all), a trunk shaped like a Qwen3 layer (so that one can be loaded), a
+The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds; a network
+may carry the portrait, but mouths are left to principal components, which a learned codec takes minutes to find), a trunk shaped like a Qwen3 layer (so that one can be loaded), a
 portrait that stands outside rotary time (so that it is the same sink for chunk 3 and chunk 3000).
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk, C channels,
@@ -45,6 +45,9 @@ from kernels.flow_step import flow_step, sigma_schedule
 
 POSE = 6                    # parameters of an affine head pose
 POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the head pose is measured on pictures of this size, in so many steps
+CODECS = "linear", "learned"
+CODEC_WIDTHS = 24, 48, 64   # of the learned codec's network, at a half, a quarter and an eighth of the resolution
+CARRIED = 64                # frames that it carries at once: bounds the memory of long clips
 PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
 
 
@@ -69,6 +72,7 @@ class Config:
     rope_base: float = 100.0      # slowest rotary wavelength, about 600 frames: the window is far shorter
     prediction: str = "clean"     # the network's output: "clean" latent or "velocity"
     norm_eps: float = 1e-6        # added to the mean square in every RMSNorm
+    codec: str = "linear"         # how a pose carries the portrait: "linear" in closed form, or "learned"
 
     def __post_init__(self):
         small = [k for k, v in asdict(self).items() if isinstance(v, int | float) and v < 1 and k != "norm_eps"]
@@ -78,6 +82,10 @@ class Config:
             raise ValueError(f"grid {self.grid} must be odd, and size {self.size} a multiple of {self.grid + 1}")
         if self.prediction not in ("clean", "velocity"):
             raise ValueError(f"prediction must be clean or velocity, got {self.prediction!r}")
+        if self.codec not in CODECS:
+            raise ValueError(f"codec must be {' or '.join(CODECS)}, got {self.codec!r}")
+        if self.codec == "learned" and self.size % 8:
+            raise ValueError(f"the learned codec halves a picture three times: size {self.size} must divide by 8")
         if self.heads % self.kv_heads or self.head_dim % 8:
             raise ValueError(f"{self.kv_heads} kv_heads must divide {self.heads} heads, and 8 head_dim {self.head_dim}")
         if self.chunk_frames * self.space_channels < max(self.channels, self.chunk_frames * POSE):
@@ -170,7 +178,8 @@ class MotionCodec(nn.Module):
     a sine window s (sum of s^2 = 1: no seams), each written in its principal components, first in space, then
     over the frames of a chunk. The pose is one more token. The components are fitted in closed form.
 
-    A codec offers `fit`, `encode` and `decode`; a learned one may take this one's place.
+    A codec offers `fit`, `encode` and `decode`. What LearnedCodec changes is `analyse` and `compose`, each other's
+    inverse: how much of a frame the pose alone explains.
     """
 
     def __init__(self, config: Config):
@@ -226,6 +235,10 @@ class MotionCodec(nn.Module):
         still = unwarp(frames.flatten(0, 1), pose.flatten(0, 1)).view_as(frames)
         return pose, still - frames[:, :1]
 
+    def compose(self, portrait: Tensor, residual: Tensor, pose: Tensor) -> Tensor:
+        """Put frames (B, 3, S, S) together again from portrait, residual (B, 3, S, S) and pose (B, 6)."""
+        return warp(portrait + residual, pose)
+
     def _gather(self, pose: Tensor, space: Tensor) -> Tensor:
         """Chunk up: pose (B, F, 6), space (N-1, B F, k) -> (N, B K, T k), the pose token last, zero-padded."""
         t = self.config.chunk_frames
@@ -275,9 +288,94 @@ class MotionCodec(nn.Module):
         tokens = rearrange(latents * self.scale, "b k n c -> n (b k) c") @ self.time.mT
         space = rearrange(tokens[:-1], "n bk (t k) -> n (bk t) k", t=c.chunk_frames)
         pose = rearrange(tokens[-1, :, : c.chunk_frames * POSE], "bk (t p) -> (bk t) p", p=POSE)
-        residual = self._space_to_residual(space)
-        still = portrait.repeat_interleave(k * c.chunk_frames, 0) + residual
-        return warp(still, pose).clamp(0, 1).unflatten(0, (b, k * c.chunk_frames))
+        frames = self.compose(portrait.repeat_interleave(k * c.chunk_frames, 0), self._space_to_residual(space), pose)
+        return frames.clamp(0, 1).unflatten(0, (b, k * c.chunk_frames))
+
+
+# ---------------------------------------------------------------- the learned codec
+#
+# An affine pose moves whatever lies under a fixed mask: it stretches the wall behind a head, and knows no nose that
+# hides a cheek. A small network that sees the portrait and the pose learns what does move, and what comes to light:
+#
+#     carried = moved + shade * (portrait - moved) + light,     moved(p) = portrait(p + displacement(p) + flow(p))
+#     frame   = carried + warp(residual, pose)
+#
+# with flow, shade and light from the network, zero at its start (then carried is the linear codec's) and zero, always,
+# where the pose is (then latent zero is the portrait). Only what carrying leaves over is written in principal
+# components, refitted after the network is trained. The latents' layout and scale are the linear codec's; a frame's
+# depend on no frame but its chunk's own and the portrait.
+
+class Residual(nn.Module):
+    """Two convolutions beside a skip connection; the second starts at zero."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(self.second.weight), nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
+
+
+class UNet(nn.Module):
+    """Pictures in, pictures of the same size out, at half their resolution and below; starts at zero."""
+
+    def __init__(self, inputs: int, outputs: int, widths: tuple[int, ...]):
+        super().__init__()
+        steps = list(zip(widths, widths[1:]))
+        self.inward = nn.Conv2d(4 * inputs, widths[0], 3, padding=1)
+        self.left, self.right = (nn.ModuleList(Residual(w) for w in side) for side in (widths, widths[:-1]))
+        self.down = nn.ModuleList(nn.Conv2d(wide, deep, 2, 2) for wide, deep in steps)
+        self.up = nn.ModuleList(nn.Conv2d(deep, wide, 1) for wide, deep in steps)
+        self.outward = nn.Conv2d(widths[0], 4 * outputs, 3, padding=1)
+        nn.init.zeros_(self.outward.weight), nn.init.zeros_(self.outward.bias)
+
+    def forward(self, x: Tensor) -> Tensor:                                   # (B, inputs, S, S)
+        x, seen = self.left[0](self.inward(F.pixel_unshuffle(x, 2))), []      # (B, w, S/2, S/2)
+        for down, block in zip(self.down, self.left[1:]):
+            seen.append(x)
+            x = block(down(x))                                                # S/4, S/8
+        for up, block in zip(reversed(self.up), reversed(self.right)):
+            x = block(F.interpolate(up(x), scale_factor=2) + seen.pop())
+        return F.pixel_shuffle(self.outward(F.silu(x)), 2)                    # (B, outputs, S, S)
+
+
+class LearnedCodec(MotionCodec):
+    """The motion codec with a network in the place of its warp; train `loss`, then `fit`."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.net = UNet(8, 6, CODEC_WIDTHS)
+
+    def carry(self, portrait: Tensor, pose: Tensor) -> Tensor:
+        """Predict frames (B, 3, S, S) from portraits (B, 3, S, S) and poses (B, 6) alone."""
+        grid = pixel_grid(portrait.shape[-1], portrait.device)[None]
+        path = displacement(pose, grid)
+        moved = F.grid_sample(portrait, grid + path, "bicubic", "border", align_corners=False)
+        seen = torch.cat([2 * portrait - 1, 3 * (moved - portrait), 10 * path.movedim(-1, 1)], 1)    # of unit scale
+        still = 1 - torch.exp(-pose.square().sum(-1) / 0.01 ** 2)             # 0 at rest, 1 from half a pixel on
+        flow, shade, light = (self.net(seen) * still[:, None, None, None]).split([2, 1, 3], 1)
+        path = path + 0.03 * flow.movedim(1, -1)
+        moved = F.grid_sample(portrait, grid + path, "bicubic", "border", align_corners=False)
+        return moved + shade * (portrait - moved) + 0.1 * light
+
+    def loss(self, portrait: Tensor, frame: Tensor) -> Tensor:
+        """Mean absolute error of carried portraits (B, 3, S, S) and of their gradients. (No mouth opens by a pose: the
+        absolute error lets the network ignore mouths, which are the components' task, under the linear focus.)"""
+        pose = estimate_pose(torch.stack([portrait, frame], 1))[:, 1]
+        error = self.carry(portrait, pose) - frame
+        return error.abs().mean() + 0.5 * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
+
+    @torch.no_grad()
+    def analyse(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        pose = estimate_pose(frames)
+        left = torch.stack([clip - self.carry(clip[:1].expand_as(clip), p) for clip, p in zip(frames, pose)])
+        return pose, unwarp(left.flatten(0, 1), pose.flatten(0, 1)).view_as(frames)
+
+    def compose(self, portrait: Tensor, residual: Tensor, pose: Tensor) -> Tensor:
+        carried = [self.carry(*part) for part in zip(portrait.split(CARRIED), pose.split(CARRIED))]
+        return torch.cat(carried) + warp(residual, pose)
 
 
 # ---------------------------------------------------------------- the transformer
@@ -396,7 +494,7 @@ class Generator(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        self.codec = MotionCodec(c)
+        self.codec = (MotionCodec if c.codec == "linear" else LearnedCodec)(c).requires_grad_(False)
         self.portrait_in = nn.Linear(3 * PATCH ** 2, c.width)
         self.portrait_place = nn.Parameter(0.02 * torch.randn(c.video_tokens, c.width))
         self.audio_in = nn.Sequential(nn.Linear(c.mel_channels, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
@@ -609,4 +707,6 @@ PRESETS = {
     "tiny": Config(),                                       # 64x64, two CPU cores
     "small": Config(size=128, grid=7, width=512, layers=8, heads=8, kv_heads=4, head_dim=64,
                     mlp_width=1408),                        # 128x128, one GPU of 8 to 24 GB
+    "base": Config(size=256, grid=15, width=1024, layers=16, heads=16, kv_heads=8, head_dim=64, mlp_width=2816,
+                   codec="learned"),                        # 256x256, one GPU of 80 GB
 }

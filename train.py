@@ -6,6 +6,7 @@
     python train.py --updates 60                       and post-train by reinforcement
     python train.py --updates 60 --control             and ask whether more pretraining would have done as well
     python train.py --pretrained runs/tiny --updates 60 --out runs/other    post-train a finished run, again and again
+    python train.py --codec learned                    first train a codec that knows what moves with a head
     torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
 
 Pretraining by flow matching: a clip's latent chunks are noised, each to a noise level of its own,
@@ -62,20 +63,27 @@ from tqdm import tqdm
 import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, folder_clips, hear, replacing,
                   synthetic_clips, write_speech, write_video)
-from model import PRESETS, Config, Generator, load_generator, load_trunk, ode_step, save_generator, trunk_shape
+from model import (PRESETS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step, save_generator,
+                   trunk_shape)
 from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
 from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary, with_interval
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
-    "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4, micro_batch=8),
-    "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8, micro_batch=4),
+    "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4, micro_batch=8,
+                 codec_steps=900, checkpointing=False),
+    "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8, micro_batch=4,
+                  codec_steps=5000, checkpointing=False),
+    "base": dict(steps=200_000, batch=32, clips=4000, ema=0.9999, warmup=1000, prompts=8, micro_batch=1,
+                 codec_steps=20_000, checkpointing=True),
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any pretraining step
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"       # of Config: these follow from flags of their own
 CODEC_CLIPS = 256                  # enough to fit the codec's components
+CODEC_BATCH, CODEC_LR = 24, 4e-3   # of the learned codec's network: frames per step, rate of AdamW
+CODEC_STREAM = 700_000_000         # where the random numbers of its steps begin, beyond all others
 SIGMA_BINS = 5
 PRETRAINED, POST_TRAINED, CONTROL = "pretrained", "post-trained", "control"          # the arms of the report
 
@@ -187,10 +195,46 @@ def pixels(clips: Sequence[Clip], frames: int) -> Tensor:
     return torch.stack([clip.frames[:frames] for clip in clips]) / 255
 
 
-def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace) -> None:
-    """Fit the motion codec to clips that are spread over the training set."""
+def codec_loss(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace, step: int) -> Tensor:
+    """Draw the frames of a step of the codec's stage, each of a clip of its own, and carry the portraits there."""
+    rng = generator(args.seed, CODEC_STREAM + step)
+    rows = torch.randint(len(clips), (CODEC_BATCH,), generator=rng).tolist()
+    times = torch.randint(1, args.frames, (CODEC_BATCH,), generator=rng).tolist()
+    pairs = torch.stack([clips[row].frames[[0, time]] for row, time in zip(rows, times)]).to(args.device) / 255
+    return codec.loss(*pairs.unbind(1))
+
+
+def train_codec(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace, log: "Log | None" = None) -> None:
+    """Train the network of a learned codec: warm up, hold, decay to zero over the last two thirds."""
+    optimizer = torch.optim.AdamW(codec.requires_grad_(True).net.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    bar, losses, start = tqdm(range(args.codec_steps), "codec", unit="step"), [], time.process_time()
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = CODEC_LR * min((step + 1) / 30, 1.5 * (1 - step / args.codec_steps), 1)
+        optimizer.zero_grad()
+        loss = codec_loss(codec, clips, args, step)
+        loss.backward()
+        clip_grad_norm_(codec.net.parameters(), args.grad_clip)
+        optimizer.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise MediaError(args.out, f"the codec's loss is {losses[-1]} at its step {step + 1}; look at the clips, "
+                                       "or use --codec linear")
+        if log:
+            log(stage="codec", codec_step=step + 1, loss=losses[-1])
+        bar.set_postfix(loss=f"{losses[-1]:.4f}")
+    optimizer.zero_grad()                                     # or they would count in the norm of the trunk's gradients
+    codec.requires_grad_(False)
+    few = max(1, min(50, len(losses) // 4))
+    print(f"codec: {len(losses)} steps, loss of the first and last {few}: {np.mean(losses[:few]):.4f}, "
+          f"{np.mean(losses[-few:]):.4f}; {time.process_time() - start:.0f} s of CPU time")
+
+
+def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace, log: "Log | None" = None) -> None:
+    """Fit the motion codec to clips that are spread over the training set; first train its network, if it has one."""
     if len(clips) * args.frames < args.config.space_channels:
         raise MediaError(args.data or "--clips", f"{len(clips)} clips are too few to fit the codec; add some")
+    if args.config.codec == "learned":
+        train_codec(model.codec, clips, args, log)
     spread = np.linspace(0, len(clips) - 1, min(len(clips), CODEC_CLIPS)).astype(int)
     model.codec.fit(pixels([clips[i] for i in spread], args.frames).to(args.device))
 
@@ -240,7 +284,7 @@ def optimizers(model: Generator, args: argparse.Namespace) -> list[torch.optim.O
     """Muon for the matrices of the trunk (Jordan et al., 2024), AdamW for the rest, as nanochat has it."""
     trunk = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
     inside = {id(p) for p in trunk}
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    rest = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
     return [torch.optim.Muon(trunk, lr=args.muon_lr, weight_decay=0.01),
             torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
                               fused=args.device.startswith("cuda"))]
@@ -522,16 +566,21 @@ def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
             for name, metrics in made.items() if POST_TRAINED in made and name != POST_TRAINED}
 
 
+def write_sheet(path: Path, videos: list[Tensor], columns: int = 12) -> None:
+    """Write a picture of videos (B, F, 3, S, S): of each clip, some frames of the first above those of the others."""
+    at, size = torch.linspace(0, videos[0].shape[1] - 1, columns).long(), videos[0].shape[-1]
+    strips = torch.stack([video[:, at] for video in videos], 1).flatten(0, 1)        # (B videos, columns, ...)
+    sheet = (strips.permute(0, 3, 1, 4, 2).reshape(len(strips) * size, columns * size, 3) * 255).round().byte()
+    with replacing(path) as written:
+        Image.fromarray(np.ascontiguousarray(sheet)).save(written, format="png")
+
+
 def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
     """Write sheet.png, truth above what each arm generated for some clips, and sample.mp4, truth beside generated, with
     sound; and the portrait and the speech of the first clip, to try sample.py with."""
-    frames, size = arms[0].shape[1], arms[0].shape[-1]
+    frames = arms[0].shape[1]
     videos = [pixels(clips[:rows], frames)] + [arm[:rows] for arm in arms]
-    at = torch.linspace(0, frames - 1, columns).long()
-    strips = torch.stack([video[:, at] for video in videos], 1).flatten(0, 1)        # (rows (1 + arms), columns, ...)
-    sheet = (strips.permute(0, 3, 1, 4, 2).reshape(len(strips) * size, columns * size, 3) * 255).round().byte()
-    with replacing(folder / "sheet.png") as path:
-        Image.fromarray(np.ascontiguousarray(sheet)).save(path, format="png")
+    write_sheet(folder / "sheet.png", videos, columns)
     with replacing(folder / "portrait.png") as path:
         Image.fromarray(clips[0].frames[0].permute(1, 2, 0).numpy()).save(path, format="png")
     write_speech(folder / "speech.wav", clips[0].audio)
@@ -545,8 +594,6 @@ class Log:
 
     def __init__(self, folder: Path, step: int, start: float):
         self.path, self.start = folder / "log.jsonl", start
-        if not step and not rank():
-            self.path.unlink(missing_ok=True)
         self.rewind("step", step)
 
     def rewind(self, counter: str, to: int) -> None:
@@ -572,7 +619,7 @@ def means(metrics: dict[str, Tensor]) -> dict[str, float]:
 #
 # Made of log.jsonl and held_out.json alone, so that a resumed run reports the whole of itself.
 
-STAGES = {"config": "preparation", "loss": "pretraining", "parts": "post-training", "watched": "watching",
+STAGES = {"codec_step": "the codec", "config": "preparation", "loss": "pretraining", "parts": "post-training", "watched": "watching",
           "control_steps": "control", "held_out": "measuring", "rewarded": "measuring"}    # what a line of the log ends
 
 
@@ -611,11 +658,12 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def facts(entries: list[dict]) -> str:
     """Tell how a run was made: commands, hardware, seed, and where its time went."""
     sessions, updates = ([e for e in entries if key in e] for key in ("config", "parts"))
-    spent, before = Counter(), 0.0
+    spent, before = Counter(), {"seconds": 0}
     for e in entries:                                # seconds count from the start of each session
         stage = next(name for key, name in STAGES.items() if key in e)
-        spent[stage] += e["seconds"] - (0 if "config" in e else before)
-        before = e["seconds"]
+        goes_on = "config" not in e or "codec_step" in before
+        spent[stage] += e["seconds"] - before["seconds"] * goes_on
+        before = e
     last, flags = sessions[-1], sessions[-1]["training"]
     rows = [("hardware", " / ".join(dict.fromkeys(s["hardware"] for s in sessions if "hardware" in s))),
             ("seed", f"{flags['seed']}"),
@@ -633,7 +681,7 @@ def facts(entries: list[dict]) -> str:
 
 def pretraining_part(folder: Path, entries: list[dict]) -> str:
     """Draw the loss by noise level, and what was validated on the way. Returns: Markdown, empty without such steps."""
-    steps = [e for e in entries if "loss" in e]
+    steps = [e for e in entries if "loss_by_sigma" in e]
     looks = [e for e in entries if "held_out" in e and "arm" not in e]
     if not steps:
         return ""
@@ -739,8 +787,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     g.add_argument("--device", type=device_argument, default=device_argument(), help="cpu or cuda (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile the generator: slow to start, faster steps")
-    g.add_argument("--checkpointing", action="store_true", help="keep the inputs of blocks alone for the backward "
-                   "pass and compute the rest again: less memory, slower steps")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="keep the inputs of blocks alone for "
+                   "the backward pass and compute the rest again: less memory, slower steps (by preset)")
     g = p.add_argument_group("data")
     g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
     g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
@@ -749,6 +797,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="training steps (by preset)")
     g.add_argument("--batch", type=int, help="clips per step (by preset)")
+    g.add_argument("--codec-steps", type=int, help="training steps of the learned codec, before (by preset)")
     g.add_argument("--lr", type=float, default=2e-3, help="of AdamW: embeddings, norms, modulation (%(default)s)")
     g.add_argument("--muon-lr", type=float, default=0.02, help="of Muon: the trunk's matrices (%(default)s)")
     g.add_argument("--warmup", type=int, help="steps of warm-up (by preset)")
@@ -824,9 +873,9 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one clear line where a flag cannot be used."""
     if args.out.exists() and not args.out.is_dir():
         p.error(f"--out {args.out} is a file; name a folder")
-    at_least = dict(seed=0, steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1, save_every=1,
-                    validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0, ema=0, updates=0,
-                    prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0, watch_every=1, watch_clips=1, patience=1)
+    at_least = dict(seed=0, steps=1, codec_steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1,
+                    save_every=1, validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0,
+                    ema=0, updates=0, prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0, watch_every=1, watch_clips=1, patience=1)
     for name, least in at_least.items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
@@ -996,8 +1045,8 @@ def averaged(run: Pretraining) -> Generator:
     return loaded(run.average, run.args)
 
 
-def begin_pretraining(args: argparse.Namespace, clips: list[Clip]) -> Pretraining:
-    """Make a new run with its codec fitted, or take up a stopped or a finished one."""
+def begin_pretraining(args: argparse.Namespace, clips: list[Clip], start: float) -> tuple[Pretraining, Log]:
+    """Make a new run with its codec fitted, or take up a stopped or a finished one. Returns: the run and its log."""
     torch.manual_seed(args.seed)
     model = Generator(args.config)
     if args.init_from and not (args.resume or args.pretrained):
@@ -1006,17 +1055,22 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip]) -> Pretrainin
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         run.load(args.resume)
-        return run
-    for stale in ("post.pt", f"{CONTROL}/config.json"):             # of an earlier run in this folder
-        (args.out / stale).unlink(missing_ok=True)
+        return run, Log(args.out, run.step, start)
+    for stale in ("post.pt", f"{CONTROL}/config.json", "log.jsonl", "codec.png"):       # of an earlier run here
+        if not rank():
+            (args.out / stale).unlink(missing_ok=True)
+    log = Log(args.out, 0, start)
     if args.pretrained:
         run.load(args.pretrained)
         run.save(args.out)
     else:
-        fit_codec(run.model, clips, args)
+        if not rank():
+            fit_codec(run.model, clips, args, log)
         run.model.codec.load_state_dict(everyone({k: v.cpu() for k, v in run.model.codec.state_dict().items()})[0])
         run.average.update({f"codec.{k}": v.clone() for k, v in run.model.codec.state_dict().items()})
-    return run
+        if args.config.codec == "learned":                          # minutes of work that --resume shall not repeat
+            run.save(args.out)
+    return run, log
 
 
 def begin_post_training(reference: Generator, reward: Reward, args: argparse.Namespace, log: Log) -> PostTraining:
@@ -1031,7 +1085,7 @@ def begin_post_training(reference: Generator, reward: Reward, args: argparse.Nam
 
 
 def describe(run: Pretraining, data: Latents, held_out: list[Clip], log: Log, argv: list[str]) -> None:
-    """Say what is about to be trained, and what the codec alone can reach."""
+    """Say what is about to be trained, and what the codec alone can reach; draw it, if it was learned."""
     codec, args = codec_alone(run.model, held_out, run.args), run.args
     parameters = sum(p.numel() for p in run.model.parameters())
     log(config=asdict(args.config), training=flags(args), parameters=parameters, codec=means(codec),
@@ -1039,6 +1093,11 @@ def describe(run: Pretraining, data: Latents, held_out: list[Clip], log: Log, ar
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
           f"on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
+    if args.config.codec == "learned":
+        few = held_out[:3]
+        true = pixels(few, args.frames)
+        made = run.model.codec.decode(true[:, 0].to(args.device), run.model.codec.encode(true.to(args.device)))
+        write_sheet(args.out / "codec.png", [true, made.cpu()])
 
 
 def keep_freed_memory() -> None:
@@ -1059,8 +1118,7 @@ def main(argv: list[str] | None = None) -> None:
     with first_alone():
         clips, held_out, watched = load_clips(args)
     reward = make_reward(args, clips, args.config.chunk_frames)     # before the minutes of training that would be lost
-    run = begin_pretraining(args, clips)
-    log = Log(args.out, run.step if args.resume else 0, start)
+    run, log = begin_pretraining(args, clips, start)
     data = encode(run.model, clips, args.frames, args.device)
     if not rank():
         describe(run, data, held_out, log, sys.argv[1:] if argv is None else argv)
