@@ -50,7 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
@@ -106,6 +106,7 @@ class Ratings:
 
     score: Tensor                                    # (B, 3) expected rating, 1..5
     mass: Tensor                                     # (B, 3) probability that the answer is a digit 1..5 at all
+    courses: Tensor | None = None                    # (B, F, 2) the mouth that it sees and the one that it hears
 
 
 def expected_rating(p: Tensor) -> Ratings:
@@ -150,6 +151,7 @@ class Judge:
         self.model, self.processor, self.rubric, self.side, self.window = model, processor, rubric, side, window
         self.orders, self.batch, self.device, self.offload = tuple(orders), batch, device, offload
         self.digits = [processor.tokenizer.encode(d, add_special_tokens=False)[-1] for d in "12345"]
+        self.readouts, self.seen = None, {}
         # Only the next token counts: without this, a clip of 3000 tokens would give 3000 rows of 150,000 logits.
         model.lm_head.register_forward_pre_hook(lambda head, inputs: (inputs[0][:, -1:],))
         if not offload:
@@ -174,7 +176,28 @@ class Judge:
             processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local)
             own = Path(name) / "judge.json"
             settings = (json.loads(own.read_text()) if own.exists() else {}) | settings
-        return cls(model, processor, device=device, **settings)
+            judge = cls(model, processor, device=device, **settings)
+            if (readouts := Path(name) / "readouts.safetensors").exists():
+                judge.read_out_by(load_file(readouts))
+        return judge
+
+    def read_out_by(self, readouts: dict[str, Tensor]) -> None:
+        """Let `rate` also say, frame by frame, which mouth it sees and which it hears: linear readouts of its towers.
+
+        Args: readouts: sight.weight (2, 4 w) and sound.weight (2, w) for towers of width w, with biases (see Hints).
+        """
+        def keep(name, field):
+            return lambda module, args, out: self.seen.update({name: getattr(out, field).detach()})
+        if self.readouts is None:
+            self.model.visual.register_forward_hook(keep("sight", "pooler_output"))
+            self.model.audio_tower.register_forward_hook(keep("sound", "last_hidden_state"))
+        self.readouts = {k: v.float().to(self.device) for k, v in readouts.items()}
+
+    def courses(self, clips: int, frames: int) -> Tensor:
+        """Read out (B, F, 2), the mouth seen and the mouth heard, of the clips that were read last."""
+        out = {name: nnf.linear(self.seen[name].float().view(clips, -1, self.readouts[f"{name}.weight"].shape[1]),
+                                self.readouts[f"{name}.weight"], self.readouts[f"{name}.bias"]) for name in self.seen}
+        return torch.stack([out["sight"].flatten(1)[:, :frames], out["sound"][:, :frames, 0]], -1).cpu()
 
     def questions(self) -> tuple[str, list[str]]:
         """Return the text up to the end of the clip, and, for each aspect and order, the text that follows."""
@@ -221,14 +244,18 @@ class Judge:
         Returns: Ratings on the CPU, fp32. Raises: MediaError, naming the clip, where the answer is no rating.
         """
         self.model.to(self.device)
-        p = []
+        p, courses = [], []
         for i in range(0, len(frames), self.batch):
             pictures = to_bytes(frames[i:i + self.batch].detach().cpu())
             logits = self.logits(pictures, audio[i:i + self.batch].detach().cpu().float())
             p.append(logits.float().softmax(-1)[..., self.digits].cpu())
+            if self.readouts:
+                courses.append(self.courses(len(pictures), frames.shape[1]))
         if self.offload:
             self.model.to("cpu")
-        return check_ratings(expected_rating(torch.cat(p).unflatten(1, (len(ASPECTS), -1))), names)
+        ratings = check_ratings(expected_rating(torch.cat(p).unflatten(1, (len(ASPECTS), -1))), names)
+        ratings.courses = torch.cat(courses) if courses else None
+        return ratings
 
 
 # ---------------------------------------------------------------- the judge behind an endpoint
@@ -490,8 +517,9 @@ class Weights:
     """What each component counts for in the total. 0 switches it off; a judge is only asked if an aspect counts."""
 
     lip_sync: float = 1.0
-    expressiveness: float = 0.3
-    motion: float = 0.5
+    expressiveness: float = 0.1
+    motion: float = 0.25
+    lip_course: float = 2.0
     still: float = 0.25
     identity: float = 0.25
     drift: float = 0.5
@@ -506,6 +534,7 @@ COMPONENTS = {
     "lip_sync": ("1..5", "rating", "judge: do the lips follow the sound"),
     "expressiveness": ("1..5", "rating", "judge: how lively"),
     "motion": ("1..5", "rating", "judge: how natural and clean"),
+    "lip_course": ("-2..0", "correlation - 1", "embedded judge: of the mouth it sees with the mouth it hears"),
     "still": ("-1..0", "grey level", "background's distance to the portrait, beyond that of real clips"),
     "identity": ("-1..0", "similarity", "likeness to the portrait, as far as below that of real clips"),
     "drift": ("..0", "log ratio", "distance to the portrait against real clips, more or less"),
@@ -515,8 +544,9 @@ COMPONENTS = {
     "seam": ("..0", "log ratio", "jumps at chunk borders against real clips, more or less"),
 }
 # Deviations within a group that are not worth learning from: less cannot be seen, and a z-score would blow it up.
-FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "still": 0.003, "identity": 0.01, "drift": 0.05,
-          "activity": 0.05, "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
+FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "lip_course": 0.005, "still": 0.003,
+          "identity": 0.01, "drift": 0.05, "activity": 0.05, "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
+JUDGED = *ASPECTS, "lip_course"                      # what needs a judge
 CREDIT_WIDTH, CREDIT_HOP = 24, 8                     # frames that are judged for the credit of the chunks in them
 
 
@@ -551,8 +581,10 @@ class Reward:
                  calibration: dict | None = None, likeness=likeness):
         self.judge, self.real, self.chunk_frames, self.likeness = judge, real, chunk_frames, likeness
         self.weights, self.calibration = {k: w for k, w in asdict(weights).items() if w}, calibration or {}
+        if judge is not None and not getattr(judge, "readouts", None):
+            self.weights.pop("lip_course", None)                 # most judges say a digit, and nothing frame by frame
         self.floors = {name: FLOORS[name] for name in self.weights}
-        if judge is None and set(ASPECTS) & set(self.weights):
+        if judge is None and set(JUDGED) & set(self.weights):
             raise ValueError("the weights count a judge's ratings, but there is no judge")
 
     @torch.no_grad()
@@ -573,11 +605,14 @@ class Reward:
             off = chunks[name] - base
             chunks[name] = -off * off.mean(1, keepdim=True).sign()
         components = {name: values.mean(1) for name, values in chunks.items()}
-        if set(ASPECTS) & set(self.weights):
+        if set(JUDGED) & set(self.weights):
             n = frames.shape[1]
             parts = spans(n, CREDIT_WIDTH, CREDIT_HOP) if per_chunk else spans(n, self.judge.window)
-            score, mass = self.rate(frames, audio, names, parts)
+            score, mass, courses = self.rate(frames, audio, names, parts)
             components |= dict(zip(ASPECTS, score.mean(1).T))
+            if courses is not None:
+                chunks["lip_course"] = self.lip_course(courses)
+                components["lip_course"] = chunks["lip_course"].mean(1)
             if per_chunk:
                 in_time = dict(zip(ASPECTS, self.in_time(score, parts, n)))
                 del in_time["expressiveness"]                    # liveliness is of a whole: swaying all the time is not
@@ -601,15 +636,32 @@ class Reward:
         return {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0),
                 **temporal(frames, portrait, self.chunk_frames)}
 
-    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str], parts: list) -> tuple[Tensor, Tensor]:
-        """Judge the spans (start, stop) of every clip. Returns: score (B, spans, 3), calibrated, and mass (B, 3)."""
+    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str],
+             parts: list) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Judge the spans (start, stop) of every clip.
+
+        Returns: score (B, spans, 3), calibrated; mass (B, 3); courses (B, F, 2), means of overlapping spans, or None.
+        """
         samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
         ratings = self.judge.rate(torch.stack([frames[:, a:b] for a, b in parts], 1).flatten(0, 1),
                                   torch.stack([samples[:, a:b].flatten(1) for a, b in parts], 1).flatten(0, 1),
                                   [name for name in names for _ in parts])
         score = torch.stack([calibrate(s, self.calibration[a]) if a in self.calibration else s
                              for a, s in zip(ASPECTS, ratings.score.T)], -1)
-        return score.unflatten(0, (-1, len(parts))), ratings.mass.unflatten(0, (-1, len(parts))).amin(1)
+        courses = ratings.courses
+        if courses is not None:
+            total, times = torch.zeros(*frames.shape[:2], 2), torch.zeros(frames.shape[1], 1)
+            for i, (a, b) in enumerate(parts):
+                total[:, a:b] += courses[i::len(parts)]
+                times[a:b] += 1
+            courses = total / times
+        return (score.unflatten(0, (-1, len(parts))), ratings.mass.unflatten(0, (-1, len(parts))).amin(1), courses)
+
+    def lip_course(self, courses: Tensor) -> Tensor:
+        """Say when the mouth seen leaves the mouth heard, (B, F, 2) -> (B, K): -(seen - heard)^2 / 2, each of mean 0 and
+        deviation 1 over the video, so that the mean over a video is their correlation - 1."""
+        gap = course(courses.mT).diff(dim=1)[:, 0].square() / 2                              # (B, F)
+        return -in_chunks(gap, gap.shape[1], self.chunk_frames).mean(2)
 
     def in_time(self, score: Tensor, parts: list, frames: int) -> Tensor:
         """Give each chunk the mean rating of the spans that hold its middle. score (B, spans, 3) -> (3, B, K)."""
@@ -674,6 +726,11 @@ def mouths(clips: Sequence[Clip], frames: int) -> Tensor:
     return (mouth - mouth.mean()) / mouth.std()
 
 
+def course(mouth: Tensor) -> Tensor:
+    """Take mean and deviation, if it is STIR or more, off a mouth (..., F)."""
+    return (mouth - mouth.mean(-1, keepdim=True)) / mouth.std(-1, correction=0, keepdim=True).clamp_min(STIR)
+
+
 def apart(shown: Tensor, called: Tensor) -> Tensor:
     """Return how far apart the courses of two mouths (..., F) are: 0 alike, 1 as far as unrelated ones or farther.
 
@@ -681,7 +738,6 @@ def apart(shown: Tensor, called: Tensor) -> Tensor:
     good. How far lips open is left to expressiveness: a generator whose lips move too little would else learn to open
     them more rather than in time. A mouth at rest, where a correlation means nothing, counts as if it moved by STIR.
     """
-    course = lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True).clamp_min(STIR)
     return ((course(shown) - course(called)).square().mean(-1) / 2).sqrt().clamp_max(1)
 
 
@@ -966,7 +1022,7 @@ class Hints(nn.Module):
     and which faults there are; the audio tower, how open the sound wants the mouth, and how loud it is; the second
     layer, at the audio tokens, for both mouths, which forces it to fetch the picture of the same instant; the third for
     the square of their difference, whose mean is the distance, and, at the video tokens, for the faults again. They are
-    thrown away after training.
+    thrown away after training, but for those of the mouth in the two towers (Judge.read_out_by).
     """
 
     def __init__(self, model: nn.Module):
@@ -1069,16 +1125,19 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
     judge.orders = (False,)
     for hook in hints.hooks:
         hook.remove()
+    judge.read_out_by({k: v.detach().clone() for k, v in hints.state_dict().items() if k[:5] in ("sight", "sound")})
     model.eval().requires_grad_(False)
 
 
 def save_judge(judge: Judge, folder: Path, card: str) -> None:
-    """Write the judge as transformers does, with judge.json (rubric, pixels, window) and the card beside it."""
+    """Write the judge as transformers does; beside it readouts, judge.json (rubric, pixels, window) and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         judge.model.half().save_pretrained(temporary)
         judge.model.float()
         judge.processor.save_pretrained(temporary)
+        if judge.readouts:
+            save_file({k: v.half().cpu() for k, v in judge.readouts.items()}, Path(temporary, "readouts.safetensors"))
         own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window}
         Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
         Path(temporary, "README.md").write_text(card)
@@ -1339,7 +1398,7 @@ CHOICES = ("left", "right", "tie")                   # of a rater, for each of A
 
 def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Tensor:
     """Rate clips (B, F, 3, S, S) in [0, 1] with sound (B, F * 640), long ones in spans. Returns: (B, 3)."""
-    reward = Reward(judge, None, Weights(*[1.0] * 3, *[0.0] * 6))
+    reward = Reward(judge, None, Weights(**{name: float(name in ASPECTS) for name in COMPONENTS}))
     return reward.rate(frames, audio, names, spans(frames.shape[1], judge.window))[0].mean(1)
 
 
@@ -1864,7 +1923,7 @@ def make_judge(args: argparse.Namespace):
 def make_reward(args: argparse.Namespace, real: Sequence[Clip], chunk_frames: int) -> Reward:
     """Make the reward that the flags define, for clips like the real ones."""
     judge = make_judge(args)
-    weights = Weights(**args.weights if judge else args.weights | dict.fromkeys(ASPECTS, 0.0))
+    weights = Weights(**args.weights if judge else args.weights | dict.fromkeys(JUDGED, 0.0))
     alike = PretrainedLikeness(args.perceptual, args.device) if args.perceptual else likeness
     calibration = load_calibration(args.calibration) if args.calibration else None
     return Reward(judge, RealClips.measure(real, chunk_frames, alike), weights, chunk_frames, calibration, alike)

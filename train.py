@@ -70,7 +70,7 @@ from sample import crop_argument, device_argument, evaluate, generator, imitate,
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
-    "tiny": dict(steps=1800, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4, micro_batch=8,
+    "tiny": dict(steps=4500, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4, micro_batch=8,
                  codec_steps=900, checkpointing=False),
     "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8, micro_batch=4,
                   codec_steps=5000, checkpointing=False),
@@ -619,8 +619,9 @@ def means(metrics: dict[str, Tensor]) -> dict[str, float]:
 #
 # Made of log.jsonl and held_out.json alone, so that a resumed run reports the whole of itself.
 
-STAGES = {"codec_step": "the codec", "config": "preparation", "loss": "pretraining", "parts": "post-training", "watched": "watching",
-          "control_steps": "control", "held_out": "measuring", "rewarded": "measuring"}    # what a line of the log ends
+STAGES = {"codec_step": "the codec", "config": "preparation", "loss": "pretraining", "parts": "post-training",
+          "watched": "watching", "control_steps": "control", "held_out": "measuring",
+          "rewarded": "measuring"}                                                       # what a line of the log ends
 
 
 def hardware(device: str) -> str:
@@ -758,13 +759,13 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     """Add the flags of post-training. Returns: the names of those that define it."""
     g, names = p.add_argument_group("post-training"), []
     flag = lambda *name, **settings: names.append(g.add_argument(*name, **settings).dest)
-    flag("--updates", type=int, default=0, help="of post-training; 0 leaves it out (%(default)s)")
+    flag("--updates", type=int, default=100, help="of post-training; 0 leaves it out (%(default)s)")
     flag("--prompts", type=int, help="portraits and speeches per update (by preset)")
     flag("--parts", type=int, default=2, help="gradient steps per update, each on a part of its rollouts; with one the "
          "clip is never met (%(default)s)")
     flag("--micro-batch", type=int, help="rollouts per backward pass (by preset)")
-    flag("--post-lr", type=float, default=2e-4, help="of AdamW (%(default)s)")
-    flag("--post-ema", type=float, default=0.9, help="decay of the moving average of the policy (%(default)s)")
+    flag("--post-lr", type=float, default=2.5e-4, help="of AdamW (%(default)s)")
+    flag("--post-ema", type=float, default=0.95, help="decay of the moving average of the policy (%(default)s)")
     flag("--watch-every", type=int, default=10, help="updates between looks at the watched clips (%(default)s)")
     flag("--watch-clips", type=int, default=24, help="held-out clips that choose the checkpoint (%(default)s)")
     flag("--patience", type=int, default=4, help="stop after so many looks without a better checkpoint (%(default)s)")

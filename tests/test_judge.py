@@ -300,7 +300,7 @@ def test_a_few_lessons_lower_the_loss_and_the_judge_survives_the_disk(good, batc
     before = loss()
     teach(judge, good, None, 10, batch=4)
     assert loss() < before - 0.3
-    assert not judge.model.visual._forward_hooks                                     # the hints are gone
+    assert not judge.model.model.layers[1]._forward_hooks                            # the hints are gone
     save_judge(judge, tmp_path / "judge", "a card")
     again = Judge.load(tmp_path / "judge")
     assert (again.rubric, again.side, again.window) == (judge.rubric, judge.side, judge.window)
@@ -347,7 +347,7 @@ def frozen(frames):
     return frames[:, :1].repeat(1, frames.shape[1], 1, 1, 1)
 
 
-REGULARISERS = Weights(*[0.0] * 3)
+REGULARISERS = Weights(**dict.fromkeys(reward.JUDGED, 0.0))
 
 
 def score(real, frames, audio, names, weights=REGULARISERS, judge=None, **options):
@@ -390,8 +390,8 @@ def test_straying_sees_the_still_places_only():
 
 def test_components_add_up_to_the_total(real, batch):
     frames, audio, names = batch
-    weights = Weights(lip_sync=0, expressiveness=0, motion=0, still=2.0, identity=0.5, drift=0, activity=0.25,
-                      jerk=0.7, flicker=0, seam=0.3)
+    weights = Weights(lip_sync=0, expressiveness=0, motion=0, lip_course=0, still=2.0, identity=0.5,
+                      drift=0, activity=0.25, jerk=0.7, flicker=0, seam=0.3)
     scores = score(real, frames, audio, names, weights)
     assert set(scores.components) == {"still", "identity", "activity", "jerk", "seam"} and scores.mass is None
     expected = (2.0 * scores.components["still"] + 0.5 * scores.components["identity"]
@@ -452,6 +452,47 @@ def test_long_videos_are_judged_in_windows_and_chunks_get_the_mean_of_the_spans_
     for aspect in ("lip_sync", "motion"):
         credit = scores.per_chunk[aspect]
         assert credit.shape == (1, 15) and (credit.diff() >= 0).all() and credit[0, -1] - credit[0, 0] > 2
+
+
+def test_the_course_of_lips_is_the_correlation_of_what_the_judge_sees_and_hears_and_says_when_they_part(real):
+    """Read out in spans of 24 frames, joined: over the video correlation - 1; the chunk where they part earns least."""
+    torch.manual_seed(0)
+    heard = torch.randn(48)
+    seen = 3 * heard + 2
+    seen[20:24] = -seen[20:24]
+    judge = Fixed()
+    rate = judge.rate
+
+    def with_courses(frames, audio, names):
+        ratings = rate(frames, audio, names)
+        at = audio.view(len(audio), -1, 640)[:, :, 0].long()                         # the sound is the frame's number
+        ratings.courses = torch.stack([seen[at], heard[at]], -1)
+        return ratings
+    judge.rate, judge.readouts = with_courses, True
+    audio = torch.arange(48.0).repeat_interleave(640)[None]
+    frames = torch.rand(1, 48, 3, 64, 64)
+    for per_chunk in (False, True):
+        scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"], per_chunk=per_chunk)
+        expected = torch.corrcoef(torch.stack([seen, heard]))[0, 1] - 1
+        torch.testing.assert_close(scores.components["lip_course"], expected[None])
+    assert scores.per_chunk["lip_course"].argmin() == 5 and scores.per_chunk["lip_course"].shape == (1, 12)
+    torch.testing.assert_close(scores.per_chunk["lip_course"].mean(1), scores.components["lip_course"])
+
+
+def test_readouts_of_the_towers_are_taught_kept_on_disk_and_read_while_rating(good, batch, tmp_path):
+    """By hand: the linear readout of what the towers gave for the same clip."""
+    judge, (frames, audio, _) = tiny_judge(), batch
+    assert judge.readouts is None
+    teach(judge, good, None, 3, batch=4)
+    save_judge(judge, tmp_path / "judge", "a card")
+    again, seen = Judge.load(tmp_path / "judge"), {}
+    again.model.visual.register_forward_hook(lambda m, a, out: seen.update(sight=out.pooler_output))
+    again.logits((frames * 255).round().byte(), audio)
+    courses = again.courses(4, 48)
+    assert courses.shape == (4, 48, 2) and courses.std() > 0
+    weight, bias = (again.readouts[f"sight.{k}"] for k in ("weight", "bias"))
+    by_hand = torch.stack([weight @ pair.flatten() + bias for pair in seen["sight"].view(96, -1)]).view(4, 48)
+    torch.testing.assert_close(courses[..., 0], by_hand, atol=1e-4, rtol=1e-4)
 
 
 def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(real, clips):
