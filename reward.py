@@ -617,12 +617,12 @@ class Reward:
                 in_time = dict(zip(ASPECTS, self.in_time(score, parts, n)))
                 del in_time["expressiveness"]                    # liveliness is of a whole: swaying all the time is not
                 chunks |= in_time
-        components = {name: components[name] for name in self.weights}
+        components = {name: components[name] for name in self.weights if name in components}
         for name, values in components.items():
             if not values.isfinite().all():
                 bad = (~values.isfinite()).nonzero()[0].item()
                 raise MediaError(names[bad], f"its {name} is {values[bad]}; look at the frames that were generated")
-        total = sum(weight * components[name] for name, weight in self.weights.items())
+        total = sum(self.weights[name] * values for name, values in components.items())
         return Scores(total, components, {k: v for k, v in chunks.items() if per_chunk and k in self.weights}, mass)
 
     def regularisers(self, frames: Tensor, portrait: Tensor) -> dict[str, Tensor]:

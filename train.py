@@ -3,9 +3,9 @@
     python train.py                                    synthetic talkers, two CPU cores, minutes
     python train.py --data my_clips --size 64          your own video clips
     python train.py --resume runs/tiny                 go on where a run was stopped
-    python train.py --updates 60                       and post-train by reinforcement
-    python train.py --updates 60 --control             and ask whether more pretraining would have done as well
-    python train.py --pretrained runs/tiny --updates 60 --out runs/other    post-train a finished run, again and again
+    python train.py --updates 0                        pretraining alone
+    python train.py --control                          ask whether more pretraining would have done as well
+    python train.py --pretrained runs/tiny --out runs/other    post-train a finished run, again and again
     python train.py --codec learned                    first train a codec that knows what moves with a head
     torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
 
@@ -911,6 +911,8 @@ def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, fre
     if given:
         p.error(f"--{'pretrained' if args.pretrained else 'resume'} goes on with the flags the run had; "
                 f"leave out --{given[0].replace('_', '-')}")
+    if not (run / "config.json").exists():
+        p.error(f"{run} holds no run; one that stopped before its first checkpoint starts anew, without --resume")
     try:
         saved = json.loads((run / "config.json").read_text())
         new = {k: getattr(args, k) for k in free}

@@ -316,10 +316,10 @@ def test_the_embedded_judge_is_small_and_carries_its_card():
 
 
 def test_the_embedded_judge_agrees_with_the_quality_of_fresh_clips(embedded, good):
-    result = exam(embedded, good, 16)
-    for aspect, least in zip(ASPECTS, (0.80, 0.80, 0.75)):
+    result = exam(embedded, good, 64)                                                # as many as its card says
+    for aspect, least in zip(ASPECTS, (0.93, 0.80, 0.70)):
         (rank, *_), (pairs, *_) = result[aspect]
-        assert rank > least and pairs > 0.85, (aspect, rank, pairs)
+        assert rank > least and pairs > 0.80, (aspect, rank, pairs)
 
 
 def test_the_better_clip_wins_on_each_aspect(embedded, good):

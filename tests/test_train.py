@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import reward
 import sample
 import train
 from data import SAMPLES_PER_FRAME, MediaError, load_speech, render_talker, write_video
@@ -385,6 +386,12 @@ def test_a_stopped_post_training_goes_on_bit_equal(post_run, run, judge, tmp_pat
     assert_same_bits(post_run, folder)                                # pretraining's state, untouched
 
 
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(tmp_path)])
+    assert "holds no run; one that stopped before its first checkpoint starts anew" in capsys.readouterr().err
+
+
 def test_a_finished_run_resumes_to_its_report_without_another_update(post_run, judge):
     before = post_weights(post_run)
     train.main(["--resume", str(post_run)])
@@ -479,3 +486,17 @@ def test_flags_choose_the_reward(cache):
     reward = train.make_reward(args, clips, args.config.chunk_frames)
     assert reward.judge is None and reward.weights == {"still": 2.0, "identity": 0.25, "drift": 0.5,
                                                        "activity": 0.5, "jerk": 0.5, "flicker": 0.25}
+
+
+def test_a_reward_of_your_own_is_a_component_like_the_others(run, tmp_path, monkeypatch):
+    """README's example: it is logged, and counts in the advantage."""
+    text = (Path(train.__file__).parent / "README.md").read_text()
+    example = text.split("import reward, train")[1].split("reward.Reward = Mine")[0]
+    names = {"reward": reward, "train": train}
+    monkeypatch.setattr(reward, "Reward", reward.Reward)                             # undone after the test
+    exec(example, names)
+    reward.Reward = names["Mine"]
+    train.main(["--pretrained", str(run), "--updates", "1", "--prompts", "2", "--group", "2", "--watch-clips", "2",
+                "--judge", "none", "--out", str(tmp_path)])
+    update = next(e for e in map(json.loads, open(tmp_path / "log.jsonl")) if "parts" in e)
+    assert update["components"]["warmth"]["group_std"] > 0
