@@ -235,9 +235,12 @@ def learned_codec(frames, steps: int = 60):
     torch.manual_seed(0)
     codec = m.LearnedCodec(Config(size=32, space_channels=24, channels=48, codec="learned"))
     optimizer, losses = torch.optim.AdamW(codec.net.parameters(), lr=4e-3), []
-    for _ in range(steps):
+    for step in range(steps):                                        # with warm-up, decay and clip, as train.train_codec
+        optimizer.param_groups[0]["lr"] = 4e-3 * min((step + 1) / 15, 1.5 * (1 - step / steps), 1)
         losses.append(codec.loss(*frames[:, [0, -1]].unbind(1)))
-        optimizer.zero_grad(), losses[-1].backward(), optimizer.step()
+        optimizer.zero_grad(), losses[-1].backward()
+        torch.nn.utils.clip_grad_norm_(codec.net.parameters(), 1.0)
+        optimizer.step()
     codec.requires_grad_(False).fit(frames)
     return codec, [loss.item() for loss in losses]
 
