@@ -18,7 +18,8 @@ What you learn here, in the order of the file:
    the cache, and goes on: constant memory and constant time per chunk, for speech of any length.
 
 The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds; a network
-may carry the portrait, but mouths are left to principal components, which a learned codec takes minutes to find), a trunk shaped like a Qwen3 layer (so that one can be loaded), a
+may carry the portrait, but mouths are left to principal components, which a learned codec takes minutes to find), a
+trunk shaped like a Qwen3 layer (so that one can be loaded), a
 portrait that stands outside rotary time (so that it is the same sink for chunk 3 and chunk 3000).
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk, C channels,
@@ -125,10 +126,15 @@ def displacement(pose: Tensor, grid: Tensor) -> Tensor:
     return head_basis(grid) @ rearrange(pose, "b (xy k) -> b 1 k xy", xy=2)
 
 
+def look_up(picture: Tensor, points: Tensor, mode: str = "bicubic") -> Tensor:
+    """Read pictures (B, C, S, S) at points (B, S, S, 2) of [-1, 1]; outside, the border goes on."""
+    return F.grid_sample(picture, points, mode, "border", align_corners=False)
+
+
 def warp(picture: Tensor, pose: Tensor, mode: str = "bicubic") -> Tensor:
     """Move the head: output(p) = picture(p + displacement(p)). picture (B, C, S, S), pose (B, 6)."""
     grid = pixel_grid(picture.shape[-1], picture.device)[None]
-    return F.grid_sample(picture, grid + displacement(pose, grid), mode, "border", align_corners=False)
+    return look_up(picture, grid + displacement(pose, grid), mode)
 
 
 def unwarp(picture: Tensor, pose: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ def unwarp(picture: Tensor, pose: Tensor) -> Tensor:
     p = grid
     for _ in range(3):
         p = grid - displacement(pose, p)
-    return F.grid_sample(picture, p, "bicubic", "border", align_corners=False)
+    return look_up(picture, p)
 
 
 def estimate_pose(frames: Tensor, ridge: float = 1e-4) -> Tensor:
@@ -352,12 +358,12 @@ class LearnedCodec(MotionCodec):
         """Predict frames (B, 3, S, S) from portraits (B, 3, S, S) and poses (B, 6) alone."""
         grid = pixel_grid(portrait.shape[-1], portrait.device)[None]
         path = displacement(pose, grid)
-        moved = F.grid_sample(portrait, grid + path, "bicubic", "border", align_corners=False)
+        moved = look_up(portrait, grid + path)
         seen = torch.cat([2 * portrait - 1, 3 * (moved - portrait), 10 * path.movedim(-1, 1)], 1)    # of unit scale
         still = 1 - torch.exp(-pose.square().sum(-1) / 0.01 ** 2)             # 0 at rest, 1 from half a pixel on
         flow, shade, light = (self.net(seen) * still[:, None, None, None]).split([2, 1, 3], 1)
         path = path + 0.03 * flow.movedim(1, -1)
-        moved = F.grid_sample(portrait, grid + path, "bicubic", "border", align_corners=False)
+        moved = look_up(portrait, grid + path)
         return moved + shade * (portrait - moved) + 0.1 * light
 
     def loss(self, portrait: Tensor, frame: Tensor) -> Tensor:

@@ -58,15 +58,45 @@ def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = 4
 NEED_NO_TRUTH = "still_psnr", "jerk", "seam", "sync_confidence", "sync_own", "identity"      # reported on a line apart
 
 
+def lips_drawn(videos: Tensor, truths: list[Tensor], clips: Sequence[Clip]) -> tuple[dict, list[Tensor], list[Tensor]]:
+    """Measure lips of drawn talkers: lip_sync, the correlation with the true mouth, and amplitude.
+
+    Returns: name -> values; the mouths (F,) of the videos, and the true ones.
+    """
+    frames = videos.shape[1]
+    truth = [{k: x[:frames] if x.ndim and len(x) >= frames else x for k, x in c.truth.items()} for c in clips]
+    made = [reward.mouth_opening_from_pixels(v, t) for v, t in zip(videos, truth)]
+    seen = [reward.mouth_opening_from_pixels(t, k) for t, k in zip(truths, truth)]
+    true = [t["opening"] * t["width"] for t in truth]
+    return {"lip_sync": [reward.correlation(m, t) for m, t in zip(made, true)],
+            "amplitude": [m.std() / s.std().clamp_min(1e-6) for m, s in zip(made, seen)]}, made, true
+
+
+def lips_real(videos: Tensor, truths: list[Tensor], clips: Sequence[Clip]) -> tuple[dict, list[Tensor], list[Tensor]]:
+    """Measure lips of real clips: mouth_own, the mouth-motion correlation with the true clip, and amplitude.
+
+    mouth_late is the same against the true clip 5 frames later, mouth_other against another clip; over_late and
+    over_other are by how much mouth_own exceeds these. Returns: as lips_drawn.
+    """
+    axis = reward.mouth_axis(truths)
+    made, true = ([reward.mouth_motion(v, axis) for v in vs] for vs in (videos, truths))
+    own = [reward.correlation(m, t) for m, t in zip(made, true)]
+    late = [reward.shifted_correlation(m, t, -5) for m, t in zip(made, true)]
+    values = {"mouth_own": own, "mouth_late": late, "over_late": [a - b for a, b in zip(own, late)]}
+    if len(clips) > 1:
+        values["mouth_other"] = other = [reward.correlation(m, t) for m, t in zip(made, true[1:] + true[:1])]
+        values["over_other"] = [a - b for a, b in zip(own, other)]
+    return values | {"amplitude": [m.std() / t.std() for m, t in zip(made, true)]}, made, true
+
+
 def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
              sync: reward.SyncNetwork | None = None) -> dict[str, Tensor]:
     """Measure videos (B, F, 3, S, S) in [0, 1] against their true clips by the held-out metrics of reward.py.
 
     Returns: name -> (B,) values. psnr is the distance to the true frames, most of it where a head went that is free to
-    go elsewhere; mouth_psnr that of mouths, heads held still and the first frame taken off. Of drawn talkers, lip_sync is the correlation with the true mouth. Of real clips,
-    mouth_own is the mouth-motion correlation with the true clip, mouth_late the same against the true clip 5 frames
-    later, mouth_other against another clip; over_late and over_other are by how much the first exceeds these. With a
-    sync network, also sync_confidence and sync_own of its offset curve, and identity, the mean cosine to the portrait.
+    go elsewhere; mouth_psnr that of mouths, heads held still and the first frame taken off. With a sync network, also
+    sync_confidence and sync_own of its offset curve, and identity, the mean cosine to the portrait. The rest: lips_drawn
+    and lips_real.
     """
     frames = videos.shape[1]
     truths = [clip.frames[:frames] / 255 for clip in clips]
@@ -86,23 +116,8 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
         audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
         values |= {k: v for k, v in reward.sync_metrics(sync, videos, audio).items() if k in NEED_NO_TRUTH}
         values["identity"] = reward.identity_cosine(sync, videos, torch.stack([t[0] for t in truths])).mean(1)
-    if clips[0].truth:
-        truth = [{k: x[:frames] if x.ndim and len(x) >= frames else x for k, x in c.truth.items()} for c in clips]
-        made = [reward.mouth_opening_from_pixels(v, t) for v, t in zip(videos, truth)]
-        true = [t["opening"] * t["width"] for t in truth]
-        values["lip_sync"] = [reward.correlation(m, t) for m, t in zip(made, true)]
-        seen = [reward.mouth_opening_from_pixels(t, k) for t, k in zip(truths, truth)]
-        values["amplitude"] = [m.std() / s.std().clamp_min(1e-6) for m, s in zip(made, seen)]
-    else:
-        axis = reward.mouth_axis(truths)
-        made, true = ([reward.mouth_motion(v, axis) for v in vs] for vs in (videos, truths))
-        values["mouth_own"] = own = [reward.correlation(m, t) for m, t in zip(made, true)]
-        values["mouth_late"] = late = [reward.shifted_correlation(m, t, -5) for m, t in zip(made, true)]
-        values["over_late"] = [a - b for a, b in zip(own, late)]
-        if len(clips) > 1:
-            values["mouth_other"] = other = [reward.correlation(m, t) for m, t in zip(made, true[1:] + true[:1])]
-            values["over_other"] = [a - b for a, b in zip(own, other)]
-        values["amplitude"] = [m.std() / t.std() for m, t in zip(made, true)]
+    lips, made, true = (lips_drawn if clips[0].truth else lips_real)(videos, truths, clips)
+    values |= lips
     values["offset"] = [reward.sync_offset(m, t) for m, t in zip(made, true)]
     return {name: torch.stack(tuple(v)) for name, v in values.items()}
 

@@ -219,7 +219,7 @@ def train_codec(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace
         if not math.isfinite(losses[-1]):
             raise MediaError(args.out, f"the codec's loss is {losses[-1]} at its step {step + 1}; look at the clips, "
                                        "or use --codec linear")
-        if log:
+        if log:                                               # kernels/bench.py has none
             log(stage="codec", codec_step=step + 1, loss=losses[-1])
         bar.set_postfix(loss=f"{losses[-1]:.4f}")
     optimizer.zero_grad()                                     # or they would count in the norm of the trunk's gradients
@@ -779,6 +779,18 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     return names
 
 
+def generator_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of model.Config, and what the generator may start from."""
+    g = p.add_argument_group("generator", "shape of the generator (by preset); model.Config explains each")
+    g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model and take its "
+                   "shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B, to download; lower --muon-lr")
+    g.add_argument("--audio-encoder", metavar="NAME_OR_DIR", help="hear speech by a frozen wav2vec2, HuBERT, WavLM or "
+                   "Whisper of transformers, which hears all of it before the first frame (log-mel: 80 ms ahead)")
+    for field in fields(Config):
+        if field.name not in NOT_FLAGS:
+            g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     g = p.add_argument_group("run")
@@ -815,14 +827,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--sync", help="folder of a sync network for these clips, from reward.py --train-sync, or none "
                    "(the one for drawn talkers; with --data none)")
     of_reward = reward_flags(p)
-    g = p.add_argument_group("generator", "shape of the generator (by preset); model.Config explains each")
-    g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model and take its "
-                   "shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B, to download; lower --muon-lr")
-    g.add_argument("--audio-encoder", metavar="NAME_OR_DIR", help="hear speech by a frozen wav2vec2, HuBERT, WavLM or "
-                   "Whisper of transformers, which hears all of it before the first frame (log-mel: 80 ms ahead)")
-    for field in fields(Config):
-        if field.name not in NOT_FLAGS:
-            g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
+    generator_flags(p)
     args = p.parse_args(argv)
     if args.resume:
         args = resumed(p, args, args.resume, {"resume", "device"})
@@ -876,7 +881,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--out {args.out} is a file; name a folder")
     at_least = dict(seed=0, steps=1, codec_steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1,
                     save_every=1, validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0,
-                    ema=0, updates=0, prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0, watch_every=1, watch_clips=1, patience=1)
+                    ema=0, updates=0, prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0, watch_every=1,
+                    watch_clips=1, patience=1)
     for name, least in at_least.items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
