@@ -151,7 +151,11 @@ class Judge:
         self.model, self.processor, self.rubric, self.side, self.window = model, processor, rubric, side, window
         self.orders, self.batch, self.device, self.offload = tuple(orders), batch, device, offload
         self.digits = [processor.tokenizer.encode(d, add_special_tokens=False)[-1] for d in "12345"]
-        self.readouts, self.seen = None, {}
+        self.readouts, self.towers = None, {}        # what its towers said of the clips that were read last
+        for name, tower, field in (("sight", model.visual, "pooler_output"),
+                                   ("sound", model.audio_tower, "last_hidden_state")):
+            tower.register_forward_hook(
+                lambda module, args, out, name=name, field=field: self.towers.update({name: getattr(out, field)}))
         # Only the next token counts: without this, a clip of 3000 tokens would give 3000 rows of 150,000 logits.
         model.lm_head.register_forward_pre_hook(lambda head, inputs: (inputs[0][:, -1:],))
         if not offload:
@@ -186,17 +190,13 @@ class Judge:
 
         Args: readouts: sight.weight (2, 4 w) and sound.weight (2, w) for towers of width w, with biases (see Hints).
         """
-        def keep(name, field):
-            return lambda module, args, out: self.seen.update({name: getattr(out, field).detach()})
-        if self.readouts is None:
-            self.model.visual.register_forward_hook(keep("sight", "pooler_output"))
-            self.model.audio_tower.register_forward_hook(keep("sound", "last_hidden_state"))
         self.readouts = {k: v.float().to(self.device) for k, v in readouts.items()}
 
     def courses(self, clips: int, frames: int) -> Tensor:
         """Read out (B, F, 2), the mouth seen and the mouth heard, of the clips that were read last."""
-        out = {name: nnf.linear(self.seen[name].float().view(clips, -1, self.readouts[f"{name}.weight"].shape[1]),
-                                self.readouts[f"{name}.weight"], self.readouts[f"{name}.bias"]) for name in self.seen}
+        out = {name: nnf.linear(seen.float().view(clips, -1, self.readouts[f"{name}.weight"].shape[1]),
+                                self.readouts[f"{name}.weight"], self.readouts[f"{name}.bias"])
+               for name, seen in self.towers.items()}
         return torch.stack([out["sight"].flatten(1)[:, :frames], out["sound"][:, :frames, 0]], -1).cpu()
 
     def questions(self) -> tuple[str, list[str]]:
@@ -520,6 +520,7 @@ class Weights:
     expressiveness: float = 0.1
     motion: float = 0.25
     lip_course: float = 2.0
+    lip_range: float = 0.5
     still: float = 0.25
     identity: float = 0.25
     drift: float = 0.5
@@ -535,6 +536,7 @@ COMPONENTS = {
     "expressiveness": ("1..5", "rating", "judge: how lively"),
     "motion": ("1..5", "rating", "judge: how natural and clean"),
     "lip_course": ("-2..0", "correlation - 1", "embedded judge: of the mouth it sees with the mouth it hears"),
+    "lip_range": ("..0", "log ratio", "embedded judge: how far it sees the mouth move against how far it hears it"),
     "still": ("-1..0", "grey level", "background's distance to the portrait, beyond that of real clips"),
     "identity": ("-1..0", "similarity", "likeness to the portrait, as far as below that of real clips"),
     "drift": ("..0", "log ratio", "distance to the portrait against real clips, more or less"),
@@ -544,10 +546,10 @@ COMPONENTS = {
     "seam": ("..0", "log ratio", "jumps at chunk borders against real clips, more or less"),
 }
 # Deviations within a group that are not worth learning from: less cannot be seen, and a z-score would blow it up.
-FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "lip_course": 0.005, "still": 0.003,
-          "identity": 0.01, "drift": 0.05, "activity": 0.05, "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
-JUDGED = *ASPECTS, "lip_course"                      # what needs a judge
-CREDIT_WIDTH, CREDIT_HOP = 24, 8                     # frames that are judged for the credit of the chunks in them
+FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "lip_course": 0.005, "lip_range": 0.03,
+          "still": 0.003, "identity": 0.01, "drift": 0.05, "activity": 0.05, "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
+READ_OUT = "lip_course", "lip_range"                 # what needs a judge with readouts
+JUDGED = *ASPECTS, *READ_OUT                         # what needs a judge at all
 
 
 @dataclass
@@ -560,11 +562,11 @@ class Scores:
     mass: Tensor | None = None                       # (B, 3) of the judge's answers
 
 
-def spans(frames: int, width: int | None, hop: int | None = None) -> list[tuple[int, int]]:
-    """Cover a video by spans (start, stop) of `width` frames, evenly, as few as can be or about one every `hop`."""
+def spans(frames: int, width: int | None) -> list[tuple[int, int]]:
+    """Cover a video by spans (start, stop) of `width` frames, as few and as even as can be."""
     if width is None or frames <= width:
         return [(0, frames)]
-    gaps = math.ceil((frames - width) / (hop or width))
+    gaps = math.ceil((frames - width) / width)
     starts = [round(i * (frames - width) / gaps) for i in range(gaps + 1)]
     return [(start, start + width) for start in starts]
 
@@ -582,7 +584,8 @@ class Reward:
         self.judge, self.real, self.chunk_frames, self.likeness = judge, real, chunk_frames, likeness
         self.weights, self.calibration = {k: w for k, w in asdict(weights).items() if w}, calibration or {}
         if judge is not None and not getattr(judge, "readouts", None):
-            self.weights.pop("lip_course", None)                 # most judges say a digit, and nothing frame by frame
+            for name in READ_OUT:                                # most judges say a digit, and nothing frame by frame
+                self.weights.pop(name, None)
         self.floors = {name: FLOORS[name] for name in self.weights}
         if judge is None and set(JUDGED) & set(self.weights):
             raise ValueError("the weights count a judge's ratings, but there is no judge")
@@ -593,8 +596,8 @@ class Reward:
         """Score clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names, for messages.
-                 per_chunk: also say when; the clip is then judged in overlapping spans of 16 frames, which costs 1.7
-                 times as much, and its rating is their mean. The mean over chunks of a regulariser is the regulariser.
+                 per_chunk: also say when, of what is localised in time: regularisers and lip_course, which are the means
+                 over their chunks. A rating is of the whole.
         Raises:  MediaError, naming the clip, where the judge fails or a component is not a number.
         """
         if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
@@ -606,17 +609,13 @@ class Reward:
             chunks[name] = -off * off.mean(1, keepdim=True).sign()
         components = {name: values.mean(1) for name, values in chunks.items()}
         if set(JUDGED) & set(self.weights):
-            n = frames.shape[1]
-            parts = spans(n, CREDIT_WIDTH, CREDIT_HOP) if per_chunk else spans(n, self.judge.window)
-            score, mass, courses = self.rate(frames, audio, names, parts)
-            components |= dict(zip(ASPECTS, score.mean(1).T))
+            score, mass, courses = self.rate(frames, audio, names)
+            components |= dict(zip(ASPECTS, score.T))
             if courses is not None:
                 chunks["lip_course"] = self.lip_course(courses)
                 components["lip_course"] = chunks["lip_course"].mean(1)
-            if per_chunk:
-                in_time = dict(zip(ASPECTS, self.in_time(score, parts, n)))
-                del in_time["expressiveness"]                    # liveliness is of a whole: swaying all the time is not
-                chunks |= in_time
+                seen, heard = courses.std(1).clamp_min(STIR).unbind(-1)
+                components["lip_range"] = -(seen / heard).log().abs()
         components = {name: components[name] for name in self.weights if name in components}
         for name, values in components.items():
             if not values.isfinite().all():
@@ -636,39 +635,27 @@ class Reward:
         return {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0),
                 **temporal(frames, portrait, self.chunk_frames)}
 
-    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str],
-             parts: list) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Judge the spans (start, stop) of every clip.
+    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Judge every clip, long ones in spans.
 
-        Returns: score (B, spans, 3), calibrated; mass (B, 3); courses (B, F, 2), means of overlapping spans, or None.
+        Returns: score (B, 3), calibrated; mass (B, 3); courses (B, F, 2), or None.
         """
-        samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
-        ratings = self.judge.rate(torch.stack([frames[:, a:b] for a, b in parts], 1).flatten(0, 1),
-                                  torch.stack([samples[:, a:b].flatten(1) for a, b in parts], 1).flatten(0, 1),
-                                  [name for name in names for _ in parts])
-        score = torch.stack([calibrate(s, self.calibration[a]) if a in self.calibration else s
-                             for a, s in zip(ASPECTS, ratings.score.T)], -1)
-        courses = ratings.courses
-        if courses is not None:
-            total, times = torch.zeros(*frames.shape[:2], 2), torch.zeros(frames.shape[1], 1)
-            for i, (a, b) in enumerate(parts):
-                total[:, a:b] += courses[i::len(parts)]
-                times[a:b] += 1
-            courses = total / times
-        return (score.unflatten(0, (-1, len(parts))), ratings.mass.unflatten(0, (-1, len(parts))).amin(1), courses)
+        samples, parts = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)), spans(frames.shape[1], self.judge.window)
+        ratings = [self.judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names) for a, b in parts]
+        score = torch.stack([torch.stack([calibrate(s, self.calibration[a]) if a in self.calibration else s
+                                          for a, s in zip(ASPECTS, r.score.T)], -1) for r in ratings]).mean(0)
+        courses = None
+        if ratings[0].courses is not None:                       # where spans overlap, the later one counts
+            courses = torch.zeros(*frames.shape[:2], 2)
+            for r, (a, b) in zip(ratings, parts):
+                courses[:, a:b] = r.courses
+        return score, torch.stack([r.mass for r in ratings]).amin(0), courses
 
     def lip_course(self, courses: Tensor) -> Tensor:
         """Say when the mouth seen leaves the mouth heard, (B, F, 2) -> (B, K): -(seen - heard)^2 / 2, each of mean 0 and
         deviation 1 over the video, so that the mean over a video is their correlation - 1."""
         gap = course(courses.mT).diff(dim=1)[:, 0].square() / 2                              # (B, F)
         return -in_chunks(gap, gap.shape[1], self.chunk_frames).mean(2)
-
-    def in_time(self, score: Tensor, parts: list, frames: int) -> Tensor:
-        """Give each chunk the mean rating of the spans that hold its middle. score (B, spans, 3) -> (3, B, K)."""
-        middle = (torch.arange(math.ceil(frames / self.chunk_frames)) + 0.5) * self.chunk_frames
-        middle = middle.clamp_max(frames - 1)
-        holds = torch.tensor([[a <= m < b for a, b in parts] for m in middle.tolist()]).float()    # (K, spans)
-        return torch.einsum("b s a, k s -> a b k", score, holds / holds.sum(1, keepdim=True))
 
 
 # ---------------------------------------------------------------- the embedded judge: what it is taught on
@@ -689,6 +676,9 @@ STIR = 0.3                                           # deviations of a mouth: le
 MOUTH_SHARE = 0.65                                   # of the mouth in liveliness
 VERSIONS, RIVALS = 6, 4                              # ways to show a clip that generators imitate; and of a lesson
 RIVALRY = 0.25                                       # weight of the loss of rivals: at 1 other aspects are unlearned
+RIVAL_MOUTHS = 4.0                                   # the same of the mouths that the vision tower sees
+TOWER_PAIRS, TOWER_FRAMES = 40, 1500                 # pairs of frames of good clips, frames of sound: of a step of towers
+TOWER_STREAM = 10 ** 12                              # where the random numbers of these steps begin
 
 
 @dataclass
@@ -981,7 +971,7 @@ def tiny_processor(rubric: dict = TINY_RUBRIC):
         special_tokens=["<|pad|>", *SPECIAL.values()]))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>",
                                                      extra_special_tokens=SPECIAL)
-    patches = dict(patch_size=16, temporal_patch_size=2, merge_size=2,
+    patches = dict(patch_size=8, temporal_patch_size=2, merge_size=4,
                    size={"shortest_edge": TINY_SIDE ** 2, "longest_edge": TINY_SIDE ** 2})
     hear = transformers.WhisperFeatureExtractor(feature_size=TINY_MELS, sampling_rate=SAMPLE_RATE, hop_length=160,
                                                 n_fft=400, chunk_length=30)
@@ -998,8 +988,8 @@ def tiny_judge(seed: int = 0) -> Judge:
     config = transformers.Qwen2_5OmniThinkerConfig(
         audio_config=dict(num_mel_bins=TINY_MELS, d_model=w, encoder_layers=1, encoder_attention_heads=heads,
                           encoder_ffn_dim=2 * w, output_dim=w, n_window=100),
-        vision_config=dict(depth=2, hidden_size=w, intermediate_size=2 * w, num_heads=heads, patch_size=16,
-                           temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=w, window_size=TINY_SIDE,
+        vision_config=dict(depth=2, hidden_size=w // 2, intermediate_size=w, num_heads=heads, patch_size=8,
+                           temporal_patch_size=2, spatial_merge_size=4, out_hidden_size=w, window_size=TINY_SIDE,
                            fullatt_block_indexes=[0, 1]),
         text_config=dict(vocab_size=len(processor.tokenizer), hidden_size=w, intermediate_size=5 * w // 2,
                          num_hidden_layers=TINY_LAYERS, num_attention_heads=heads, num_key_value_heads=heads,
@@ -1025,19 +1015,19 @@ class Hints(nn.Module):
     thrown away after training, but for those of the mouth in the two towers (Judge.read_out_by).
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, judge: Judge):
         super().__init__()
-        w, self.seen = TINY_WIDTH, {}
+        w, self.towers, self.seen, model = TINY_WIDTH, judge.towers, {}, judge.model
+        self.tokens = model.config.video_token_id, model.config.audio_token_id
         self.sight, self.look, self.sound, self.both, self.gap = (
             nn.Linear(*n) for n in ((4 * w, 2), (4 * w, 2), (w, 2), (w, 2), (w, 1)))
         self.faults, self.faults_again = nn.Linear(8 * w, len(FAULTS)), nn.Linear(2 * w, len(FAULTS))
         for readout in self.children():                          # at zero they ask nothing yet: a judge that is taught on
             nn.init.zeros_(readout.weight)                       # is not upset by random questions
-        self.tokens = model.config.video_token_id, model.config.audio_token_id
-        places = {"vision": model.visual, "audio": model.audio_tower, "second": model.model.layers[1],
-                  "third": model.model.layers[2]}
-        self.hooks = [model.register_forward_pre_hook(self.keep_ids, with_kwargs=True)]
-        self.hooks += [place.register_forward_hook(self.keep(name)) for name, place in places.items()]
+        if judge.readouts:
+            self.load_state_dict(judge.readouts, strict=False)
+        self.hooks = [model.register_forward_pre_hook(self.keep_ids, with_kwargs=True)] + [
+            model.model.layers[i].register_forward_hook(self.keep(name)) for i, name in ((1, "second"), (2, "third"))]
 
     def keep_ids(self, model, args, inputs) -> None:
         self.reading = "input_features" in inputs                # the clip, not the questions that follow it
@@ -1045,11 +1035,9 @@ class Hints(nn.Module):
             self.seen["ids"] = inputs["input_ids"]
 
     def keep(self, name: str) -> Callable:
-        field = {"vision": "pooler_output", "audio": "last_hidden_state"}.get(name)
-
         def hook(module, args, out) -> None:
             if self.reading:
-                self.seen[name] = getattr(out, field) if field else out
+                self.seen[name] = out
         return hook
 
     def loss(self, truth: Lesson) -> Tensor:
@@ -1060,68 +1048,118 @@ class Hints(nn.Module):
         spread = lambda x: torch.cat([x.mean(1), x.std(1)], -1)
         loud = (truth.audio.view(b, f, -1).square().mean(-1) + 1e-3).log() / 2 + 2.5
         gap = (truth.shown - truth.called).square().clamp_max(4)
-        vision, known = self.seen["vision"].view(b, f // 2, -1), ~truth.faults.isnan()
+        vision, known = self.towers["sight"].view(b, f // 2, -1), ~truth.faults.isnan()
         x = truth.frames.float().unflatten(1, (-1, 2))                               # (B, F/2, 2, 3, S, S)
         strength = lambda d: (d.abs().mean((2, 3, 4, 5)) + 0.3).log()                # of grey levels of 255
         look = torch.stack([strength(x.diff(dim=2)), strength(x.diff(dim=-1)) - 2], -1)
         error = lambda guess, target: (guess - target).square().mean()
-        return (2.0 * error(self.sight(vision), truth.shown.view(b, -1, 2)) + 0.25 * error(self.look(vision), look)
-                + 0.5 * error(self.sound(self.seen["audio"].view(b, f, -1)), torch.stack([truth.called, loud], -1))
+        mouth = self.sight(vision) - truth.shown.view(b, -1, 2)
+        rivals = among_rivals(mouth[b - truth.rivals:], RIVALS).square().mean() if truth.rivals else 0.0
+        return (2.0 * (mouth.square().mean() + RIVAL_MOUTHS * rivals) + 0.25 * error(self.look(vision), look)
+                + 0.5 * error(self.sound(self.towers["sound"].view(b, f, -1)), torch.stack([truth.called, loud], -1))
                 + 1.0 * error(self.both(at("second", audio)), torch.stack([truth.shown, truth.called], -1))
                 + 0.5 * error(self.gap(at("third", audio))[..., 0], gap)
                 + 3.0 * error(self.faults(spread(vision))[known], truth.faults[known])
                 + 3.0 * error(self.faults_again(spread(at("third", video)))[known], truth.faults[known]))
 
 
-def rating_loss(logits: Tensor, digits: Sequence[int], quality: Tensor) -> Tensor:
-    """Cross-entropy with soft labels: for quality 3.4, digit 3 counts .6 and 4 counts .4. logits (B, 3, vocabulary)."""
-    soft = (1 - (quality[..., None] - torch.arange(1.0, 6.0)).abs()).clamp_min(0)    # (B, 3, 5)
-    return -(soft * logits.log_softmax(-1)[..., list(digits)]).sum(-1).mean((0, 1))
+def rating_loss(logits: Tensor, digits: Sequence[int], truth: Lesson) -> Tensor:
+    """Cross-entropy with soft labels, for quality 3.4 digit 3 counts .6 and 4 counts .4; and, of rivals, the error in the
+    differences of lip-sync, which is all that GRPO sees of a judge: they are of a tenth of a point, where the loss of
+    each rating by itself hardly rises. logits (B, 3, vocabulary)."""
+    log_p = logits.log_softmax(-1)[..., list(digits)]                                # (B, 3, 5)
+    scale = torch.arange(1.0, 6.0)
+    soft = (1 - (truth.quality[..., None] - scale).abs()).clamp_min(0)
+    loss = -(soft * log_p).sum(-1).mean((0, 1))
+    if truth.rivals:
+        rating = log_p[-truth.rivals:, 0].softmax(-1) @ scale
+        error = among_rivals(rating - truth.quality[-truth.rivals:, 0], RIVALS)
+        loss = loss + RIVALRY * nnf.smooth_l1_loss(error, torch.zeros_like(error), beta=0.1) / 0.1
+    return loss
 
 
-def rivalry_loss(logits: Tensor, digits: Sequence[int], quality: Tensor) -> Tensor:
-    """Ask for the differences between rivals, which is all that GRPO sees of a judge: they are of a tenth of a point,
-    where the loss of each rating by itself hardly rises.
-
-    Args: logits (n RIVALS, 3, vocabulary) and quality (n RIVALS, 3); only lip-sync is known of parts of a video.
-    """
-    p = logits[:, 0, list(digits)].softmax(-1)
-    error = (p @ torch.arange(1.0, 6.0) - quality[:, 0]).view(-1, RIVALS)
-    return nnf.smooth_l1_loss(error - error.mean(1, keepdim=True), torch.zeros_like(error), beta=0.1) / 0.1
+def among_rivals(error: Tensor, rivals: int) -> Tensor:
+    """Take off each group of rivals, (n rivals, ...), what its members have in common."""
+    error = error.unflatten(0, (-1, rivals))
+    return error - error.mean(1, keepdim=True)
 
 
-def teach(judge: Judge, good: Material, generated: Material | None, steps: int, batch: int = 32, seed: int = 0,
-          lr: float = 1.5e-3, muon_lr: float = 0.02) -> None:
-    """Train the embedded judge, its digits and its hints together: Muon for the matrices of the layers, else AdamW."""
-    torch.manual_seed(seed)
-    model, hints = judge.model.requires_grad_(True).train(), Hints(judge.model)
-    trunk = [p for name, p in model.named_parameters() if p.ndim == 2 and ("layers." in name or "blocks." in name)]
+def seen_loss(judge: Judge, hints: Hints, good: Material, generated: Material | None, rng: torch.Generator) -> Tensor:
+    """Show the vision tower pairs of frames, which is as far as it sees at once, and ask for the mouth."""
+    pick = lambda n, count: zip(*(torch.randint(most, (count,), generator=rng).tolist()
+                                  for most in (n, good.frames.shape[1] // 2)))
+    at = [(good, row, slice(2 * t, 2 * t + 2)) for row, t in pick(len(good), TOWER_PAIRS)]
+    if generated:                                    # all versions of a clip: GRPO will ask for their differences
+        at += [(generated, clip * VERSIONS + version, slice(2 * t, 2 * t + 2))
+               for clip, t in pick(len(generated) // VERSIONS, TOWER_PAIRS // 2) for version in range(VERSIONS)]
+    pairs = torch.cat([material.frames[row, t] for material, row, t in at])
+    shown = torch.stack([material.shown[row, t] for material, row, t in at])
+    inputs = judge.processor.video_processor(pairs[None], do_sample_frames=False, return_tensors="pt")
+    judge.model.visual(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+    error = hints.sight(judge.towers["sight"].view(len(at), -1)) - shown
+    loss = error.square().mean()
+    if generated:
+        loss = loss + RIVAL_MOUTHS * among_rivals(error[TOWER_PAIRS:], VERSIONS).square().mean()
+    return loss
+
+
+def heard_loss(judge: Judge, hints: Hints, good: Material, rng: torch.Generator) -> Tensor:
+    """Play stretches of speech, of one length, to the audio tower and ask for the mouth that they call for."""
+    frames = 2 * whole(rng, LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1)
+    rows = torch.randint(len(good), (TOWER_FRAMES // frames,), generator=rng)
+    start = whole(rng, 0, good.frames.shape[1] - frames + 1)
+    judge.processor.feature_extractor.n_samples = frames * SAMPLES_PER_FRAME
+    inputs = judge.processor.feature_extractor(
+        list(good.audio[rows, start:start + frames].flatten(1).numpy()), sampling_rate=SAMPLE_RATE,
+        return_attention_mask=True, return_tensors="pt")
+    judge.model.get_audio_features(inputs["input_features"], inputs["attention_mask"])
+    heard = hints.sound(judge.towers["sound"].view(len(rows), frames, -1))[..., 0]
+    return (heard - good.called[rows, start:start + frames]).square().mean()
+
+
+def descend(model: nn.Module, hints: Hints, steps: int, losses: Callable[[int], dict[str, Tensor]], title: str,
+            lr: float, muon_lr: float) -> None:
+    """Take steps on the sum of some losses: Muon for the matrices inside, AdamW for the rest; warm up, decay to zero."""
+    trunk = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
     inside = {id(p) for p in trunk}
     rest = [p for module in (model, hints) for p in module.parameters() if id(p) not in inside]
     optimizers = [torch.optim.Muon(trunk, lr=muon_lr, weight_decay=0.01),
                   torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 20, 1, 1.02 - step / steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 20, 1, 1.02 - step / max(steps, 1)))
                  for o in optimizers]
-    mean = None
-    for step in (bar := tqdm(range(steps), "teaching the judge", unit="step")):
-        truth = lessons(good, generated, batch, seed * 1_000_003 + step)
-        judge.orders = (step % 2 == 1,)                                              # learns both orders of the scale
-        logits = judge.logits(truth.frames, truth.audio)
-        ratings = rating_loss(logits, judge.digits, truth.quality)
-        if truth.rivals:
-            ratings = ratings + RIVALRY * rivalry_loss(logits[-truth.rivals:], judge.digits,
-                                                       truth.quality[-truth.rivals:])
-        loss = ratings + hints.loss(truth)
+    mean = {}
+    for step in (bar := trange(steps, desc=title, unit="step")):
+        parts = losses(step)
         model.zero_grad(), hints.zero_grad()
-        loss.backward()
+        sum(parts.values()).backward()
         torch.nn.utils.clip_grad_norm_([*trunk, *rest], 1.0)
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step(), schedule.step()
-        now = torch.stack([ratings.detach(), loss.detach() - ratings.detach()])
-        if not now.isfinite().all():
-            raise MediaError("the judge", f"its loss is {loss.item()} at step {step}; lower the learning rate")
-        mean = now if mean is None else 0.95 * mean + 0.05 * now
-        bar.set_postfix(ratings=f"{mean[0]:.3f}", hints=f"{mean[1]:.3f}")
+        for name, loss in parts.items():
+            if not loss.isfinite():
+                raise MediaError("the judge", f"its loss is {loss.item()} at step {step}; lower the learning rate")
+            mean[name] = 0.95 * mean.get(name, loss.item()) + 0.05 * loss.item()
+        bar.set_postfix({name: f"{value:.3f}" for name, value in mean.items()})
+
+
+def teach(judge: Judge, good: Material, generated: Material | None, steps: int, tower_steps: int = 0, batch: int = 32,
+          seed: int = 0, lr: float = 1.5e-3, muon_lr: float = 0.02) -> None:
+    """Train the embedded judge: first its towers alone, on mouths, for a tenth of a lesson's cost; then all of it
+    together, on whole lessons, and still on mouths, or what the towers know of them would fade."""
+    torch.manual_seed(seed)
+    model, hints = judge.model.requires_grad_(True).train(), Hints(judge)
+
+    def mouths_alone(step):
+        rng = torch.Generator().manual_seed(TOWER_STREAM + seed * 1_000_003 + step)
+        return {"seen": seen_loss(judge, hints, good, generated, rng), "heard": heard_loss(judge, hints, good, rng)}
+
+    def whole_lessons(step):
+        truth = lessons(good, generated, batch, seed * 1_000_003 + step)
+        judge.orders = (step % 2 == 1,)                                              # learns both orders of the scale
+        logits = judge.logits(truth.frames, truth.audio)
+        return {"ratings": rating_loss(logits, judge.digits, truth), "hints": hints.loss(truth), **mouths_alone(step)}
+    descend(model, hints, tower_steps, mouths_alone, "teaching the towers", lr, muon_lr)
+    descend(model, hints, steps, whole_lessons, "teaching the judge", lr, muon_lr)
     judge.orders = (False,)
     for hook in hints.hooks:
         hook.remove()
@@ -1207,6 +1245,19 @@ def battery(judge, good: Material, seed: int = 0) -> str:
 # ---------------------------------------------------------------- agreement with people
 
 MIN_RATED = 5                                        # videos below which a calibration would fit noise
+
+
+def read_json(path: Path, what: str, complete: Callable[[dict], bool]) -> dict:
+    """Read a JSON file. Raises: MediaError where it is missing, broken, or `complete` does not hold of it."""
+    try:
+        read = json.loads(path.read_text())
+        if not complete(read):
+            raise ValueError("something is missing or misspelt")
+    except OSError as error:
+        raise MediaError(path, f"cannot be read ({error.strerror}); name {what}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MediaError(path, f"is not {what} ({str(error)[:80]}); save it again") from None
+    return read
 
 
 def read_ratings(path: str | Path) -> list[tuple[str, str, list[float]]]:
@@ -1347,19 +1398,13 @@ def save_calibration(path: str | Path, calibration: dict) -> None:
 
 def load_calibration(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Read what save_calibration wrote. Raises: MediaError if it is anything else."""
-    try:
-        read = {aspect: np.array(knots, float) for aspect, knots in json.loads(Path(path).read_text()).items()}
-        if not read or not set(read) <= set(ASPECTS):
-            raise ValueError(f"has {', '.join(read) or 'no aspect'}, not {', '.join(ASPECTS)}")
-        for aspect, knots in read.items():
-            if knots.ndim != 2 or len(knots) != 2 or not knots.size or not np.isfinite(knots).all() \
-                    or not (np.diff(knots) > 0).all():
-                raise ValueError(f"{aspect} is not two increasing lists of numbers")
-    except OSError as error:
-        raise MediaError(path, f"cannot be read ({error.strerror}); fit a calibration with ratings") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise MediaError(path, f"is not a calibration ({error}); fit it again with ratings") from None
-    return {aspect: (knots[0], knots[1]) for aspect, knots in read.items()}
+    def increasing(knots):
+        knots = np.array(knots, float)
+        return knots.ndim == 2 and len(knots) == 2 and knots.size and np.isfinite(knots).all() and \
+            (np.diff(knots) > 0).all()
+    read = read_json(Path(path), "a calibration that --align wrote",
+                     lambda c: c and set(c) <= set(ASPECTS) and all(map(increasing, c.values())))
+    return {aspect: tuple(np.array(knots, float)) for aspect, knots in read.items()}
 
 
 def align(judge_scores: dict[tuple[str, str], float], rows: list[tuple[str, str, list[float]]],
@@ -1399,7 +1444,7 @@ CHOICES = ("left", "right", "tie")                   # of a rater, for each of A
 def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Tensor:
     """Rate clips (B, F, 3, S, S) in [0, 1] with sound (B, F * 640), long ones in spans. Returns: (B, 3)."""
     reward = Reward(judge, None, Weights(**{name: float(name in ASPECTS) for name in COMPONENTS}))
-    return reward.rate(frames, audio, names, spans(frames.shape[1], judge.window))[0].mean(1)
+    return reward.rate(frames, audio, names)[0]
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
@@ -1424,19 +1469,6 @@ def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
 def share(k: int, n: int) -> str:
     """Write k of n with its exact 95 % interval."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(k / n, *clopper_pearson(k, n)) if n else "no vote"
-
-
-def read_json(path: Path, what: str, complete: Callable[[dict], bool]) -> dict:
-    """Read a JSON file. Raises: MediaError where it is missing, broken, or `complete` does not hold of it."""
-    try:
-        read = json.loads(path.read_text())
-        if not complete(read):
-            raise ValueError("something is missing or misspelt")
-    except OSError as error:
-        raise MediaError(path, f"cannot be read ({error.strerror}); name {what}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MediaError(path, f"is not {what} ({str(error)[:80]}); save it again") from None
-    return read
 
 
 def tally(paths: Sequence[Path], key_path: Path) -> str:
@@ -1994,7 +2026,7 @@ def train_judge(args: argparse.Namespace) -> None:
     print(f"lessons are made of {len(good)} clips and {len(generated) if parts else 0} generated ones; "
           f"ready after {(time.process_time() - start) / 60:.1f} CPU-minutes")
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
-    teach(judge, good, generated, args.steps or 1000, seed=args.seed)
+    teach(judge, good, generated, args.steps or 1000, args.tower_steps, seed=args.seed)
     minutes = (time.process_time() - start) / 60
     lines = ["| aspect | Spearman | pairs of one clip ranked right |", "|---|---|---|"]
     for aspect, cells in exam(judge, good_material(held_out), 64).items():
@@ -2003,7 +2035,7 @@ def train_judge(args: argparse.Namespace) -> None:
     data += f", and {len(generated)} clips made by early generators" if parts else ""
     command = "python reward.py --train-judge" + "".join(
         f" --{k} {v}" for k, v in (("from-judge", args.from_judge), ("data", args.data), ("steps", args.steps),
-                                   ("generator", " ".join(args.generator)), ("seed", args.seed)) if v)
+                                   ("tower-steps", args.tower_steps), ("generator", " ".join(args.generator)), ("seed", args.seed)) if v)
     save_judge(judge, out, CARD.format(
         parameters=sum(p.numel() for p in judge.model.parameters()) / 1e6, data=data, command=command, minutes=minutes,
         agreement="\n".join(lines)))
@@ -2072,13 +2104,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--generator", nargs="+", default=[], metavar="RUN", help="runs of train.py, best of several ages, "
                    "whose videos the judge also learns from")
     g.add_argument("--steps", type=int, help="of training (1000 for the judge, 400 for the sync network)")
+    g.add_argument("--tower-steps", type=int, default=2500, help="of training the judge's towers, before (%(default)s)")
     g.add_argument("--clips", type=int, default=64, help="to validate on (%(default)s)")
     g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     g.add_argument("--out", type=Path, help="where to write")
     g.add_argument("--device", type=device_argument, default=device_argument(), help="for the judge (%(default)s)")
     reward_flags(p)
     args = p.parse_args(argv)
-    for name, least in dict(size=32, chunk_frames=2, steps=1, clips=2, seed=0).items():
+    for name, least in dict(size=32, chunk_frames=2, steps=1, tower_steps=0, clips=2, seed=0).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if args.tally and not args.key:

@@ -408,7 +408,8 @@ class PostTraining:
                                                 self.reward.floors)
         advantage = advantage.unflatten(0, (-1, self.settings.group))[mine()].flatten(0, 1)
         clock.append(time.perf_counter())
-        self.optimizer.param_groups[0]["lr"] = min((self.update + 1) / POST_WARMUP, 1) * args.post_lr
+        self.optimizer.param_groups[0]["lr"] = args.post_lr * min(
+            (self.update + 1) / POST_WARMUP, 1 - self.update / args.updates)
         size = math.ceil(len(rollout) / self.settings.group / args.parts) * self.settings.group      # whole groups
         parts = [self.improve(rollout[at:at + size], advantage[at:at + size].to(device))
                  for at in range(0, len(rollout), size)]
@@ -764,7 +765,7 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--parts", type=int, default=2, help="gradient steps per update, each on a part of its rollouts; with one the "
          "clip is never met (%(default)s)")
     flag("--micro-batch", type=int, help="rollouts per backward pass (by preset)")
-    flag("--post-lr", type=float, default=2.5e-4, help="of AdamW (%(default)s)")
+    flag("--post-lr", type=float, default=3e-4, help="of AdamW, which falls to zero by the last update (%(default)s)")
     flag("--post-ema", type=float, default=0.95, help="decay of the moving average of the policy (%(default)s)")
     flag("--watch-every", type=int, default=10, help="updates between looks at the watched clips (%(default)s)")
     flag("--watch-clips", type=int, default=24, help="held-out clips that choose the checkpoint (%(default)s)")

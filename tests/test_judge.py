@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import reward
 from data import FPS, Clip, MediaError, render_talker, write_video
-from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Judge, Material,
-                    PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, apart, battery, correlation, exam,
-                    good_material, lessons, likeness, mouths, prompt, rating_loss, rivalry_loss, save_judge, spans,
-                    spoil, straying, teach, temporal, tiny_judge)
+from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Hints, Judge,
+                    Material, PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, among_rivals, apart, battery,
+                    correlation, exam, good_material, heard_loss, lessons, likeness, mouths, prompt, rating_loss,
+                    save_judge, seen_loss, spans, spoil, straying, teach, temporal, tiny_judge)
 
 # transformers 5.17 counts tokens with np.arange(tensor), which NumPy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning",
@@ -254,16 +254,17 @@ def test_rivals_share_window_sound_and_fault_and_differ_in_what_was_generated(go
 
 
 def test_the_loss_of_rivals_asks_for_differences_alone():
-    """Two groups: ratings that are all too high by the same cost nothing; one that is .4 off its group costs."""
+    """Two groups: ratings that are all too high by the same cost no more; one that is .4 off its group costs."""
     log_p = torch.full((8, 3, 9), -30.0)
     ratings = torch.tensor([1., 2, 3, 4, 5, 4, 4, 2])
     log_p[torch.arange(8), 0, 2 + ratings.long()] = 0.0                               # digit d is token 2 + d
     quality = torch.zeros(8, 3)
     quality[:, 0] = ratings - torch.tensor([0.7] * 4 + [0.2] * 4)
-    assert rivalry_loss(log_p, range(3, 8), quality) < 1e-6
+    loss = lambda rivals: rating_loss(log_p, range(3, 8), SimpleNamespace(quality=quality, rivals=rivals)).item()
+    assert loss(8) - loss(0) == pytest.approx(0, abs=1e-5)
     quality[7, 0] -= 0.4                                                              # off by -.1 -.1 -.1 .3
     expected = (3 * 0.5 + 2.5) / 8                                                    # Huber's, in tenths of a point
-    assert rivalry_loss(log_p, range(3, 8), quality).item() == pytest.approx(expected, abs=1e-5)
+    assert loss(8) - loss(0) == pytest.approx(reward.RIVALRY * expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -291,12 +292,13 @@ def test_rating_loss_is_the_cross_entropy_with_two_digits(good):
             share = quality[b, a].item() - low
             log_p = logits[b, a] - torch.logsumexp(logits[b, a], 0)
             expected -= ((1 - share) * log_p[7 + low] + share * log_p[8 + low]) / 6   # digit d is token 7 + d
-    torch.testing.assert_close(rating_loss(logits, range(8, 13), quality), expected)
+    truth = SimpleNamespace(quality=quality, rivals=0)
+    torch.testing.assert_close(rating_loss(logits, range(8, 13), truth), expected)
 
 
 def test_a_few_lessons_lower_the_loss_and_the_judge_survives_the_disk(good, batch, tmp_path):
     judge, truth = tiny_judge(), lessons(good, None, 8, 0)
-    loss = lambda: rating_loss(judge.logits(truth.frames, truth.audio), judge.digits, truth.quality).item()
+    loss = lambda: rating_loss(judge.logits(truth.frames, truth.audio), judge.digits, truth).item()
     before = loss()
     teach(judge, good, None, 10, batch=4)
     assert loss() < before - 0.3
@@ -390,7 +392,7 @@ def test_straying_sees_the_still_places_only():
 
 def test_components_add_up_to_the_total(real, batch):
     frames, audio, names = batch
-    weights = Weights(lip_sync=0, expressiveness=0, motion=0, lip_course=0, still=2.0, identity=0.5,
+    weights = Weights(lip_sync=0, expressiveness=0, motion=0, lip_course=0, lip_range=0, still=2.0, identity=0.5,
                       drift=0, activity=0.25, jerk=0.7, flicker=0, seam=0.3)
     scores = score(real, frames, audio, names, weights)
     assert set(scores.components) == {"still", "identity", "activity", "jerk", "seam"} and scores.mass is None
@@ -439,23 +441,18 @@ class Fixed:
         return Ratings(torch.stack([score, score, score], 1), torch.ones(len(frames), 3))
 
 
-def test_long_videos_are_judged_in_windows_and_chunks_get_the_mean_of_the_spans_around_them(real):
-    """Brightness rises with time, so the second half's chunks earn more; the whole earns the mean of its windows."""
+def test_long_videos_are_judged_in_windows_and_earn_their_mean(real):
+    """Brightness rises with time; a rating is of the whole, and of no chunk."""
     frames = (torch.arange(60.0) / 60).view(1, 60, 1, 1, 1).expand(1, 60, 3, 64, 64)
     judge, audio = Fixed(), torch.zeros(1, 60 * 640)
     scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"])
     windows = [1 + 4 * torch.arange(a, b).float().mean() / 60 for a, b in ((0, 20), (20, 40), (40, 60))]
     assert scores.components["lip_sync"].item() == pytest.approx(torch.stack(windows).mean().item(), abs=1e-5)
     assert scores.per_chunk == {}
-    scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"], per_chunk=True)
-    assert "expressiveness" not in scores.per_chunk                                  # which is of the whole
-    for aspect in ("lip_sync", "motion"):
-        credit = scores.per_chunk[aspect]
-        assert credit.shape == (1, 15) and (credit.diff() >= 0).all() and credit[0, -1] - credit[0, 0] > 2
 
 
 def test_the_course_of_lips_is_the_correlation_of_what_the_judge_sees_and_hears_and_says_when_they_part(real):
-    """Read out in spans of 24 frames, joined: over the video correlation - 1; the chunk where they part earns least."""
+    """Read out in windows of 20 frames, joined: over the video correlation - 1; the chunk where they part earns least."""
     torch.manual_seed(0)
     heard = torch.randn(48)
     seen = 3 * heard + 2
@@ -475,6 +472,7 @@ def test_the_course_of_lips_is_the_correlation_of_what_the_judge_sees_and_hears_
         scores = Reward(judge, real)(frames, audio, frames[:, 0], ["a"], per_chunk=per_chunk)
         expected = torch.corrcoef(torch.stack([seen, heard]))[0, 1] - 1
         torch.testing.assert_close(scores.components["lip_course"], expected[None])
+        torch.testing.assert_close(scores.components["lip_range"], -(seen.std() / heard.std()).log().abs()[None])
     assert scores.per_chunk["lip_course"].argmin() == 5 and scores.per_chunk["lip_course"].shape == (1, 12)
     torch.testing.assert_close(scores.per_chunk["lip_course"].mean(1), scores.components["lip_course"])
 
@@ -495,14 +493,35 @@ def test_readouts_of_the_towers_are_taught_kept_on_disk_and_read_while_rating(go
     torch.testing.assert_close(courses[..., 0], by_hand, atol=1e-4, rtol=1e-4)
 
 
+def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good):
+    """Fifteen steps without the language model: both mouths are read better, and the readouts are kept."""
+    judge, versions = tiny_judge(), [field.repeat_interleave(6, 0) for field in vars(good).values()]
+    text = judge.model.model.layers[0].mlp.up_proj.weight.clone()
+
+    def errors():
+        hints, rng = Hints(judge), torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            return [loss(rng).item() for loss in (lambda rng: seen_loss(judge, hints, good, Material(*versions), rng),
+                                                  lambda rng: heard_loss(judge, hints, good, rng))]
+    before = errors()
+    teach(judge, good, Material(*versions), 0, tower_steps=15)
+    assert all(b < 0.8 * a for a, b in zip(before, errors())), (before, errors())
+    assert torch.equal(text, judge.model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_rivals_are_compared_with_their_mean():
+    error = torch.tensor([[1.0, 5.0], [3.0, 5.0], [0.0, 1.0], [4.0, 3.0]])
+    torch.testing.assert_close(among_rivals(error, 2), torch.tensor([[[-1.0, 0], [1, 0]], [[-2, -1], [2, 1]]]))
+
+
 def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(real, clips):
     """The credit of a chunk points where the whole video should go: where a video moves too little on the average, a
     chunk that moves more earns more."""
     frames = torch.stack([c.frames[:48] for c in clips[:4]]) / 255
     frames = frames[:, :1] + torch.tensor([0.2, 0.8, 1.2, 2.0]).view(-1, 1, 1, 1, 1) * (frames - frames[:, :1])
     scores = Reward(Fixed(), real)(frames, torch.zeros(4, 48 * 640), frames[:, 0], list("abcd"), per_chunk=True)
-    assert set(scores.per_chunk) == set(scores.components) - {"expressiveness"}
-    for name in set(scores.components) - set(ASPECTS):
+    assert set(scores.per_chunk) == set(scores.components) - set(ASPECTS)
+    for name in scores.per_chunk:
         torch.testing.assert_close(scores.per_chunk[name].mean(1), scores.components[name])
         assert (scores.components[name] <= 0).all()
     activity = [scores.per_chunk["activity"][i] for i in (0, 3)]                     # far too little, far too much
@@ -513,10 +532,10 @@ def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(real, cl
 
 def test_spans_cover_every_frame_evenly():
     assert spans(48, None) == [(0, 48)] and spans(48, 48) == [(0, 48)] and spans(30, 48) == [(0, 30)]
-    for frames, width, hop in ((75, 48, None), (100, 48, None), (48, 25, 8), (49, 48, None)):
-        parts = spans(frames, width, hop)
+    for frames, width in ((75, 48), (100, 48), (48, 25), (49, 48)):
+        parts = spans(frames, width)
         assert parts[0][0] == 0 and parts[-1][1] == frames and all(b - a == width for a, b in parts)
-        assert all(b[0] - a[0] <= (hop or width) for a, b in zip(parts, parts[1:]))
+        assert all(b[0] - a[0] <= width for a, b in zip(parts, parts[1:]))
 
 
 def test_calibration_maps_ratings_before_they_count(real):
