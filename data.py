@@ -109,8 +109,8 @@ def _ffmpeg(path: Path, *arguments: str) -> bytes:
     done = subprocess.run([*FFMPEG, "-i", f"file:{path}", *arguments], capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip() or "ffmpeg failed"
-        first_line = said.splitlines()[0].split("] ")[-1]
-        raise MediaError(path, next((words for sign, words in FFMPEG_WORDS.items() if sign in said), first_line))
+        last_resort = said.splitlines()[0].split("] ")[-1]
+        raise MediaError(path, next((words for sign, words in FFMPEG_WORDS.items() if sign in said), last_resort))
     return done.stdout
 
 
@@ -225,19 +225,17 @@ class SpeechEncoder:
     def __init__(self, name: str, device: str = "cpu"):
         import transformers
         encoder_width(name)
-        local = Path(name).is_dir()
-        model = pretrained(name, ENCODERS, "a speech encoder")
+        local, model = Path(name).is_dir(), pretrained(name, ENCODERS, "a speech encoder")
+        whisper = model.config.model_type == "whisper"
+        self.before, self.after, self.skip = (160, 0, 1) if whisper else (40, 40, 0)
+        self.device, self.model = device, (model.get_encoder() if whisper else model).to(device)
         with loading(name, "a speech encoder"):
             self.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, local_files_only=local)
-        self.device, whisper = device, model.config.model_type == "whisper"
-        self.before, self.after, self.skip = (160, 0, 1) if whisper else (40, 40, 0)
-        self.model = (model.get_encoder() if whisper else model).to(device)
+            self.listen(torch.ones(SAMPLES_PER_FRAME))                # what cannot hear is found out now
         sign = hashlib.sha256(f"{self.model.config.to_json_string()}{self.extractor.to_json_string()}".encode())
         for weight in self.model.state_dict().values():
             sign.update(weight.cpu().numpy())
         self.fingerprint = sign.hexdigest()
-        with loading(name, "a speech encoder"):                       # what cannot hear is found out now
-            self.listen(torch.ones(SAMPLES_PER_FRAME))
 
     def listen(self, sound: Tensor) -> Tensor:
         """(F * 640,) -> (F, 2 hidden) of zero mean and unit variance: speech of one piece."""
@@ -727,7 +725,8 @@ def _write_clips(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) 
     """Write clips (name, source file, frames, audio, truth) to a cache folder, none of them kept in memory."""
     index = []
     for name, source, frames, audio, truth in clips:
-        arrays = {"frames": np.ascontiguousarray(frames), "audio": audio, **truth}
+        arrays = {"frames": frames, "audio": audio, **truth}
+        arrays = {key: np.asarray(x, order="C") for key, x in arrays.items()}        # safetensors ignores strides
         save_arrays(arrays, folder / f"{len(index)}.safetensors")
         index.append((name, source))
         os.utime(folder)                             # a sign of life, see _cached
@@ -887,7 +886,7 @@ def synthetic_clips(count: int, size: int, seconds: float = 2.0, seed: int = 0, 
     return Clips(_cached(cache, recipe, lambda to: _write_clips(to, _render_all(jobs), {})))
 
 
-# ---- Writing video ---------------------------------------------------------------------------------------------------
+# ---- Weights, ours and those of transformers -------------------------------------------------------------------------
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -937,8 +936,8 @@ def loading(name: str | Path, what: str) -> Iterator[None]:
 
 
 def whole_model(kind, name: str | Path, **settings) -> torch.nn.Module:
-    """Load a frozen model of a class of transformers: a folder's, or, where `name` is no folder, the hub's: naming a
-    model asks for its download. Raises: MediaError where weights are missing; else what transformers raises."""
+    """Load a frozen model by a class of transformers, from a folder or, where `name` is none, from the hub.
+    Raises: MediaError where weights are missing; else what transformers raises."""
     model, loaded = kind.from_pretrained(str(name), local_files_only=Path(name).is_dir(), output_loading_info=True,
                                          **settings)
     missing = sorted(set(loaded["missing_keys"]) - {"masked_spec_embed"})            # only training reads that one
@@ -948,8 +947,7 @@ def whole_model(kind, name: str | Path, **settings) -> torch.nn.Module:
 
 
 def pretrained_config(name: str | Path, kinds: Sequence[str], what: str):
-    """Read the configuration of a model of transformers, one of `kinds`, from a folder or the hub, as `whole_model`.
-    Raises: MediaError where there is none, or one of another kind."""
+    """Read the configuration of a model of one of `kinds`. Raises: MediaError where there is none, or another kind."""
     import transformers
     with loading(name, what):
         config = transformers.AutoConfig.from_pretrained(str(name), local_files_only=Path(name).is_dir())
@@ -965,6 +963,8 @@ def pretrained(name: str | Path, kinds: Sequence[str], what: str) -> torch.nn.Mo
     with loading(name, what):
         return whole_model(transformers.AutoModel, name, dtype=torch.float32)
 
+
+# ---- Writing speech and video ----------------------------------------------------------------------------------------
 
 def write_speech(path: Path, audio: Tensor) -> None:
     """Write (T,) float32 in [-1, 1] at 16 kHz as a 16-bit wav file."""
@@ -1006,14 +1006,10 @@ def _encode(folder: str, height: int, width: int, frames: Iterable[Tensor]) -> s
                "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv",
                "-c:v", "libx264", "-crf", "16", "-c:a", "aac", "-ar", "48000", "-b:a", "128k",
                "-movflags", "+faststart", f"{folder}/video.mp4"]
-    ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
         with suppress(BrokenPipeError):                                            # ffmpeg gave up: it says why
             for frame in frames:
                 frame = np.pad(frame.cpu().permute(1, 2, 0), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 ffmpeg.stdin.write(np.ascontiguousarray(frame))
         said = ffmpeg.communicate()[1].decode(errors="replace").strip()
-    finally:
-        ffmpeg.kill()
-        ffmpeg.wait()
     return (said or "no reason given") if ffmpeg.returncode else ""
