@@ -6,7 +6,7 @@
    80 ms are the *latency* of the whole system: a speaker's lips round before the vowel is heard. Or the features of a
    frozen speech encoder, which hears the whole speech before the first frame: no latency to speak of, no streaming.
 3. Synthetic talkers: drawn portraits with synthesised speech and exact truth, for training without any data.
-4. Clips on disk. Either source is decoded once into a memory-mapped cache; a training step reads it like an array.
+4. Clips on disk. Either source is decoded once into a cache; clips are mapped from it when they are used.
 5. Media out: an H.264 + AAC mp4, frame for frame, sample for sample.
 
 Every file that cannot be used raises `MediaError`: one line that names the file, what is wrong and what to do.
@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 import shutil
 import subprocess
@@ -38,7 +37,8 @@ import torch.nn.functional as nnf
 import torchaudio
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,7 +62,7 @@ KINDS = "mp4, mov, mkv, webm, avi, mpg, mpeg, m4v"   # of video files, by suffix
 MIN_FRAMES = FPS                                     # a clip lasts at least a second
 BLANK_STD = 4.0                                      # of 255: 11 of 900 GRID clips start as a plain grey field
 HELD_OUT = 0.1                                       # share of the files that training never sees
-CACHE_VERSION = 3                                    # raise it when the decoding below changes its result
+CACHE_VERSION = 4                                    # raise it when the decoding below changes its result
 
 
 class MediaError(ValueError):
@@ -109,8 +109,8 @@ def _ffmpeg(path: Path, *arguments: str) -> bytes:
     done = subprocess.run([*FFMPEG, "-i", f"file:{path}", *arguments], capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip() or "ffmpeg failed"
-        first_line = said.splitlines()[0].split("] ")[-1]
-        raise MediaError(path, next((words for sign, words in FFMPEG_WORDS.items() if sign in said), first_line))
+        last_resort = said.splitlines()[0].split("] ")[-1]
+        raise MediaError(path, next((words for sign, words in FFMPEG_WORDS.items() if sign in said), last_resort))
     return done.stdout
 
 
@@ -225,19 +225,17 @@ class SpeechEncoder:
     def __init__(self, name: str, device: str = "cpu"):
         import transformers
         encoder_width(name)
-        local = Path(name).is_dir()
-        model = pretrained(name, ENCODERS, "a speech encoder")
+        local, model = Path(name).is_dir(), pretrained(name, ENCODERS, "a speech encoder")
+        whisper = model.config.model_type == "whisper"
+        self.before, self.after, self.skip = (160, 0, 1) if whisper else (40, 40, 0)
+        self.device, self.model = device, (model.get_encoder() if whisper else model).to(device)
         with loading(name, "a speech encoder"):
             self.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, local_files_only=local)
-        self.device, whisper = device, model.config.model_type == "whisper"
-        self.before, self.after, self.skip = (160, 0, 1) if whisper else (40, 40, 0)
-        self.model = (model.get_encoder() if whisper else model).to(device)
+            self.listen(torch.ones(SAMPLES_PER_FRAME))                # what cannot hear is found out now
         sign = hashlib.sha256(f"{self.model.config.to_json_string()}{self.extractor.to_json_string()}".encode())
         for weight in self.model.state_dict().values():
             sign.update(weight.cpu().numpy())
         self.fingerprint = sign.hexdigest()
-        with loading(name, "a speech encoder"):                       # what cannot hear is found out now
-            self.listen(torch.ones(SAMPLES_PER_FRAME))
 
     def listen(self, sound: Tensor) -> Tensor:
         """(F * 640,) -> (F, 2 hidden) of zero mean and unit variance: speech of one piece."""
@@ -694,28 +692,19 @@ def render_talker(index: int, seed: int, size: int, n_frames: int) -> Clip:
 
 # ---- Clips on disk ---------------------------------------------------------------------------------------------------
 #
-# A cache folder holds frames.u8, audio.f32, truth.<name>.npy and index.json; its name hashes all that shaped it.
-# It is renamed from a temporary name when complete, so whoever sees the name sees the whole.
-
-def _map(path: Path, dtype: torch.dtype) -> Tensor:
-    """Map a file as a tensor: pages are read when touched, and writing to the tensor never reaches the file."""
-    with open(path, "rb") as file:                   # without NORESERVE a private mapping has to fit into memory
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE), dtype=dtype)
-
+# A cache folder holds one file of tensors per clip, and index.json; its name hashes all that shaped it. It is renamed
+# from a temporary name when complete, so whoever sees the name sees the whole.
 
 class Clips(Sequence):
-    """The clips `rows` of a cache folder: `clips[i]` is a Clip read when used, `clips[a:b]` are Clips."""
+    """The clips `rows` of a cache folder: `clips[i]` is a Clip, `clips[a:b]` are Clips.
+
+    safetensors maps a clip's file: pages are read when touched, and writing to a tensor never reaches the file.
+    """
 
     def __init__(self, folder: str | Path, rows: Sequence[int] | None = None):
         self.folder = Path(folder)
         self.index = json.loads((self.folder / "index.json").read_text())
         self.rows = list(range(len(self.index["clips"])) if rows is None else rows)
-        size = self.index["size"]
-        self._frames = _map(self.folder / "frames.u8", torch.uint8).view(-1, 3, size, size)
-        self._audio = _map(self.folder / "audio.f32", torch.float32).view(-1, SAMPLES_PER_FRAME)
-        self._truth = {path.stem.removeprefix("truth."): np.load(path, mmap_mode="c")
-                       for path in self.folder.glob("truth.*.npy")}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -724,30 +713,24 @@ class Clips(Sequence):
         if isinstance(i, slice):
             return Clips(self.folder, self.rows[i])
         row = self.rows[i]
-        name, _, start, count = self.index["clips"][row]
-        span = slice(start, start + count)
-        truth = {key: torch.as_tensor(values[row]) for key, values in self._truth.items()}
-        return Clip(name, self._frames[span], self._audio[span].reshape(-1), truth or None)
+        truth = load_file(self.folder / f"{row}.safetensors")
+        return Clip(self.index["clips"][row][0], truth.pop("frames"), truth.pop("audio"), truth or None)
 
     @property
     def names(self) -> list[str]:
         return [self.index["clips"][row][0] for row in self.rows]
 
 
-def _write_clips(folder: Path, size: int, clips: Iterable[tuple], skipped: dict[str, str]) -> None:
-    """Append clips (name, source file, frames, audio, truth) to a cache folder, none of them kept in memory."""
-    index, truths, total = [], [], 0
-    with open(folder / "frames.u8", "wb") as frames_file, open(folder / "audio.f32", "wb") as audio_file:
-        for name, source, frames, audio, truth in clips:
-            frames_file.write(np.ascontiguousarray(frames))
-            audio_file.write(np.ascontiguousarray(audio))
-            index.append((name, source, total, len(frames)))
-            truths.append(truth)
-            total += len(frames)
-            os.utime(folder)                         # a sign of life, see _cached
-    for key in truths[0] if truths else ():
-        np.save(folder / f"truth.{key}.npy", np.stack([truth[key] for truth in truths]))
-    (folder / "index.json").write_text(json.dumps({"size": size, "clips": index, "skipped": skipped}))
+def _write_clips(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) -> None:
+    """Write clips (name, source file, frames, audio, truth) to a cache folder, none of them kept in memory."""
+    index = []
+    for name, source, frames, audio, truth in clips:
+        arrays = {"frames": frames, "audio": audio, **truth}
+        arrays = {key: np.asarray(x, order="C") for key, x in arrays.items()}        # safetensors ignores strides
+        save_arrays(arrays, folder / f"{len(index)}.safetensors")
+        index.append((name, source))
+        os.utime(folder)                             # a sign of life, see _cached
+    (folder / "index.json").write_text(json.dumps({"clips": index, "skipped": skipped}))
 
 
 def _cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None]) -> Path:
@@ -761,14 +744,10 @@ def _cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None
             with suppress(OSError):
                 if time.time() - folder.stat().st_mtime > 24 * 3600:
                     shutil.rmtree(folder)
-        if target.exists():
-            return target
-        temporary = Path(tempfile.mkdtemp(prefix="tmp-", dir=root))
-        try:
-            build(temporary)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if not target.exists():
+            with tempfile.TemporaryDirectory(prefix="tmp-", dir=root, ignore_cleanup_errors=True) as temporary:
+                build(Path(temporary))
+                os.rename(temporary, target)
     except OSError as error:
         if not target.exists():                      # else another run was first, with the same clips
             raise MediaError(root, f"cache cannot be written ({error.strerror}); set FLOWPORTRAIT_CACHE") from None
@@ -859,13 +838,13 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: tupl
     names, skipped = [name for name, _, _ in files], {}
     recipe = {"files": files, "size": size, "frames": length, "crop": crop}
     target = _cached(cache, recipe, lambda to: _write_clips(
-        to, size, _decode_all(folder, names, size, length, crop, to / "parts", skipped), skipped))
+        to, _decode_all(folder, names, size, length, crop, to / "parts", skipped), skipped))
     index = json.loads((target / "index.json").read_text())
     for name, reason in index["skipped"].items():    # told again on every run: the cache keeps what was left out
         print(f"skipped {name}: {reason}")
     if not index["clips"]:
         raise MediaError(folder, f"none of its {len(names)} videos can be used; put in {KINDS} with sound")
-    sources = [source for _, source, _, _ in index["clips"]]
+    sources = [source for _, source in index["clips"]]
     held_out = _held_out(set(sources))
     print(f"{folder}: {len(set(sources))} files kept ({len(held_out)} held out), {len(index['skipped'])} skipped, "
           f"{len(sources)} clips")
@@ -904,10 +883,10 @@ def synthetic_clips(count: int, size: int, seconds: float = 2.0, seed: int = 0, 
     recipe = {"count": count, "size": size, "frames": frames, "seed": seed, "first": first,
               "renderer": hashlib.sha256(_renderer_source().encode()).hexdigest()}
     jobs = [(index, seed, size, frames) for index in range(first, first + count)]
-    return Clips(_cached(cache, recipe, lambda to: _write_clips(to, size, _render_all(jobs), {})))
+    return Clips(_cached(cache, recipe, lambda to: _write_clips(to, _render_all(jobs), {})))
 
 
-# ---- Writing video ---------------------------------------------------------------------------------------------------
+# ---- Weights, ours and those of transformers -------------------------------------------------------------------------
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -957,8 +936,8 @@ def loading(name: str | Path, what: str) -> Iterator[None]:
 
 
 def whole_model(kind, name: str | Path, **settings) -> torch.nn.Module:
-    """Load a frozen model of a class of transformers: a folder's, or, where `name` is no folder, the hub's: naming a
-    model asks for its download. Raises: MediaError where weights are missing; else what transformers raises."""
+    """Load a frozen model by a class of transformers, from a folder or, where `name` is none, from the hub.
+    Raises: MediaError where weights are missing; else what transformers raises."""
     model, loaded = kind.from_pretrained(str(name), local_files_only=Path(name).is_dir(), output_loading_info=True,
                                          **settings)
     missing = sorted(set(loaded["missing_keys"]) - {"masked_spec_embed"})            # only training reads that one
@@ -968,8 +947,7 @@ def whole_model(kind, name: str | Path, **settings) -> torch.nn.Module:
 
 
 def pretrained_config(name: str | Path, kinds: Sequence[str], what: str):
-    """Read the configuration of a model of transformers, one of `kinds`, from a folder or the hub, as `whole_model`.
-    Raises: MediaError where there is none, or one of another kind."""
+    """Read the configuration of a model of one of `kinds`. Raises: MediaError where there is none, or another kind."""
     import transformers
     with loading(name, what):
         config = transformers.AutoConfig.from_pretrained(str(name), local_files_only=Path(name).is_dir())
@@ -985,6 +963,8 @@ def pretrained(name: str | Path, kinds: Sequence[str], what: str) -> torch.nn.Mo
     with loading(name, what):
         return whole_model(transformers.AutoModel, name, dtype=torch.float32)
 
+
+# ---- Writing speech and video ----------------------------------------------------------------------------------------
 
 def write_speech(path: Path, audio: Tensor) -> None:
     """Write (T,) float32 in [-1, 1] at 16 kHz as a 16-bit wav file."""
@@ -1026,14 +1006,10 @@ def _encode(folder: str, height: int, width: int, frames: Iterable[Tensor]) -> s
                "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv",
                "-c:v", "libx264", "-crf", "16", "-c:a", "aac", "-ar", "48000", "-b:a", "128k",
                "-movflags", "+faststart", f"{folder}/video.mp4"]
-    ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
         with suppress(BrokenPipeError):                                            # ffmpeg gave up: it says why
             for frame in frames:
                 frame = np.pad(frame.cpu().permute(1, 2, 0), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 ffmpeg.stdin.write(np.ascontiguousarray(frame))
         said = ffmpeg.communicate()[1].decode(errors="replace").strip()
-    finally:
-        ffmpeg.kill()
-        ffmpeg.wait()
     return (said or "no reason given") if ffmpeg.returncode else ""

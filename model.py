@@ -17,10 +17,9 @@ What you learn here, in the order of the file:
 4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished chunk into
    the cache, and goes on: constant memory and constant time per chunk, for speech of any length.
 
-The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds; a network
-may carry the portrait, but mouths are left to principal components, which a learned codec takes minutes to find), a
-trunk shaped like a Qwen3 layer (so that one can be loaded), a
-portrait that stands outside rotary time (so that it is the same sink for chunk 3 and chunk 3000).
+The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds), a trunk
+shaped like a Qwen3 layer (so that one can be loaded), a portrait that stands outside rotary time (so that it is the
+same sink for chunk 3 and chunk 3000).
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk, C channels,
 S pixels per side, L tokens of a sequence, H heads, D head dim.
@@ -110,8 +109,7 @@ def pixel_grid(size: int, device=None) -> Tensor:
 def head_basis(grid: Tensor) -> Tensor:
     """Return (..., 3): 1, x, y under a soft mask that is 1 on the head and 0 at the sides of the picture.
 
-    A displacement that is linear in this basis moves the head as one affine piece over a still
-    background, which stretches in between.
+    A displacement linear in this basis moves the head as one affine piece; the still background stretches in between.
     """
     def ramp(t):
         t = t.clamp(0, 1)
@@ -179,10 +177,9 @@ class MotionCodec(nn.Module):
 
         frame = warp(portrait + residual, pose)
 
-    so that identity comes from the portrait for free, the head moves as one piece, and mouth and eyes stay in
-    place in the residual. The residual is cut into grid x grid windows that overlap by half under
-    a sine window s (sum of s^2 = 1: no seams), each written in its principal components, first in space, then
-    over the frames of a chunk. The pose is one more token. The components are fitted in closed form.
+    so that identity comes from the portrait for free, and mouth and eyes stay in place in the residual. The residual is
+    cut into grid x grid windows that overlap by half under a sine window s (sum of s^2 = 1: no seams), each written in
+    its principal components, first in space, then over the frames of a chunk; the pose is one more token.
 
     A codec offers `fit`, `encode` and `decode`. What LearnedCodec changes is `analyse` and `compose`, each other's
     inverse: how much of a frame the pose alone explains.
@@ -224,16 +221,6 @@ class MotionCodec(nn.Module):
     def cut(self, picture: Tensor) -> Tensor:
         """Cut (B, C, S, S) into its overlapping windows, (N-1, B, C, side, side)."""
         return torch.stack([self.view(picture, n) for n in range(self.config.grid ** 2)])
-
-    def _residual_to_space(self, residual: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (N-1, B, space_channels)"""
-        return (self.cut(residual) * self.analysis).flatten(2) @ self.space
-
-    def _space_to_residual(self, coefficients: Tensor) -> Tensor:
-        """(N-1, B, space_channels) -> (B, 3, S, S): overlap and add."""
-        windows = rearrange(coefficients @ self.space.mT, "n b (c y x) -> n b c y x", c=3, y=self.side)
-        flat = rearrange(windows * self.synthesis, "n b c y x -> b (c y x) n")
-        return F.fold(flat, self.config.size, self.side, stride=self.stride)
 
     def analyse(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Split clips into pose (B, F, 6) and residual (B, F, 3, S, S); frames (B, F, 3, S, S) in [0, 1]."""
@@ -285,7 +272,8 @@ class MotionCodec(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """Encode clips (B, F, 3, S, S) in [0, 1], F = K T, to latents (B, K, N, C) of about unit scale."""
         pose, residual = self.analyse(frames)
-        tokens = self._gather(pose, self._residual_to_space(residual.flatten(0, 1)))
+        windows = self.cut(residual.flatten(0, 1)) * self.analysis                   # (N-1, B F, 3, side, side)
+        tokens = self._gather(pose, windows.flatten(2) @ self.space)
         return rearrange(tokens @ self.time, "n (b k) c -> b k n c", b=len(frames)) / self.scale
 
     def decode(self, portrait: Tensor, latents: Tensor) -> Tensor:
@@ -294,7 +282,10 @@ class MotionCodec(nn.Module):
         tokens = rearrange(latents * self.scale, "b k n c -> n (b k) c") @ self.time.mT
         space = rearrange(tokens[:-1], "n bk (t k) -> n (bk t) k", t=c.chunk_frames)
         pose = rearrange(tokens[-1, :, : c.chunk_frames * POSE], "bk (t p) -> (bk t) p", p=POSE)
-        frames = self.compose(portrait.repeat_interleave(k * c.chunk_frames, 0), self._space_to_residual(space), pose)
+        windows = rearrange(space @ self.space.mT, "n b (c y x) -> n b c y x", c=3, y=self.side) * self.synthesis
+        windows = rearrange(windows, "n b c y x -> b (c y x) n")
+        residual = F.fold(windows, c.size, self.side, stride=self.stride)            # overlap and add: (B F, 3, S, S)
+        frames = self.compose(portrait.repeat_interleave(k * c.chunk_frames, 0), residual, pose)
         return frames.clamp(0, 1).unflatten(0, (b, k * c.chunk_frames))
 
 
@@ -389,15 +380,14 @@ class LearnedCodec(MotionCodec):
 def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Return cos and sin (L, D/2) of three-part rotary positions (L, 3): time in frames, row, column.
 
-    Frequencies are dealt out in turn (time, row, time, column), so that each part has fast and slow ones.
-    A token whose time is nan stands outside time: its time channels are zeroed, in queries and keys
-    alike, so that it looks the same from every instant. That is how the portrait stays a sink
-    however far the video has gone. Angles are computed in float64: exact after hours of video.
+    Frequencies are dealt out in turn (time, row, time, column), so that each part has fast and slow ones. A token whose
+    time is nan stands outside time: its time channels are zeroed, in queries and keys alike, so that it looks the same
+    from every instant, as the portrait must, which is a sink however far the video has gone.
     """
     index = torch.arange(head_dim // 2, device=positions.device)
     part = torch.where(index % 2 == 0, 0, 1 + index % 4 // 2)             # 0 1 0 2, 0 1 0 2, ...
     frequency = base ** (-index.double() / len(index))
-    angle = positions.double()[:, part] * frequency                      # (L, D/2)
+    angle = positions.double()[:, part] * frequency                       # (L, D/2), exact after hours of video
     return angle.cos().nan_to_num(0).float(), angle.sin().nan_to_num(0).float()
 
 
@@ -411,9 +401,9 @@ class KVCache:
     """Keys and values of the portrait and of the last W context blocks, in constant memory.
 
     A ring of tokens per layer: the portrait's first, never overwritten, then W blocks, oldest replaced first; and
-    behind it room for the chunk that is being denoised.
-    Order inside the ring is free, since keys are rotated by absolute positions before they are stored. The
-    ring evicts whole blocks because only block 0, which lacks its video part, is shorter, and it goes first.
+    behind it room for the chunk that is being denoised. Order inside the ring is free, since keys are rotated by
+    absolute positions before they are stored. The ring evicts whole blocks because only block 0, which lacks its video
+    part, is shorter, and it goes first.
     """
 
     def __init__(self, config: Config, batch: int, device, dtype):
@@ -594,23 +584,15 @@ class Generator(nn.Module):
 
     # -- generation: chunk by chunk against the cache
 
-    def extend(self, cache: KVCache, tokens: Tensor, positions: list[Tensor]) -> None:
-        """Run clean context tokens (B, L, width) through the trunk and keep their keys and values."""
-        condition = F.silu(self.embed_sigma(tokens.new_zeros(len(tokens), 1)))
-        rope = self.rope(*positions)
-        cache.reserve(tokens.shape[1])
+    def read(self, cache: KVCache, x: Tensor, sigma: float, rope: tuple[Tensor, Tensor], write: bool) -> Tensor:
+        """Run tokens (B, L, width) of one noise level through the trunk, attending to the cache and to each other;
+        `write` keeps their keys and values."""
+        condition = F.silu(self.embed_sigma(torch.full((len(x), 1), sigma, device=x.device)))
+        if write:
+            cache.reserve(x.shape[1])
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, lambda linear: linear(condition), rope,
-                           lambda q, k, v: cache.attend(i, q, k, v, write=True))
-
-    def velocity(self, cache: KVCache, noisy: Tensor, sigma: float, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Predict the velocity of one noisy chunk (B, N, C) given the cache."""
-        condition = F.silu(self.embed_sigma(torch.full((len(noisy), 1), sigma, device=noisy.device)))
-        x = self.video_in(noisy)
-        for i, block in enumerate(self.blocks):
-            x = block(x, lambda linear: linear(condition), rope,
-                      lambda q, k, v: cache.attend(i, q, k, v, write=False))
-        return self.to_velocity(x, noisy, sigma)
+            x = block(x, lambda linear: linear(condition), rope, partial(cache.attend, i, write=write))
+        return x
 
     @torch.no_grad()
     def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor], steps: int = 4,
@@ -632,17 +614,20 @@ class Generator(nn.Module):
         twice = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)    # the second half hears nothing
         face = twice(self.embed_portrait(portrait))
         cache = KVCache(self.config, len(face), face.device, face.dtype)
-        self.extend(cache, face, [self.positions(-1, "portrait")])
+        self.read(cache, face, 0.0, self.rope(self.positions(-1, "portrait")), write=True)
         sigmas, past, places = sigma_schedule(steps), [], []
         for chunk in range(mel.shape[1] // t):
             sound = self.embed_audio(mel[:, chunk * t:(chunk + 1) * t])
             if guided:
                 sound = torch.cat([sound, self.no_audio.expand_as(sound)])
-            self.extend(cache, torch.cat([*past, sound], 1), [*places, self.positions(chunk, "audio")])
+            rope = self.rope(*places, self.positions(chunk, "audio"))
+            self.read(cache, torch.cat([*past, sound], 1), 0.0, rope, write=True)
             x, places = noise(chunk), [self.positions(chunk, "video")]
             rope = self.rope(*places)
             for sigma, next_sigma in zip(sigmas, sigmas[1:]):
-                velocity = self.velocity(cache, twice(x), sigma, rope)
+                noisy = twice(x)
+                tokens = self.read(cache, self.video_in(noisy), sigma, rope, write=False)
+                velocity = self.to_velocity(tokens, noisy, sigma)
                 if guided:
                     heard, unheard = velocity.chunk(2)
                     velocity = unheard + guidance * (heard - unheard)
@@ -692,10 +677,9 @@ def load_trunk(model: Generator, name: str) -> None:
 # ---------------------------------------------------------------- saving, loading, presets
 
 def save_generator(model: Generator, folder: Path, weights: dict[str, Tensor] | None = None, **more) -> None:
-    """Write folder/model.safetensors and config.json, each to a temporary name first.
+    """Write folder/model.safetensors and config.json.
 
-    Args: weights: a state dict to save instead of the model's own (its moving average); more: further entries
-        for config.json.
+    Args: weights: instead of the model's own state dict (its moving average); more: further entries of config.json.
     """
     write_weights(folder, weights or model.state_dict(), {"model": asdict(model.config), **more})
 

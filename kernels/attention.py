@@ -372,31 +372,28 @@ def unsuitable(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None if q.numel() and k.numel() else "there are no queries or no keys"
 
 
-def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype, backward: bool) -> dict:
-    """Choose a program's own rows, the rows that pass by at a time, warps, and stages of the pipeline.
+def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, dict]:
+    """Choose a program's own rows, the rows that pass by at a time, and the other compile-time arguments.
 
     Own tiles are 128 rows where these fill blocks and chunks, else as long as a block, 16 to 64. The rest is as much as
     compiles without spilled registers (tests/test_triton.py); no choice has been timed on a GPU yet.
-    """
-    filled = bool(bounds) and bounds[1] % 128 == bounds[2] % 128 == 0
-    own = 128 if filled else min(64, max(16, triton.next_power_of_2(bounds[2] if bounds else length)))
-    if dtype.itemsize >= 4:
-        tile, warps = (16, 4) if head_dim == 128 else (32, 8)
-        return {"own": min(own, tile), "passing": tile, "num_warps": warps, "num_stages": 2 if backward else 3}
-    if backward and head_dim == 128:
-        return {"own": min(own, 64), "passing": 32, "num_warps": 8, "num_stages": 3}
-    return {"own": own, "passing": 32 if backward and own == 64 else 64, "num_warps": 8 if own == 128 else 4,
-            "num_stages": 3}
-
-
-def constants(head_dim: int, dtype: torch.dtype, bounds: list[int]) -> dict:
-    """The compile-time arguments that do not depend on tiles.
 
     fp32 is multiplied as three products of TF32, which keep nearly its precision on tensor cores: in GRPO, cached and
     parallel log-probabilities must not be further apart than 1e-6.
     """
-    return {"SCALE": LOG2E * head_dim ** -0.5, "MASKED": bool(bounds), "D": head_dim,
-            "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+    filled = bool(bounds) and bounds[1] % 128 == bounds[2] % 128 == 0
+    own = 128 if filled else min(64, max(16, triton.next_power_of_2(bounds[2] if bounds else length)))
+    if dtype.itemsize >= 4:
+        passing, warps = (16, 4) if head_dim == 128 else (32, 8)
+        own = min(own, passing)
+    elif backward and head_dim == 128:
+        own, passing, warps = min(own, 64), 32, 8
+    else:
+        passing, warps = 32 if backward and own == 64 else 64, 8 if own == 128 else 4
+    stages = 2 if backward and dtype.itemsize >= 4 else 3
+    return own, passing, {"SCALE": LOG2E * head_dim ** -0.5, "MASKED": bool(bounds), "D": head_dim,
+                          "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "num_warps": warps,
+                          "num_stages": stages}
 
 
 def programs(bounds: list[int], length: int, tile: int) -> int:
@@ -419,12 +416,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (b, h, length, d), out = q.shape, like_tokens(q)
     lse = q.new_empty(b, h, length, dtype=torch.promote_types(q.dtype, torch.float32))
-    size = tiling(bounds, length, d, q.dtype, backward=False)
-    own, passing = size.pop("own"), size.pop("passing")
+    own, passing, options = tiling(bounds, length, d, q.dtype, backward=False)
     forward_kernel[b * h, programs(bounds, length, own)](
         q, k, v, out, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3],
         tuple(bounds) or UNMASKED, h, h // k.shape[1], length, k.shape[2],
-        **constants(d, q.dtype, bounds), BLOCK_Q=own, BLOCK_K=passing, **size)
+        BLOCK_Q=own, BLOCK_K=passing, **options)
     return out, lse
 
 
@@ -435,18 +431,16 @@ def fused_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do
     q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
     (b, h, length, d), (h_kv, k_length) = q.shape, k.shape[1:3]
     dq, dk, dv, delta = like_tokens(q), like_tokens(k), like_tokens(v), torch.empty_like(lse)
-    size = tiling(bounds, length, d, q.dtype, backward=True)
-    own, passing = size.pop("own"), size.pop("passing")
+    own, passing, options = tiling(bounds, length, d, q.dtype, backward=True)
     dq_kernel[b * h, programs(bounds, length, own)](
         q, k, v, out, dout, lse, delta, dq, *(x.stride()[:3] for x in (q, k, v, out, dout, dq)),
         tuple(bounds) or UNMASKED, h, h // h_kv, length, k_length,
-        **constants(d, q.dtype, bounds), BLOCK_Q=own, BLOCK_K=passing, **size)
-    size = tiling(bounds, k_length, d, q.dtype, backward=True)
-    own, passing = size.pop("own"), size.pop("passing")
+        BLOCK_Q=own, BLOCK_K=passing, **options)
+    own, passing, options = tiling(bounds, k_length, d, q.dtype, backward=True)
     dkdv_kernel[b * h_kv, programs(bounds, k_length, own)](
         q, k, v, dout, lse, delta, dk, dv, *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)),
         tuple(bounds) or UNMASKED, h_kv, h // h_kv, length, k_length,
-        **constants(d, q.dtype, bounds), BLOCK_Q=passing, BLOCK_K=own, **size)
+        BLOCK_Q=passing, BLOCK_K=own, **options)
     return dq, dk, dv
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo                                                                         # noqa: E402
@@ -42,39 +42,24 @@ ATTENTION_SHAPES = {                                          # B, H, H_kv, D an
 LARGE = "--size 128 --grid 7 --width 1536 --layers 24 --heads 24 --kv-heads 8 --head-dim 64 --mlp-width 4096 --batch 64"
 
 
-# ---------------------------------------------------------------- what a task needs
-
-def allowed_pairs(layout: Layout) -> int:
-    """Count the pairs of query and key that the mask allows, without making the mask."""
-    video, block = layout.video, layout.video + layout.audio
-    past = [video + max(min(i + 1, layout.window) * block - (video if layout.window > i else 0), 0)
-            for i in range(layout.chunks)]                    # keys of the context that block or chunk i sees
-    context = video * video + (past[0] * layout.audio) + block * sum(past[1:])
-    return context + layout.segments * video * sum(p + video for p in past)
-
+# ---------------------------------------------------------------- measuring
 
 def attention_flops(batch: int, heads: int, head_dim: int, layout: Layout, backward: bool) -> int:
-    """Two products of 2 D FLOPs a pair forward; five backward, the scores anew among them."""
-    return (10 if backward else 4) * head_dim * batch * heads * allowed_pairs(layout)
+    """Two products of 2 D FLOPs an allowed pair forward; five backward, the scores anew among them."""
+    pairs = chunk_causal_mask(layout, torch.device("cpu")).sum().item()
+    return (10 if backward else 4) * head_dim * batch * heads * pairs
 
 
-def step_bytes(elements: int, velocity_bytes: int = 4) -> int:
-    """A draw: x and the velocity in, x' out; the noise is made on the spot."""
-    return elements * (4 + velocity_bytes + 4)
+def training_flops(run, data, args: argparse.Namespace, layout: Layout) -> int:
+    """FLOPs of a pretraining step of train.py: every product forward, as PyTorch counts them, and of attention the
+    allowed pairs; twice that backward; nothing counted for recomputing."""
+    import train
+    with patch.object(model, "attention", lambda q, *_: q), FlopCounterMode(display=False) as counter, torch.no_grad():
+        train.flow_matching_loss(run.model, data, args, 0)
+    c = args.config
+    scores = c.layers * attention_flops(args.batch, c.heads, c.head_dim, layout, backward=False)
+    return 3 * (counter.get_total_flops() + scores)
 
-
-def training_flops(c: model.Config, layout: Layout, batch: int) -> int:
-    """FLOPs of a pretraining step: every product forward, twice that backward; nothing counted for recomputing."""
-    k, n, t, m, w = layout.chunks, layout.video, layout.audio, layout.segments, c.width
-    levels, noisy = 1 + m * k, m * k * n
-    trunk = layout.length * w * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp_width) + levels * 6 * w * w
-    ends = (n * 3 * model.PATCH ** 2 + k * t * (c.mel_channels + w) + levels * (64 + w)
-            + ((k - 1) * n + 2 * noisy) * c.channels) * w
-    products = 2 * batch * (c.layers * trunk + ends)
-    return 3 * (products + c.layers * attention_flops(batch, c.heads, c.head_dim, layout, backward=False))
-
-
-# ---------------------------------------------------------------- measuring
 
 def measure(run: Callable[[], object], device: str) -> list[float]:
     """Return the median, the 20th and the 80th percentile of a call's time in ms."""
@@ -96,14 +81,10 @@ def ceilings() -> dict[str, float]:
 
 def rows(task: str, work: float, ceiling: float, runs: dict[str, Callable], device: str) -> list[dict]:
     """Time every provider of a task. `work`: its FLOPs or bytes; `ceiling`: as much per second, from `ceilings`."""
-    made = []
-    for provider, run in runs.items():
-        p50, p20, p80 = measure(run, device)
-        made.append({"task": task, "provider": provider, "p50": p50, "p20": p20, "p80": p80, "rate": work / p50 * 1e3,
-                     "ceiling": work / p50 * 1e3 / ceiling})
-    for row in made:
-        row["of_kernel"] = row["p50"] / made[-1]["p50"]       # the kernel comes last
-    return made
+    times = {provider: measure(run, device) for provider, run in runs.items()}
+    return [{"task": task, "provider": provider, "p50": p50, "p20": p20, "p80": p80, "rate": work / p50 * 1e3,
+             "ceiling": work / p50 * 1e3 / ceiling, "of_kernel": p50 / times["triton"][0]}
+            for provider, (p50, p20, p80) in times.items()]
 
 
 def table(results: list[dict]) -> str:
@@ -141,10 +122,11 @@ def bench_flow(name: str, shape: tuple[int, int], ceiling: float, device: str = 
         twin = stochastic_step(x, v, coefficients, seed=seed, impl="torch")
         agree(f"flow {name}", kernel()[0], twin[0], 1e-4)
         agree(f"flow {name}, log-probability", kernel()[1], twin[1], 1e-4)
-        runs = {"eager": partial(eager, x, v), "triton": kernel}
+        runs = {"eager": partial(eager, x, v)}
         if compiled:
-            runs = {"eager": runs["eager"], "compile": partial(torch.compile(eager), x, v), "triton": kernel}
-        results += rows(f"flow {name}, {str(dtype)[6:]}", step_bytes(count * n, v.itemsize), ceiling, runs, device)
+            runs["compile"] = partial(torch.compile(eager), x, v)
+        moved = x.numel() * (4 + v.itemsize + 4)              # x and velocity in, x' out; noise is made on the spot
+        results += rows(f"flow {name}, {str(dtype)[6:]}", moved, ceiling, runs | {"triton": kernel}, device)
     return results
 
 
@@ -204,20 +186,13 @@ def using(impl: str):
         yield
 
 
-def wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 def seconds_each(run: Callable[[], object], times: int, device: str) -> float:
     """Return the seconds of one of several calls in a row, after three to warm up."""
-    for _ in range(min(times, 3)):
-        run()
-    wait(device)
-    start = time.perf_counter()
-    for _ in range(times):
-        run()
-    wait(device)
+    for repeat in (min(times, 3), times):
+        start = time.perf_counter()
+        for _ in range(repeat):
+            run()
+        torch.get_device_module(device).synchronize()
     return (time.perf_counter() - start) / times
 
 
@@ -235,11 +210,12 @@ def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", tim
     train.fit_codec(run.model, clips, args)
     data = train.encode(run.model, clips, args.frames, device)
     layout = Layout(args.frames // c.chunk_frames, c.video_tokens, c.chunk_frames, 1, c.window)
+    flops = training_flops(run, data, args, layout)
 
     with using(impl):
         step = seconds_each(lambda: run.advance(data, 1.0), times, device)
         made = {"flags": flags, "impl": impl, "tokens_per_second": args.batch * layout.length / step,
-                "mfu": training_flops(c, layout, args.batch) / step / ceiling}
+                "mfu": flops / step / ceiling}
         for batch in (1, 8):
             portrait, mel = data.portrait[:batch].to(device) / 255, data.mel[:batch].to(device)
             noise = torch.randn(batch, c.video_tokens, c.channels, device=device)
@@ -247,8 +223,8 @@ def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", tim
             made[f"frames_per_second_{batch}"] = batch * args.frames / seconds_each(sample, max(times // 5, 1), device)
         reward = train.make_reward(args, clips, c.chunk_frames)
         post = train.PostTraining(run.model.eval(), reward, args)
-        rollout = grpo.roll_out
-        with patch.object(grpo, "roll_out", lambda *a: (rollout(*a), wait(device))[0]):
+        rollout, synchronize = grpo.roll_out, torch.get_device_module(device).synchronize
+        with patch.object(grpo, "roll_out", lambda *a: (rollout(*a), synchronize())[0]):
             post.checked = True                               # a check of every run's first batch, not of every update
             entries = [post.advance(data, clips) for _ in range(max(times // 5, 1) + 1)]
         made["grpo"] = entries[-1]["seconds_for"]

@@ -264,7 +264,7 @@ def test_what_a_killed_run_left_is_removed_and_a_living_run_is_left_alone(tmp_pa
     alive, dead = tmp_path / "tmp-a", tmp_path / "tmp-b"
     for folder in (alive, dead):
         folder.mkdir()
-        (folder / "frames.u8").write_bytes(b"half")
+        (folder / "0.safetensors").write_bytes(b"half")
     day_ago = time.time() - 25 * 3600
     os.utime(dead, (day_ago, day_ago))
     data.synthetic_clips(1, 8, seconds=1, cache=tmp_path)
