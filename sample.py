@@ -95,8 +95,8 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
 
     Returns: name -> (B,) values. psnr is the distance to the true frames, most of it where a head went that is free to
     go elsewhere; mouth_psnr that of mouths, heads held still and the first frame taken off. With a sync network, also
-    sync_confidence and sync_own of its offset curve, and identity, the mean cosine to the portrait. The rest: lips_drawn
-    and lips_real.
+    sync_confidence and sync_own of its offset curve, and identity, the mean cosine to the portrait. The rest is what
+    lips_drawn or lips_real gives.
     """
     frames = videos.shape[1]
     truths = [clip.frames[:frames] / 255 for clip in clips]

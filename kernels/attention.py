@@ -211,15 +211,21 @@ def query_runs(index, segment, shape, length, MASKED: tl.constexpr):
 
 
 @jit
-def load_rows(pointer, rows, stride, seen, D: tl.constexpr):
-    """Load rows (R,) of a matrix, (R, D); zeros where they are not `seen`, whatever stands there."""
-    return tl.load(pointer + rows[:, None] * stride + tl.arange(0, D)[None, :], mask=seen[:, None], other=0.0)
+def row_pointers(pointer, stride, b, h, rows, D: tl.constexpr):
+    """Where rows (R,) of head h of clip b lie in a tensor (B, H, L, D), (R, D)."""
+    return pointer + b * stride[0] + h * stride[1] + rows[:, None] * stride[2] + tl.arange(0, D)[None, :]
 
 
 @jit
-def store_rows(pointer, rows, stride, seen, value, D: tl.constexpr):
-    at = pointer + rows[:, None] * stride + tl.arange(0, D)[None, :]
-    tl.store(at, value.to(pointer.dtype.element_ty), mask=seen[:, None])
+def load_rows(pointer, stride, b, h, rows, seen, D: tl.constexpr):
+    """Load them; zeros where they are not `seen`, whatever stands there."""
+    return tl.load(row_pointers(pointer, stride, b, h, rows, D), mask=seen[:, None], other=0.0)
+
+
+@jit
+def store_rows(pointer, stride, b, h, rows, seen, value, D: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    tl.store(row_pointers(pointer, stride, b, h, rows, D), value, mask=seen[:, None])
 
 
 @jit
@@ -255,18 +261,16 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stride, k_stride, v_
     index, segment, first, last = locate(tl.program_id(1), shape, q_length, BLOCK_Q, True, MASKED)
     if first < last:
         float_type: tl.constexpr = lse_ptr.dtype.element_ty        # fp32; fp64 for fp64 inputs, in tests
-        k_ptr += b * k_stride[0] + h // groups * k_stride[1]
-        v_ptr += b * v_stride[0] + h // groups * v_stride[1]
         rows = first + tl.arange(0, BLOCK_Q)
-        q = load_rows(q_ptr + b * q_stride[0] + h * q_stride[1], rows, q_stride[2], rows < last, D)
+        q = load_rows(q_ptr, q_stride, b, h, rows, rows < last, D)
         peak = tl.full([BLOCK_Q], float("-inf"), float_type)
         total = tl.zeros([BLOCK_Q], float_type)
         acc = tl.zeros([BLOCK_Q, D], float_type)
         runs = key_runs(index, segment, shape, k_length, MASKED)
         for t in range(0, key_tiles(runs, BLOCK_K)):
             keys, seen = key_tile(t, runs, BLOCK_K)
-            k = load_rows(k_ptr, keys, k_stride[2], seen, D)
-            v = load_rows(v_ptr, keys, v_stride[2], seen, D)
+            k = load_rows(k_ptr, k_stride, b, h // groups, keys, seen, D)
+            v = load_rows(v_ptr, v_stride, b, h // groups, keys, seen, D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=float_type) * SCALE
             s += tl.where(seen, 0.0, float("-inf"))[None, :]       # after the scale: one fused multiply-add
             new_peak = tl.maximum(peak, tl.max(s, 1))              # finite: every tile of a run has a key
@@ -276,8 +280,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stride, k_stride, v_
             acc = acc * shrink[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=float_type)
             peak = new_peak
-        store_rows(out_ptr + b * out_stride[0] + h * out_stride[1], rows, out_stride[2], rows < last,
-                   acc / total[:, None], D)
+        store_rows(out_ptr, out_stride, b, h, rows, rows < last, acc / total[:, None], D)
         tl.store(lse_ptr + (b * heads + h) * q_length + rows, peak + tl.log2(total), mask=rows < last)
 
 
@@ -291,13 +294,11 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr
     index, segment, first, last = locate(tl.program_id(1), shape, q_length, BLOCK_Q, True, MASKED)
     if first < last:
         float_type: tl.constexpr = lse_ptr.dtype.element_ty
-        k_ptr += b * k_stride[0] + h // groups * k_stride[1]
-        v_ptr += b * v_stride[0] + h // groups * v_stride[1]
         rows = first + tl.arange(0, BLOCK_Q)
         seen_rows = rows < last
-        q = load_rows(q_ptr + b * q_stride[0] + h * q_stride[1], rows, q_stride[2], seen_rows, D)
-        out = load_rows(out_ptr + b * out_stride[0] + h * out_stride[1], rows, out_stride[2], seen_rows, D)
-        dout = load_rows(dout_ptr + b * dout_stride[0] + h * dout_stride[1], rows, dout_stride[2], seen_rows, D)
+        q = load_rows(q_ptr, q_stride, b, h, rows, seen_rows, D)
+        out = load_rows(out_ptr, out_stride, b, h, rows, seen_rows, D)
+        dout = load_rows(dout_ptr, dout_stride, b, h, rows, seen_rows, D)
         at = (b * heads + h) * q_length + rows
         lse = tl.load(lse_ptr + at, mask=seen_rows, other=float("inf"))
         delta = tl.sum(out.to(float_type) * dout.to(float_type), 1)
@@ -306,15 +307,14 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr
         runs = key_runs(index, segment, shape, k_length, MASKED)
         for t in range(0, key_tiles(runs, BLOCK_K)):
             keys, seen = key_tile(t, runs, BLOCK_K)
-            k = load_rows(k_ptr, keys, k_stride[2], seen, D)
-            v = load_rows(v_ptr, keys, v_stride[2], seen, D)
+            k = load_rows(k_ptr, k_stride, b, h // groups, keys, seen, D)
+            v = load_rows(v_ptr, v_stride, b, h // groups, keys, seen, D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=float_type) * SCALE
             p = tl.exp2(s + tl.where(seen, 0.0, float("-inf"))[None, :] - lse[:, None])
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=float_type)
             ds = (p * (dp - delta[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION, out_dtype=float_type)
-        store_rows(dq_ptr + b * dq_stride[0] + h * dq_stride[1], rows, dq_stride[2], seen_rows,
-                   dq * (D ** -0.5), D)
+        store_rows(dq_ptr, dq_stride, b, h, rows, seen_rows, dq * (D ** -0.5), D)
 
 
 @jit
@@ -327,27 +327,24 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
     index, segment, begin, end = locate(tl.program_id(1), shape, k_length, BLOCK_K, False, MASKED)
     if begin < end:
         float_type: tl.constexpr = lse_ptr.dtype.element_ty
-        q_ptr += b * q_stride[0] + h * groups * q_stride[1]
-        dout_ptr += b * dout_stride[0] + h * groups * dout_stride[1]
-        row_of_heads = (b * kv_heads + h) * groups
         keys = begin + tl.arange(0, BLOCK_K)
-        k = load_rows(k_ptr + b * k_stride[0] + h * k_stride[1], keys, k_stride[2], keys < end, D)
-        v = load_rows(v_ptr + b * v_stride[0] + h * v_stride[1], keys, v_stride[2], keys < end, D)
+        k = load_rows(k_ptr, k_stride, b, h, keys, keys < end, D)
+        v = load_rows(v_ptr, v_stride, b, h, keys, keys < end, D)
         dk = tl.zeros([BLOCK_K, D], float_type)
         dv = tl.zeros([BLOCK_K, D], float_type)
         first, last, noisy, count = query_runs(index, segment, shape, q_length, MASKED)
         tiles, per_segment = tl.cdiv(last - first, BLOCK_Q), tl.cdiv(count, BLOCK_Q)
         per_head = tiles + shape[4] * per_segment
         for t in range(0, groups * per_head):
-            g, u = t // per_head, t % per_head
+            q_head, u = h * groups + t // per_head, t % per_head
             w = u - tiles                                          # from 0 on: a tile of the noisy runs
             start = noisy + w // tl.maximum(per_segment, 1) * shape[0] * shape[1]
             rows = tl.where(w < 0, first + u * BLOCK_Q, start + w % tl.maximum(per_segment, 1) * BLOCK_Q)
             seen = rows + tl.arange(0, BLOCK_Q) < tl.where(w < 0, last, start + count)
             rows += tl.arange(0, BLOCK_Q)
-            q = load_rows(q_ptr + g * q_stride[1], rows, q_stride[2], seen, D)
-            dout = load_rows(dout_ptr + g * dout_stride[1], rows, dout_stride[2], seen, D)
-            at = (row_of_heads + g) * q_length + rows
+            q = load_rows(q_ptr, q_stride, b, q_head, rows, seen, D)
+            dout = load_rows(dout_ptr, dout_stride, b, q_head, rows, seen, D)
+            at = (b * kv_heads * groups + q_head) * q_length + rows
             lse = tl.load(lse_ptr + at, mask=seen, other=float("inf"))       # p = 0 where there is no query
             delta = tl.load(delta_ptr + at, mask=seen, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=float_type) * SCALE
@@ -356,8 +353,8 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=float_type)
             ds = (p * (dp - delta[None, :])).to(q.dtype)
             dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=float_type)
-        store_rows(dk_ptr + b * dk_stride[0] + h * dk_stride[1], keys, dk_stride[2], keys < end, dk * (D ** -0.5), D)
-        store_rows(dv_ptr + b * dv_stride[0] + h * dv_stride[1], keys, dv_stride[2], keys < end, dv, D)
+        store_rows(dk_ptr, dk_stride, b, h, keys, keys < end, dk * (D ** -0.5), D)
+        store_rows(dv_ptr, dv_stride, b, h, keys, keys < end, dv, D)
 
 
 # ---------------------------------------------------------------- launching them
