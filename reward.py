@@ -54,9 +54,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError,
-                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, reading_weights,
-                  replacing, synthetic_clips, whole_model, write_speech, write_video, write_weights)
+from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting,
+                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line,
+                  reading_weights, replacing, synthetic_clips, whole_model, write_speech, write_video, write_weights,
+                  writing)
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -643,9 +644,10 @@ class Reward:
         Returns: score (B, spans, 3), calibrated; mass (B, 3); courses (B, F, 2), means of overlapping spans, or None.
         """
         samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
-        ratings = self.judge.rate(torch.stack([frames[:, a:b] for a, b in parts], 1).flatten(0, 1),
-                                  torch.stack([samples[:, a:b].flatten(1) for a, b in parts], 1).flatten(0, 1),
-                                  [name for name in names for _ in parts])
+        with fitting("the judge", "lower --judge-batch, or --judge-size"):
+            ratings = self.judge.rate(torch.stack([frames[:, a:b] for a, b in parts], 1).flatten(0, 1),
+                                      torch.stack([samples[:, a:b].flatten(1) for a, b in parts], 1).flatten(0, 1),
+                                      [name for name in names for _ in parts])
         score = torch.stack([calibrate(s, self.calibration[a]) if a in self.calibration else s
                              for a, s in zip(ASPECTS, ratings.score.T)], -1)
         courses = ratings.courses
@@ -1864,7 +1866,7 @@ def weights_argument(text: str) -> dict[str, float]:
     try:
         weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
         asdict(Weights(**weights))
-        if not all(0 <= weight < math.inf for weight in weights.values()):
+        if not all(0 <= weight < 1e9 for weight in weights.values()):
             raise ValueError
     except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"want name=weight,... with weights of 0 or more and names among "
@@ -1904,8 +1906,8 @@ def reward_flags(p: argparse.ArgumentParser) -> list[str]:
 def make_judge(args: argparse.Namespace):
     """Make the judge that the flags name. Returns: a Judge, a RemoteJudge, or None for --judge none."""
     orders = {"ascending": (False,), "descending": (True,), "both": (False, True)}[args.judge_order]
-    if args.judge_batch < 1 or (args.judge_size is not None and args.judge_size < 32):
-        raise MediaError("--judge-batch and --judge-size", "must be at least 1 and 32")
+    if not 1 <= args.judge_batch < 1e9 or not 32 <= (args.judge_size or 32) < 1e5:
+        raise MediaError("--judge-batch and --judge-size", "must be at least 1 and 32, and not absurdly large")
     if args.judge_url:
         if not args.judge_model:
             raise MediaError("--judge-url", "needs --judge-model, the name under which the server knows the model")
@@ -2049,7 +2051,7 @@ def align_judge(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    from sample import crop_argument, device_argument
+    from sample import check_numbers, crop_argument, device_argument
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     g = p.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
     g.add_argument("--video", nargs="+", metavar="FILE", help="score videos")
@@ -2078,11 +2080,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--device", type=device_argument, default=device_argument(), help="for the judge (%(default)s)")
     reward_flags(p)
     args = p.parse_args(argv)
-    for name, least in dict(size=32, chunk_frames=2, steps=1, clips=2, seed=0).items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    check_numbers(p, args, size=32, chunk_frames=2, steps=1, clips=2, seed=0)
     if args.tally and not args.key:
         p.error("--tally needs --key, the key.json that the study wrote")
+    if args.align and args.out and args.out.is_dir():
+        p.error(f"--out {args.out} is a folder; name the file to write the calibration to")
+    if args.out and (args.train_judge or args.train_sync):
+        with writing(args.out):                      # before the hour of work that would be lost
+            args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -2103,9 +2108,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line("stopped; nothing was written", "lower --size or --clips, or use fewer clips"):
         main()
-    except MediaError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
