@@ -192,10 +192,10 @@ def study(args: argparse.Namespace) -> None:
     out, judge = Path(args.out), reward.make_judge(args)
     if (out / "key.json").exists():
         raise MediaError(out / "key.json", "is the key of a study that may have votes; choose another --out")
-    with writing(out):                                   # before the work that would be lost
-        out.mkdir(parents=True, exist_ok=True)
     models = [load_generator(run).to(args.device).eval() for run in args.study]
     clips, frames = study_clips(args, models)
+    with writing(out):                                   # before the work that would be lost
+        out.mkdir(parents=True, exist_ok=True)
     audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
     videos = {run: imitate(model, clips, frames, args.steps, args.guidance, args.seed)
               for run, model in zip("ab", models)}
@@ -298,5 +298,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line("stopped; nothing was written", "lower --max-seconds or --clips, or use --device cpu"):
+    with one_line("stopped; nothing was written", "lower --max-seconds, --steps or --clips, or use --device cpu"):
         main()
