@@ -12,13 +12,16 @@
 Every file that cannot be used raises `MediaError`: one line that names the file, what is wrong and what to do.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 import wave
@@ -77,6 +80,44 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+@contextmanager
+def fitting(what: str, remedy: str) -> Iterator[None]:
+    """Turn a lack of memory, the machine's or the GPU's, into a MediaError that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:     # PyTorch's own for the CPU has no class
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "t allocate memory" not in str(error):
+            raise
+        raise MediaError(what, f"does not fit into memory; {remedy}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn whatever a full disk or a forbidden place raises into a MediaError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:        # PyTorch and safetensors have their own
+        reason = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
+        raise MediaError(path, f"cannot be written ({reason}); make room there or choose another place") from None
+
+
+@contextmanager
+def one_line(stopped: str, smaller: str) -> Iterator[None]:
+    """Run a command that, where it cannot go on, ends with one line and a failing exit.
+
+    Args:    stopped: what to say after Ctrl-C; smaller: what to do where memory does not suffice.
+    """
+    number = os.environ.get("RANK", "0")             # of the process, under torchrun
+    try:
+        with fitting("this", smaller):
+            yield
+    except (MediaError, OSError) as error:
+        said = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        sys.exit(f"error{f' of process {number}' if number != '0' else ''}: {' '.join(said.split())}")
+    except KeyboardInterrupt:
+        sys.exit(stopped)
+
+
 @dataclass
 class Clip:
     """A talking portrait."""
@@ -94,6 +135,7 @@ FFMPEG_WORDS = {                                     # what ffmpeg says -> what 
     "'0:a:0'": "has no audio track; use a file with sound",
     "'0:V:0'": "has no video track; use a file with a picture",
     "non positive size": "is smaller than the crop; choose x,y,size inside the picture",
+    "no decoder found": "is in a format that ffmpeg cannot decode; convert it",
     "Invalid data found": "is not audio or video, or is cut off; convert it or copy it again",
 }
 # Both streams count from the file's common zero: a track that starts late is padded (the picture with its first frame,
@@ -109,6 +151,8 @@ def _ffmpeg(path: Path, *arguments: str) -> bytes:
     done = subprocess.run([*FFMPEG, "-i", f"file:{path}", *arguments], capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip() or "ffmpeg failed"
+        if (full := os.strerror(errno.ENOSPC)) in said:              # no fault of the file
+            raise OSError(errno.ENOSPC, full, str(path))
         last_resort = said.splitlines()[0].split("] ")[-1]
         raise MediaError(path, next((words for sign, words in FFMPEG_WORDS.items() if sign in said), last_resort))
     return done.stdout
@@ -750,7 +794,8 @@ def _cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None
                 os.rename(temporary, target)
     except OSError as error:
         if not target.exists():                      # else another run was first, with the same clips
-            raise MediaError(root, f"cache cannot be written ({error.strerror}); set FLOWPORTRAIT_CACHE") from None
+            raise MediaError(root, f"cache cannot be written ({error.strerror or error}); "
+                                   "set FLOWPORTRAIT_CACHE") from None
     return target
 
 
@@ -869,8 +914,12 @@ def _render(index: int, seed: int, size: int, frames: int) -> tuple:
 def _render_all(jobs: list[tuple]) -> Iterator[tuple]:
     """Render talkers, one process per core; a handful is not worth starting processes for."""
     pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # for the workers: only one process speaks
     try:
         clips = pool.map(_render, *zip(*jobs), chunksize=4) if len(jobs) >= 32 else itertools.starmap(_render, jobs)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
         yield from tqdm(clips, "rendering", len(jobs), unit="clip")
     finally:
         pool.shutdown(cancel_futures=True)
@@ -893,15 +942,18 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to, and move it to `path` when the block ends well: nothing is half-written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_weights(folder: Path, weights: dict[str, Tensor], config: dict) -> None:
     """Write folder/model.safetensors and config.json, each to a temporary name first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as path:
         save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path)
     with replacing(folder / "config.json") as path:

@@ -75,9 +75,10 @@ class Config:
     codec: str = "linear"         # how a pose carries the portrait: "linear" in closed form, or "learned"
 
     def __post_init__(self):
-        small = [k for k, v in asdict(self).items() if isinstance(v, int | float) and v < 1 and k != "norm_eps"]
-        if small:
-            raise ValueError(f"{', '.join(small)} must be at least 1")
+        wrong = [k for k, v in asdict(self).items() if isinstance(v, int | float) and k != "norm_eps"
+                 and not 1 <= v < 1e6]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} must be at least 1 and below a million")
         if self.grid % 2 == 0 or self.size % (self.grid + 1):
             raise ValueError(f"grid {self.grid} must be odd, and size {self.size} a multiple of {self.grid + 1}")
         if self.prediction not in ("clean", "velocity"):

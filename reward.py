@@ -54,9 +54,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError,
-                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, reading_weights,
-                  replacing, synthetic_clips, whole_model, write_speech, write_video, write_weights)
+from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting,
+                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line,
+                  reading_weights, replacing, synthetic_clips, whole_model, write_speech, write_video, write_weights,
+                  writing)
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -547,7 +548,8 @@ COMPONENTS = {
 }
 # Deviations within a group that are not worth learning from: less cannot be seen, and a z-score would blow it up.
 FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "lip_course": 0.005, "lip_range": 0.03,
-          "still": 0.003, "identity": 0.01, "drift": 0.05, "activity": 0.05, "jerk": 0.03, "flicker": 0.03, "seam": 0.03}
+          "still": 0.003, "identity": 0.01, "drift": 0.05, "activity": 0.05, "jerk": 0.03, "flicker": 0.03,
+          "seam": 0.03}
 READ_OUT = "lip_course", "lip_range"                 # what needs a judge with readouts
 JUDGED = *ASPECTS, *READ_OUT                         # what needs a judge at all
 
@@ -596,8 +598,8 @@ class Reward:
         """Score clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names, for messages.
-                 per_chunk: also say when, of what is localised in time: regularisers and lip_course, which are the means
-                 over their chunks. A rating is of the whole.
+                 per_chunk: also say when, of what is localised in time: the regularisers and lip_course, which are
+                 means over chunks. A rating is of the whole.
         Raises:  MediaError, naming the clip, where the judge fails or a component is not a number.
         """
         if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
@@ -641,7 +643,8 @@ class Reward:
         Returns: score (B, 3), calibrated; mass (B, 3); courses (B, F, 2), or None.
         """
         samples, parts = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)), spans(frames.shape[1], self.judge.window)
-        ratings = [self.judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names) for a, b in parts]
+        with fitting("the judge", "lower --judge-batch, or --judge-size"):
+            ratings = [self.judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names) for a, b in parts]
         score = torch.stack([torch.stack([calibrate(s, self.calibration[a]) if a in self.calibration else s
                                           for a, s in zip(ASPECTS, r.score.T)], -1) for r in ratings]).mean(0)
         courses = None
@@ -652,8 +655,8 @@ class Reward:
         return score, torch.stack([r.mass for r in ratings]).amin(0), courses
 
     def lip_course(self, courses: Tensor) -> Tensor:
-        """Say when the mouth seen leaves the mouth heard, (B, F, 2) -> (B, K): -(seen - heard)^2 / 2, each of mean 0 and
-        deviation 1 over the video, so that the mean over a video is their correlation - 1."""
+        """Say when the mouth seen leaves the mouth heard, (B, F, 2) -> (B, K): -(seen - heard)^2 / 2, each of mean 0
+        and deviation 1 over the video, so that the mean over a video is their correlation - 1."""
         gap = course(courses.mT).diff(dim=1)[:, 0].square() / 2                              # (B, F)
         return -in_chunks(gap, gap.shape[1], self.chunk_frames).mean(2)
 
@@ -662,7 +665,7 @@ class Reward:
 #
 # Clips of known quality, made from good ones by graded faults. Three numbers say how good a lesson is:
 #
-#     lip_sync         5 - 4 d         d: how far the mouth that is shown and the mouth that the sound calls for are apart
+#     lip_sync         5 - 4 d         d: how far apart the mouth that is shown and the one that the sound calls for are
 #     expressiveness   1 + 4 l         l: liveliness, the amplitude of mouth (.65) and of brows, eyes, head (.35)
 #     motion           5 - 4 u         u: strength of the worst fault: tremble, freeze, ghost, blur, noise, ...
 #
@@ -677,7 +680,7 @@ MOUTH_SHARE = 0.65                                   # of the mouth in livelines
 VERSIONS, RIVALS = 6, 4                              # ways to show a clip that generators imitate; and of a lesson
 RIVALRY = 0.25                                       # weight of the loss of rivals: at 1 other aspects are unlearned
 RIVAL_MOUTHS = 4.0                                   # the same of the mouths that the vision tower sees
-TOWER_PAIRS, TOWER_FRAMES = 40, 1500                 # pairs of frames of good clips, frames of sound: of a step of towers
+TOWER_PAIRS, TOWER_FRAMES = 40, 1500                 # of a step of the towers: pairs of good frames, frames of sound
 TOWER_STREAM = 10 ** 12                              # where the random numbers of these steps begin
 
 
@@ -919,7 +922,7 @@ def lesson(material: Material, other: Material, row: int, frames: int, rng: torc
 @torch.no_grad()
 def lessons(good: Material, generated: Material | None, batch: int, seed: int, frames: int | None = None,
             rows: Sequence[int] | None = None) -> Lesson:
-    """Draw a batch, all of one length: of good clips, or of the given rows of them, and, last, three in eight of rivals.
+    """Draw a batch, all of one length: of good clips, or of the given rows of them, and, last, three eighths of rivals.
 
     Rivals are RIVALS versions of one clip, with one window, sound and fault: they differ in what was generated, as
     those differ that GRPO compares. A seed gives the same lessons always.
@@ -1022,8 +1025,8 @@ class Hints(nn.Module):
         self.sight, self.look, self.sound, self.both, self.gap = (
             nn.Linear(*n) for n in ((4 * w, 2), (4 * w, 2), (w, 2), (w, 2), (w, 1)))
         self.faults, self.faults_again = nn.Linear(8 * w, len(FAULTS)), nn.Linear(2 * w, len(FAULTS))
-        for readout in self.children():                          # at zero they ask nothing yet: a judge that is taught on
-            nn.init.zeros_(readout.weight)                       # is not upset by random questions
+        for readout in self.children():                          # at zero they ask nothing yet: a judge that is
+            nn.init.zeros_(readout.weight)                       # taught on is not upset by random questions
         if judge.readouts:
             self.load_state_dict(judge.readouts, strict=False)
         self.hooks = [model.register_forward_pre_hook(self.keep_ids, with_kwargs=True)] + [
@@ -1064,9 +1067,9 @@ class Hints(nn.Module):
 
 
 def rating_loss(logits: Tensor, digits: Sequence[int], truth: Lesson) -> Tensor:
-    """Cross-entropy with soft labels, for quality 3.4 digit 3 counts .6 and 4 counts .4; and, of rivals, the error in the
-    differences of lip-sync, which is all that GRPO sees of a judge: they are of a tenth of a point, where the loss of
-    each rating by itself hardly rises. logits (B, 3, vocabulary)."""
+    """Cross-entropy with soft labels: for quality 3.4, digit 3 counts .6 and 4 counts .4. And, of rivals, the error in
+    the differences of lip-sync, which is all that GRPO sees of a judge: they are of a tenth of a point, where the loss
+    of each rating by itself hardly rises. logits (B, 3, vocabulary)."""
     log_p = logits.log_softmax(-1)[..., list(digits)]                                # (B, 3, 5)
     scale = torch.arange(1.0, 6.0)
     soft = (1 - (truth.quality[..., None] - scale).abs()).clamp_min(0)
@@ -1119,7 +1122,7 @@ def heard_loss(judge: Judge, hints: Hints, good: Material, rng: torch.Generator)
 
 def descend(model: nn.Module, hints: Hints, steps: int, losses: Callable[[int], dict[str, Tensor]], title: str,
             lr: float, muon_lr: float) -> None:
-    """Take steps on the sum of some losses: Muon for the matrices inside, AdamW for the rest; warm up, decay to zero."""
+    """Step down the sum of some losses: Muon for the matrices inside, AdamW for the rest; warm up, decay to zero."""
     trunk = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
     inside = {id(p) for p in trunk}
     rest = [p for module in (model, hints) for p in module.parameters() if id(p) not in inside]
@@ -1896,7 +1899,7 @@ def weights_argument(text: str) -> dict[str, float]:
     try:
         weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
         asdict(Weights(**weights))
-        if not all(0 <= weight < math.inf for weight in weights.values()):
+        if not all(0 <= weight < 1e9 for weight in weights.values()):
             raise ValueError
     except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"want name=weight,... with weights of 0 or more and names among "
@@ -1936,8 +1939,8 @@ def reward_flags(p: argparse.ArgumentParser) -> list[str]:
 def make_judge(args: argparse.Namespace):
     """Make the judge that the flags name. Returns: a Judge, a RemoteJudge, or None for --judge none."""
     orders = {"ascending": (False,), "descending": (True,), "both": (False, True)}[args.judge_order]
-    if args.judge_batch < 1 or (args.judge_size is not None and args.judge_size < 32):
-        raise MediaError("--judge-batch and --judge-size", "must be at least 1 and 32")
+    if not 1 <= args.judge_batch < 1e9 or not 32 <= (args.judge_size or 32) < 1e5:
+        raise MediaError("--judge-batch and --judge-size", "must be at least 1 and 32, and not absurdly large")
     if args.judge_url:
         if not args.judge_model:
             raise MediaError("--judge-url", "needs --judge-model, the name under which the server knows the model")
@@ -2033,9 +2036,9 @@ def train_judge(args: argparse.Namespace) -> None:
         lines.append(f"| {aspect} | " + " | ".join("{:.3f} ({:.3f} to {:.3f})".format(*cell) for cell in cells) + " |")
     data = f"{len(good)} clips of {args.data}" if args.data else f"{len(good)} drawn talkers"
     data += f", and {len(generated)} clips made by early generators" if parts else ""
-    command = "python reward.py --train-judge" + "".join(
-        f" --{k} {v}" for k, v in (("from-judge", args.from_judge), ("data", args.data), ("steps", args.steps),
-                                   ("tower-steps", args.tower_steps), ("generator", " ".join(args.generator)), ("seed", args.seed)) if v)
+    given = {"from-judge": args.from_judge, "data": args.data, "steps": args.steps, "tower-steps": args.tower_steps,
+             "generator": " ".join(args.generator), "seed": args.seed}
+    command = "python reward.py --train-judge" + "".join(f" --{k} {v}" for k, v in given.items() if v)
     save_judge(judge, out, CARD.format(
         parameters=sum(p.numel() for p in judge.model.parameters()) / 1e6, data=data, command=command, minutes=minutes,
         agreement="\n".join(lines)))
@@ -2081,7 +2084,7 @@ def align_judge(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    from sample import crop_argument, device_argument
+    from sample import check_numbers, crop_argument, device_argument
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     g = p.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
     g.add_argument("--video", nargs="+", metavar="FILE", help="score videos")
@@ -2111,11 +2114,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--device", type=device_argument, default=device_argument(), help="for the judge (%(default)s)")
     reward_flags(p)
     args = p.parse_args(argv)
-    for name, least in dict(size=32, chunk_frames=2, steps=1, tower_steps=0, clips=2, seed=0).items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    check_numbers(p, args, size=32, chunk_frames=2, steps=1, tower_steps=0, clips=2, seed=0)
     if args.tally and not args.key:
         p.error("--tally needs --key, the key.json that the study wrote")
+    if args.align and args.out and args.out.is_dir():
+        p.error(f"--out {args.out} is a folder; name the file to write the calibration to")
+    if args.out and (args.train_judge or args.train_sync):
+        with writing(args.out):                      # before the hour of work that would be lost
+            args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -2136,9 +2142,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line("stopped; nothing was written", "lower --size or --clips, or use fewer clips"):
         main()
-    except MediaError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 import reward
 from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, hear, load_portrait,
-                  load_speech, replacing, synthetic_clips, write_video)
+                  load_speech, one_line, replacing, synthetic_clips, write_video, writing)
 from model import Generator, estimate_pose, load_generator, ode_step, unwarp
 
 
@@ -195,6 +194,8 @@ def study(args: argparse.Namespace) -> None:
         raise MediaError(out / "key.json", "is the key of a study that may have votes; choose another --out")
     models = [load_generator(run).to(args.device).eval() for run in args.study]
     clips, frames = study_clips(args, models)
+    with writing(out):                                   # before the work that would be lost
+        out.mkdir(parents=True, exist_ok=True)
     audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
     videos = {run: imitate(model, clips, frames, args.steps, args.guidance, args.seed)
               for run, model in zip("ab", models)}
@@ -207,7 +208,6 @@ def study(args: argparse.Namespace) -> None:
         pairs.append({"id": name, **{side: data_uri(videos[run][i], audio[i]) for side, run in sides.items()}})
         key[name] = sides | {"clip": clip.name} | ({"judge": {r: s[i] for r, s in ratings.items()}} if judge else {})
     number = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]             # of what the page shows anyway
-    out.mkdir(parents=True, exist_ok=True)
     page = STUDY_PAGE.read_text().replace("STUDY</", json.dumps({"study": number, "pairs": pairs}) + "</")
     runs = dict(zip("ab", args.study))
     for name, text in (("study.html", page),
@@ -238,13 +238,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                    f"the length of a clip (default {STUDY_SECONDS:g})")
     p.add_argument("--device", type=device_argument, default=device_argument(), help="default: cuda if present")
     args = p.parse_args(argv)
-    if args.steps < 1 or (args.max_seconds is not None and args.max_seconds <= 0):
-        p.error("--steps must be at least 1 and --max-seconds above 0")
-    if args.study and (args.clips < 1 or args.seed < 0 or (args.max_seconds or 1) < 1):
-        p.error("a study wants --clips and --max-seconds of at least 1 and --seed of at least 0")
-    if bool(args.study) == all((args.checkpoint, args.image, args.audio)):
+    check_numbers(p, args, steps=1, guidance=0, seed=0, clips=1, max_seconds=1 if args.study else 1 / FPS)
+    one = args.checkpoint, args.image, args.audio
+    if any(one) if args.study else not all(one):
         p.error("want either --checkpoint, --image and --audio, or --study")
+    if not args.study and Path(args.out).suffix != ".mp4":
+        p.error(f"--out is the video to write, so let it end in .mp4: got {args.out}")
     return args
+
+
+def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least: float) -> None:
+    """End with one clear line where a number that was given is below its least value, or is absurdly large."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < 1e10:
+            bound = "below 1e10" if value > low else f"at least {low}"
+            p.error(f"--{name.replace('_', '-')} must be {bound}, got {value}")
 
 
 def crop_argument(text: str) -> tuple[int, int, int]:
@@ -289,9 +298,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line("stopped; nothing was written", "lower --max-seconds, --steps or --clips, or use --device cpu"):
         main()
-    except MediaError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; no video was written")

@@ -32,6 +32,7 @@ import argparse
 import atexit
 import copy
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -61,12 +62,13 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, folder_clips, hear, replacing,
-                  synthetic_clips, write_speech, write_video)
+from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, fitting, folder_clips, hear,
+                  one_line, replacing, synthetic_clips, write_speech, write_video, writing)
 from model import (PRESETS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step, save_generator,
                    trunk_shape)
 from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
-from sample import crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary, with_interval
+from sample import (check_numbers, crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary,
+                    with_interval)
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
@@ -181,8 +183,8 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
     if not all(long):
         raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(long[0])} to train on, "
                                     f"{len(long[1])} held out); add files or lower --seconds")
-    if args.updates and world() > 1 and len(long[0]) < args.prompts:
-        raise MediaError(args.data, f"has {len(long[0])} clips for {args.prompts} --prompts; lower these")
+    if args.updates and len(long[0]) < args.prompts:
+        raise MediaError(args.data or "--clips", f"has {len(long[0])} clips for {args.prompts} --prompts; lower these")
     watch = min(watch, len(long[1]) // 2)
     if args.updates and not watch:
         raise MediaError(args.data, "has one held-out clip, and post-training wants one more to watch; add files")
@@ -601,14 +603,17 @@ class Log:
         if rank():
             return
         old = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in old if json.loads(line).get(counter, 0) <= to]
+        kept = []
+        for line in old:
+            with suppress(ValueError):               # the last line, cut short by a full disk or a power cut
+                kept += [line] * (json.loads(line).get(counter, 0) <= to)
         with replacing(self.path) as path:
             path.write_text("".join(line + "\n" for line in kept))
 
     def __call__(self, **entry) -> None:
         if rank():
             return
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"seconds": round(time.perf_counter() - self.start, 2), **entry}) + "\n")
 
 
@@ -831,7 +836,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     generator_flags(p)
     args = p.parse_args(argv)
     if args.resume:
-        args = resumed(p, args, args.resume, {"resume", "device"})
+        args = resumed(p, args, args.resume, {"resume", "device", "micro_batch", "judge_batch"})
         check_shares(p, args)
         return args
     if args.pretrained:
@@ -880,18 +885,20 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one clear line where a flag cannot be used."""
     if args.out.exists() and not args.out.is_dir():
         p.error(f"--out {args.out} is a file; name a folder")
-    at_least = dict(seed=0, steps=1, codec_steps=1, batch=1, clips=1, warmup=1, validate_clips=1, sampling_steps=1,
-                    save_every=1, validate_every=1, lr=0, muon_lr=0, grad_clip=0, audio_dropout=0, context_noise=0,
-                    ema=0, updates=0, prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0, watch_every=1,
-                    watch_clips=1, patience=1)
-    for name, least in at_least.items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    elif args.out.is_dir() and [*args.out.glob("[!.]*")] and not (args.out / "log.jsonl").exists():
+        p.error(f"--out {args.out} holds files, none of them a run's log.jsonl; name a folder of the run's own")
+    if args.crop and not args.data:
+        p.error("--crop is of the clips of --data; drawn talkers need none")
+    check_numbers(p, args, seed=0, steps=1, codec_steps=1, batch=1, clips=1, warmup=1, validate_clips=1,
+                  sampling_steps=1, save_every=1, validate_every=1, lr=0, muon_lr=0, grad_clip=1e-9, audio_dropout=0,
+                  context_noise=0, ema=0, updates=0, prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0,
+                  watch_every=1, watch_clips=1, patience=1,
+                  **{f.name: 0 for f in fields(grpo.Settings) if f.type in (int, float)})
     for name in ("ema", "audio_dropout", "post_ema"):
         if getattr(args, name) >= 1:
             p.error(f"--{name.replace('_', '-')} must be below 1, got {getattr(args, name)}")
-    if not 1 <= args.seconds < math.inf:
-        p.error(f"--seconds must be at least 1, got {args.seconds}")
+    if not 1 <= args.seconds <= 3600:
+        p.error(f"--seconds must be from 1 to 3600, got {args.seconds}")
     if args.control and not args.updates:
         p.error("--control compares with post-training; give it --updates")
     try:
@@ -923,8 +930,9 @@ def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, fre
     try:
         saved = json.loads((run / "config.json").read_text())
         new = {k: getattr(args, k) for k in free}
-        if args.validate_clips == p.get_default("validate_clips"):
-            new.pop("validate_clips", None)                       # as many as the run had, unless asked otherwise
+        for name in ("validate_clips", "micro_batch", "judge_batch"):
+            if getattr(args, name) == p.get_default(name):
+                new.pop(name, None)                               # as many as the run had, unless asked otherwise
         known = {k: v for k, v in vars(args).items() if not hasattr(Config, k)}     # flags that an older run lacks
         old = argparse.Namespace(**known | saved["training"] | new)
         old.config, old.data = Config(**saved["model"]), old.data and Path(old.data)
@@ -1062,12 +1070,11 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], start: float)
     if args.init_from and not (args.resume or args.pretrained):
         load_trunk(model, args.init_from)
     run = Pretraining(model.to(args.device), args)
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         run.load(args.resume)
         return run, Log(args.out, run.step, start)
-    for stale in ("post.pt", f"{CONTROL}/config.json", "log.jsonl", "codec.png"):       # of an earlier run here
-        if not rank():
+    for stale in ("state.pt", "config.json", "post.pt", f"{CONTROL}/config.json", "log.jsonl", "codec.png"):
+        if not rank():                                            # of an earlier run here
             (args.out / stale).unlink(missing_ok=True)
     log = Log(args.out, 0, start)
     if args.pretrained:
@@ -1119,31 +1126,77 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, 2 ** 31 - 1)
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder until the block, or the process, ends, be it by kill -9: the lock is the system's."""
+    if rank():
+        yield
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MediaError(folder, "another run is at work there; wait for its end, or choose another --out") from None
+    except OSError:                                  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def interruptible(args: argparse.Namespace, start: float) -> Iterator[None]:
+    """End at Ctrl-C with a line that says how to go on: from a checkpoint, if this run has left one."""
+    began = time.time() - (time.perf_counter() - start)
+    try:
+        yield
+    except KeyboardInterrupt:
+        state = args.out / "state.pt"
+        kept = args.resume or state.exists() and state.stat().st_mtime >= began
+        sys.exit(f"stopped; go on with: python train.py --resume {args.out}" if kept else
+                 "stopped before the first checkpoint, so nothing was kept; start it again")
+
+
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     keep_freed_memory()
     join_processes()
     with redirect_stderr(sys.stdout if rank() else sys.stderr):         # one of them may complain of flags
         args = parse_arguments(argv)
+    with alone(args.out), interruptible(args, start):
+        make(args, start, sys.argv[1:] if argv is None else argv)
+
+
+def make(args: argparse.Namespace, start: float, argv: list[str]) -> None:
+    """Do all that the flags ask for, from data to report."""
     with first_alone():
         clips, held_out, watched = load_clips(args)
-    reward = make_reward(args, clips, args.config.chunk_frames)     # before the minutes of training that would be lost
+    if args.sync != "none":                                         # all this before the minutes that would be lost
+        load_sync(args.sync)
+    reward = make_reward(args, clips, args.config.chunk_frames)
     run, log = begin_pretraining(args, clips, start)
     data = encode(run.model, clips, args.frames, args.device)
     if not rank():
-        describe(run, data, held_out, log, sys.argv[1:] if argv is None else argv)
-    pretrain(run, data, held_out, log)
+        describe(run, data, held_out, log, argv)
+    with fitting("pretraining", "lower --batch, or give --checkpointing"):
+        pretrain(run, data, held_out, log)
     arms = {PRETRAINED: averaged(run)}
     if args.updates:
         post = begin_post_training(arms[PRETRAINED], reward, args, log)
-        post_train(post, data, clips, watched, log)
+        with fitting("post-training", f"lower --micro-batch, with --resume {args.out}; or --prompts or --group, with "
+                                      f"--pretrained {args.out}"):
+            post_train(post, data, clips, watched, log)
         arms[POST_TRAINED] = loaded(post.best["weights"], args)
     if args.control:
         arms[CONTROL] = pretrain_longer(args, data, post.cpu_seconds, log)
 
     if rank():
         return
-    videos = report(arms, held_out, run.step, args, log)
+    with fitting("measuring", f"lower --validate-clips, with --pretrained {args.out}"):
+        videos = report(arms, held_out, run.step, args, log)
     write_pictures(args.out, videos, held_out)
     by_reward = rewarded(reward, dict(zip(arms, videos)), held_out)
     log(step=run.step, rewarded=by_reward)
@@ -1155,9 +1208,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line("stopped before anything was done", "choose a smaller --preset or --size, or fewer --clips"):
         main()
-    except (MediaError, OSError) as error:
-        sys.exit(f"error{f' of process {rank()}' if rank() else ''}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped before the next checkpoint")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from PIL import Image
 import reward
 import sample
 import train
-from data import SAMPLES_PER_FRAME, MediaError, load_speech, render_talker, write_video
+from data import SAMPLES_PER_FRAME, MediaError, fitting, load_speech, render_talker, write_video
 from model import load_generator
 
 TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
@@ -96,11 +97,11 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(run, tmp_path, monkeyp
 
     def dying(self, data):
         if self.step == 5:
-            raise MemoryError
+            raise EOFError("power cut")
         return advance(self, data)
     monkeypatch.setattr(train.Pretraining, "advance", dying)
     folder = tmp_path / "dead"
-    with pytest.raises(MemoryError):
+    with pytest.raises(EOFError):
         train.main([*TINY, "--steps", "6", "--save-every", "4", "--validate-every", "4", "--out", str(folder)])
     monkeypatch.setattr(train.Pretraining, "advance", advance)
     train.main(["--resume", str(folder)])
@@ -158,8 +159,8 @@ def test_a_run_with_the_learned_codec_trains_it_first_keeps_it_and_animates(cach
     assert Image.open(tmp_path / "whole" / "codec.png").size == (12 * 32, 2 * 2 * 32)
     folder = tmp_path / "half"
     with monkeypatch.context() as patch:
-        patch.setattr(train.Pretraining, "advance", lambda *_: (_ for _ in ()).throw(MemoryError))
-        with pytest.raises(MemoryError):
+        patch.setattr(train.Pretraining, "advance", lambda *_: (_ for _ in ()).throw(EOFError))
+        with pytest.raises(EOFError):
             train.main([*learned, "--out", str(folder)])
     monkeypatch.setattr(train, "train_codec", None)
     train.main(["--resume", str(folder)])
@@ -215,12 +216,123 @@ def test_the_loss_is_the_velocity_error_of_the_levels_it_draws(cache):
                                    "--window 0", "--seed -1", "--device gpu", "--ema 1", "--seconds nan",
                                    "--resume . --steps 9", "--crop 0,0,0", "--out train.py", "--weights still",
                                    "--group 1", "--draws 5", "--noise-level 2", "--parts 0", "--post-ema 1",
-                                   "--control --updates 0", "--pretrained nowhere --out x", "--pretrained ."])
+                                   "--control --updates 0", "--pretrained nowhere --out x", "--pretrained .",
+                                   "--seed 9999999999999999999", "--batch 10000000000", "--seconds 1e30", "--clip inf",
+                                   "--width 1000000000", "--grad-clip 0", "--crop 0,0,32", "--out tests"])
 def test_bad_flags_end_with_one_clear_line(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(wrong.split())
     assert stop.value.code == 2
     assert "error:" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("main, wrong", [
+    (sample.main, "--seed 9999999999999999999"), (sample.main, "--guidance nan"), (sample.main, "--max-seconds inf"),
+    (sample.main, "--out train.py"), (reward.main, "--seed 9999999999999999999"), (reward.main, "--size 1e3")])
+def test_the_other_commands_refuse_what_cannot_be_meant(main, wrong, capsys):
+    """A video over one's source, a guidance that is no number: argparse's exit, before anything is read."""
+    with pytest.raises(SystemExit) as stop:
+        main([*("--checkpoint c --image i --audio a --out o.mp4" if main is sample.main else "--video v").split(),
+              *wrong.split()])
+    assert stop.value.code == 2 and wrong.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_of_other_files_is_no_place_for_a_run(tmp_path, capsys):
+    """`--out ""` is the folder one stands in: whatever lies there, as a portrait.png, is not overwritten."""
+    (tmp_path / "portrait.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        train.main([*TINY, "--out", str(tmp_path)])
+    assert "holds files, none of them a run's log.jsonl" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["portrait.png"]
+
+
+# ---------------------------------------------------------------- what a machine does to a run
+
+def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_nothing(run, tmp_path, monkeypatch):
+    """The lock is the system's: it ends with the process, were it by kill -9, and leaves no file behind."""
+    shutil.copytree(run, tmp_path / "run")
+    first = subprocess.Popen([sys.executable, "-c", "import fcntl, os, sys, time; "
+                              "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print('in', flush=True); "
+                              "time.sleep(60)", str(tmp_path / "run")], stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"in\n"
+    with pytest.raises(MediaError, match="another run is at work there; wait for its end, or choose another --out"):
+        train.main(["--resume", str(tmp_path / "run")])
+    first.kill(), first.wait()
+    with train.alone(tmp_path / "run"), pytest.raises(MediaError), train.alone(tmp_path / "run"):
+        pass
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in run.iterdir()}
+
+
+@pytest.mark.parametrize("full", ["model.safetensors", "state.pt"])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(run, tmp_path, full):
+    """The system refuses to let a file grow: one line that names it, and every byte that stood there still stands."""
+    shutil.copytree(run, tmp_path / "run")
+    old = (tmp_path / "run" / full).read_bytes()
+    args = train.parse_arguments(["--resume", str(tmp_path / "run")])
+    again = train.Pretraining(train.Generator(args.config), args)
+    again.load(tmp_path / "run")
+    size, limits = (tmp_path / "run" / full).stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, limits[1]))
+    try:
+        with pytest.raises(MediaError, match=f"{full}: cannot be written .*make room there") as error:
+            again.save(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "\n" not in str(error.value) and (tmp_path / "run" / full).read_bytes() == old
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in run.iterdir()}
+
+
+def test_a_log_that_was_cut_short_loses_its_last_line_alone(run, tmp_path):
+    text = (run / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(text + '{"seconds": 3.1, "st')
+    train.Log(tmp_path, 6, 0.0)
+    assert (tmp_path / "log.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("stage, words", [("load_clips", "before the first checkpoint, so nothing was kept"),
+                                          ("pretrain_longer", "go on with: python train.py --resume"),
+                                          ("report", "go on with: python train.py --resume")])
+def test_ctrl_c_says_how_to_go_on_wherever_it_comes(run, judge, cache, tmp_path, monkeypatch, stage, words):
+    """In preparation, in the control and while measuring; the steps between have tests of their own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, stage, lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit, match=words):
+            train.main(["--pretrained", str(run), "--out", str(tmp_path / "run"), *POST, "--updates", "1", "--control"])
+    if stage == "report":
+        train.main(["--resume", str(tmp_path / "run")])
+        assert (tmp_path / "run" / "report.md").exists()
+
+
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                        "tried to allocate 8000000000 bytes.\nError code 12")
+
+
+@pytest.mark.parametrize("full", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), CPU_FULL, MemoryError()])
+@pytest.mark.parametrize("owner, name, words", [
+    (train.Pretraining, "advance", "pretraining: does not fit into memory; lower --batch"),
+    (train.PostTraining, "advance", "post-training: does not fit into memory; lower --micro-batch"),
+    (train, "report", "measuring: does not fit into memory; lower --validate-clips")])
+def test_too_little_memory_is_one_line_that_says_what_to_lower(cache, tmp_path, monkeypatch, owner, name, words, full):
+    def fail(*_):
+        raise full
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(MediaError, match=words) as error:
+        train.main([*TINY, *POST, "--steps", "1", "--updates", "1", "--out", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are():
+    class Big:
+        window, readouts = None, ()
+
+        def rate(self, *_):
+            raise CPU_FULL
+    with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
+        reward.rate_whole(Big(), torch.zeros(1, 8, 3, 32, 32), torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
+    with pytest.raises(RuntimeError, match="shapes"), fitting("this", "that"):
+        raise RuntimeError("shapes do not match")
 
 
 def test_flags_win_over_the_preset():
@@ -277,7 +389,7 @@ def test_bad_input_is_one_line_and_a_failing_exit(run, tmp_path):
     assert done.stderr.startswith("error:") and "face.png" in done.stderr
     assert not (tmp_path / "o.mp4").exists()
     with pytest.raises(MediaError, match="holds no config.json"):
-        sample.main(["--checkpoint", str(tmp_path), "--image", "a", "--audio", "b", "--out", "c"])
+        sample.main(["--checkpoint", str(tmp_path), "--image", "a", "--audio", "b", "--out", "c.mp4"])
 
 
 # ---------------------------------------------------------------- post-training
