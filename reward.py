@@ -16,7 +16,8 @@ What you learn here, in the order of the file:
 
 2. The regularisers: still background, identity, amount of motion, jerk, flicker, chunk seams, each held against what
    real clips show; and the composite reward = sum_i weight_i component_i.
-3. How the embedded judge is taught: clips of known quality, spoilt in graded ways.
+3. How the embedded judge is taught: its towers to see and to hear mouths, then all of it on clips of known quality,
+   spoilt in graded ways.
 4. Whether to trust a judge: known faults, and ratings of people.
 5. Held-out metrics. Nothing in 1..3 uses them: a generator that is trained on the reward is measured by them.
 
