@@ -154,10 +154,8 @@ class Judge:
         self.orders, self.batch, self.device, self.offload = tuple(orders), batch, device, offload
         self.digits = [processor.tokenizer.encode(d, add_special_tokens=False)[-1] for d in "12345"]
         self.readouts, self.towers = None, {}        # what its towers said of the clips that were read last
-        for name, tower, field in (("sight", model.visual, "pooler_output"),
-                                   ("sound", model.audio_tower, "last_hidden_state")):
-            tower.register_forward_hook(
-                lambda module, args, out, name=name, field=field: self.towers.update({name: getattr(out, field)}))
+        model.visual.register_forward_hook(lambda *call: self.towers.update(sight=call[-1].pooler_output))
+        model.audio_tower.register_forward_hook(lambda *call: self.towers.update(sound=call[-1].last_hidden_state))
         # Only the next token counts: without this, a clip of 3000 tokens would give 3000 rows of 150,000 logits.
         model.lm_head.register_forward_pre_hook(lambda head, inputs: (inputs[0][:, -1:],))
         if not offload:
