@@ -612,3 +612,18 @@ def test_a_reward_of_your_own_is_a_component_like_the_others(run, tmp_path, monk
                 "--judge", "none", "--out", str(tmp_path)])
     update = next(e for e in map(json.loads, open(tmp_path / "log.jsonl")) if "parts" in e)
     assert update["components"]["warmth"]["group_std"] > 0
+
+
+def test_a_judge_of_your_own_is_asked(cache, monkeypatch):
+    """README's example: its ratings are components, and what needs readouts is left out."""
+    text = (Path(train.__file__).parent / "README.md").read_text()
+    example = text.split("import reward, torch, train")[1].split("reward.make_judge =")[0]
+    names = {"reward": reward, "torch": torch}
+    exec(example, names)
+    monkeypatch.setattr(reward, "make_judge", lambda args: names["MyJudge"]())
+    args = train.parse_arguments(TINY)
+    clips, _, _ = train.load_clips(args)
+    mine, frames = train.make_reward(args, clips, args.config.chunk_frames), train.pixels(clips[:2], 16)
+    scores = mine(frames, torch.zeros(2, 16 * 640), frames[:, 0], ["a", "b"])
+    torch.testing.assert_close(scores.components["motion"], 1 + 4 * frames[:, -1].mean((1, 2, 3)))
+    assert "lip_course" not in scores.components
