@@ -56,9 +56,9 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting,
-                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line,
-                  reading_weights, replacing, synthetic_clips, whole_model, write_speech, write_video, write_weights,
-                  writing)
+                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line, pixels,
+                  reading_weights, replacing, sounds, synthetic_clips, video_uri, whole_model, write_speech,
+                  write_weights, writing)
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -358,14 +358,13 @@ class RemoteJudge:
 
     def _media(self, frames: Tensor, audio: Tensor) -> list[dict]:
         """Encode a clip as the parts of a message: an mp4 with its sound, and the sound alone if not interleaved."""
+        video = {"type": "video_url", "video_url": {"url": video_uri(to_bytes(frames.detach()).cpu(), audio)}}
+        if self.interleave:
+            return [video]
         with tempfile.TemporaryDirectory() as folder:
-            mp4, wav = Path(folder, "clip.mp4"), Path(folder, "clip.wav")
-            write_video(mp4, to_bytes(frames.detach()).cpu(), audio)
-            write_speech(wav, audio.detach().cpu())
-            video, sound = (base64.b64encode(path.read_bytes()).decode() for path in (mp4, wav))
-        parts = [{"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{video}"}},
-                 {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}}]
-        return parts[:1] if self.interleave else parts
+            write_speech(wav := Path(folder, "clip.wav"), audio.detach().cpu())
+            sound = base64.b64encode(wav.read_bytes()).decode()
+        return [video, {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}}]
 
     def _post(self, body: bytes, name: str, stop: threading.Event) -> bytes:
         """Send a request, again after time-outs, lost connections, HTTP 429 and 5xx. Returns: the answer's body."""
@@ -746,10 +745,8 @@ def good_material(clips: Sequence[Clip], frames: int = MATERIAL_FRAMES) -> Mater
     for i in tqdm(range(0, len(clips), 8), "taking faces apart", leave=False):
         part = pictures[i:i + 8] / 255
         pose.append(estimate_pose(part))
-        still = unwarp(part.flatten(0, 1), pose[-1].flatten(0, 1)).view_as(part)
-        face[i:i + 8] = to_bytes(still)
-    mouth = mouths(clips, frames)
-    audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME].view(frames, -1) for clip in clips])
+        face[i:i + 8] = to_bytes(unwarp(part.flatten(0, 1), pose[-1].flatten(0, 1)).view_as(part))
+    mouth, audio = mouths(clips, frames), sounds(clips, frames).unflatten(1, (frames, -1))
     return Material(pictures, audio, mouth, mouth, torch.ones(len(clips)), torch.zeros(len(clips)),
                     torch.cat(pose), face)
 
@@ -767,7 +764,7 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
     model = load_generator(run).eval()
     c = model.config
     frames = min(len(clip.frames) for clip in clips) // c.chunk_frames * c.chunk_frames
-    true = torch.stack([clip.frames[:frames] for clip in clips]) / 255
+    true = pixels(clips, frames)
     with torch.no_grad():
         latents = torch.cat([model.codec.encode(part) for part in true.split(16)])
         rng = torch.Generator().manual_seed(seed)
@@ -777,8 +774,7 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
             fresh = seeded_noise(seed + 1 + take, range(len(clips)), (c.video_tokens, c.channels))
             step = drawing_step(Settings(), stochastic_steps(Settings.rollout_steps), fresh)
             videos.append(imitate(model, clips, frames, Settings.rollout_steps, seed=seed, step=step))
-    called = mouths(clips, frames)
-    audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME].view(frames, -1) for clip in clips])
+    called, audio = mouths(clips, frames), sounds(clips, frames).unflatten(1, (frames, -1))
     parts = []
     for video in videos:
         measured = evaluate(video, clips, c.chunk_frames)
@@ -2053,9 +2049,8 @@ def train_sync_network(args: argparse.Namespace) -> None:
     clips, held_out = clips_for(args, SYNC_CLIPS)
     net = train_sync(clips, args.seed, args.steps or 400)
     frames = min(len(clip.frames) for clip in held_out)
-    videos, audio = (torch.stack([getattr(c, name)[:n] for c in held_out])
-                     for name, n in (("frames", frames), ("audio", frames * SAMPLES_PER_FRAME)))
-    own, other = (sync_metrics(net, videos / 255, sound) for sound in (audio, audio.roll(1, 0)))
+    videos, audio = pixels(held_out, frames), sounds(held_out, frames)
+    own, other = (sync_metrics(net, videos, sound) for sound in (audio, audio.roll(1, 0)))
     save_sync(net, out, clips=str(args.data or f"{len(clips)} drawn talkers"), seed=args.seed)
     near = (own["sync_offset"].abs() <= 1).float().mean()
     print(f"{len(held_out)} held-out clips: offset within a frame in {near:.0%}; confidence "

@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, fitting, folder_clips, hear,
-                  one_line, replacing, synthetic_clips, write_speech, write_video, writing)
+                  one_line, pixels, replacing, sounds, synthetic_clips, write_speech, write_video, writing)
 from model import (PRESETS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step, save_generator,
                    trunk_shape)
 from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
@@ -190,11 +190,6 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
         raise MediaError(args.data, "has one held-out clip, and post-training wants one more to watch; add files")
     reported = long[1][: len(long[1]) - watch]
     return long[0], reported[: args.validate_clips], long[1][len(reported):]
-
-
-def pixels(clips: Sequence[Clip], frames: int) -> Tensor:
-    """(B, F, 3, S, S) in [0, 1]"""
-    return torch.stack([clip.frames[:frames] for clip in clips]) / 255
 
 
 def codec_loss(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace, step: int) -> Tensor:
@@ -425,8 +420,8 @@ class PostTraining:
     @torch.no_grad()
     def score(self, rollout: grpo.Rollout, prompts: list[Clip]):
         """Judge a rollout of these prompts. Returns: the Scores of all processes' rollouts, in the prompts' order."""
-        group, samples = self.settings.group, rollout.frames.shape[1] * SAMPLES_PER_FRAME
-        audio = torch.stack([clip.audio[:samples] for clip in prompts]).repeat_interleave(group, 0)
+        group = self.settings.group
+        audio = sounds(prompts, rollout.frames.shape[1]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
         scores = self.reward(rollout.frames, audio, rollout.portrait, names, per_chunk=self.settings.credit == "chunk")
 
@@ -522,7 +517,7 @@ def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) 
 def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
     """Tell, apart from the held-out metrics, what the reward says of every arm's videos and of the true clips."""
     frames = next(iter(arms.values())).shape[1]
-    true, audio = pixels(clips, frames), torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
+    true, audio = pixels(clips, frames), sounds(clips, frames)
     return f"the same {len(clips)} clips by the reward:\n" + table(reward, {
         name: reward(videos, audio, true[:, 0], [f"{name} {clip.name}" for clip in clips])
         for name, videos in (arms | {"truth": true}).items()})
@@ -740,8 +735,8 @@ def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
         if all("mouth_distance" in e for e in logged.values()):
             rows.append(["mouth_distance", "", *(f"{logged[arm]['mouth_distance']:.3f}" for arm in made),
                          *[""] * len(paired(made))])
-        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; mean "
-                 f"± 95% interval, differences clip by clip.\n\n" + grid(("", "codec alone", *columns), rows))
+        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; "
+                 "mean ± 95% interval, differences clip by clip.\n\n" + grid(("", "codec alone", *columns), rows))
     return text
 
 
@@ -1128,7 +1123,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder until the block, or the process, ends, be it by kill -9: the lock is the system's."""
+    """Keep other runs out of a folder until the block or the process ends, by kill -9 too: the lock is the system's."""
     if rank():
         yield
         return
