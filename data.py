@@ -12,6 +12,7 @@
 Every file that cannot be used raises `MediaError`: one line that names the file, what is wrong and what to do.
 """
 
+import base64
 import errno
 import hashlib
 import itertools
@@ -126,6 +127,16 @@ class Clip:
     frames: Tensor                                   # (F, 3, S, S) uint8 RGB; frames[0] is the portrait
     audio: Tensor                                    # (F * 640,) float32 at 16 kHz
     truth: dict[str, Tensor] | None = None           # {name: (F, ...) or per clip}, known only of synthetic talkers
+
+
+def pixels(clips: Sequence[Clip], frames: int) -> Tensor:
+    """Stack the first frames of clips: (B, F, 3, S, S) in [0, 1]."""
+    return torch.stack([clip.frames[:frames] for clip in clips]) / 255
+
+
+def sounds(clips: Sequence[Clip], frames: int) -> Tensor:
+    """Stack the sound of the first frames of clips: (B, F * 640)."""
+    return torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
 
 
 # ---- Reading media ---------------------------------------------------------------------------------------------------
@@ -1046,6 +1057,13 @@ def write_video(path: str | Path, frames: Iterable[Tensor], audio: Tensor) -> No
             os.replace(f"{folder}/video.mp4", path)
     except OSError as error:
         raise MediaError(path, f"cannot be written ({error.strerror}); make its folder or choose a name") from None
+
+
+def video_uri(frames: Tensor, audio: Tensor) -> str:
+    """Write a video (F, 3, H, W) uint8 with its sound (T,) as an mp4 in a base64 data URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(path := Path(folder, "video.mp4"), frames, audio)
+        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _encode(folder: str, height: int, width: int, frames: Iterable[Tensor]) -> str:

@@ -45,6 +45,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,9 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting,
-                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line,
-                  reading_weights, replacing, synthetic_clips, whole_model, write_speech, write_video, write_weights,
-                  writing)
+                  folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line, pixels,
+                  reading_weights, replacing, sounds, synthetic_clips, video_uri, whole_model, write_speech,
+                  write_weights, writing)
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -202,11 +203,10 @@ class Judge:
     def questions(self) -> tuple[str, list[str]]:
         """Return the text up to the end of the clip, and, for each aspect and order, the text that follows."""
         texts = []
-        for aspect in ASPECTS:
-            for order in self.orders:
-                content = [{"type": "video"}, {"type": "text", "text": prompt(aspect, order, self.rubric)}]
-                texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                                add_generation_prompt=True))
+        for aspect, order in product(ASPECTS, self.orders):
+            content = [{"type": "video"}, {"type": "text", "text": prompt(aspect, order, self.rubric)}]
+            texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                            add_generation_prompt=True))
         end = texts[0].index(self.processor.vision_eos_token) + len(self.processor.vision_eos_token)
         return texts[0][:end], [text[end:] for text in texts]
 
@@ -336,7 +336,7 @@ class RemoteJudge:
         """Ask all questions about one clip; none once another clip has failed."""
         try:
             media, p = self._media(frames, audio), []
-            for aspect, order in ((aspect, order) for aspect in ASPECTS for order in self.orders):
+            for aspect, order in product(ASPECTS, self.orders):
                 if stop.is_set():
                     return None
                 content = [*media, {"type": "text", "text": prompt(aspect, order)}]
@@ -356,14 +356,13 @@ class RemoteJudge:
 
     def _media(self, frames: Tensor, audio: Tensor) -> list[dict]:
         """Encode a clip as the parts of a message: an mp4 with its sound, and the sound alone if not interleaved."""
+        video = {"type": "video_url", "video_url": {"url": video_uri(to_bytes(frames.detach()).cpu(), audio)}}
+        if self.interleave:
+            return [video]
         with tempfile.TemporaryDirectory() as folder:
-            mp4, wav = Path(folder, "clip.mp4"), Path(folder, "clip.wav")
-            write_video(mp4, to_bytes(frames.detach()).cpu(), audio)
-            write_speech(wav, audio.detach().cpu())
-            video, sound = (base64.b64encode(path.read_bytes()).decode() for path in (mp4, wav))
-        parts = [{"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{video}"}},
-                 {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}}]
-        return parts[:1] if self.interleave else parts
+            write_speech(wav := Path(folder, "clip.wav"), audio.detach().cpu())
+            sound = base64.b64encode(wav.read_bytes()).decode()
+        return [video, {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}}]
 
     def _post(self, body: bytes, name: str, stop: threading.Event) -> bytes:
         """Send a request, again after time-outs, lost connections, HTTP 429 and 5xx. Returns: the answer's body."""
@@ -644,14 +643,16 @@ class Reward:
         samples, parts = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)), spans(frames.shape[1], self.judge.window)
         with fitting("the judge", "lower --judge-batch, or --judge-size"):
             ratings = [self.judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names) for a, b in parts]
-        score = torch.stack([torch.stack([calibrate(s, self.calibration[a]) if a in self.calibration else s
-                                          for a, s in zip(ASPECTS, r.score.T)], -1) for r in ratings]).mean(0)
+        score = torch.stack([r.score for r in ratings])          # (spans, B, 3)
+        for i, aspect in enumerate(ASPECTS):
+            if aspect in self.calibration:
+                score[..., i] = calibrate(score[..., i], self.calibration[aspect])
         courses = None
         if ratings[0].courses is not None:                       # where spans overlap, the later one counts
             courses = torch.zeros(*frames.shape[:2], 2)
             for r, (a, b) in zip(ratings, parts):
                 courses[:, a:b] = r.courses
-        return score, torch.stack([r.mass for r in ratings]).amin(0), courses
+        return score.mean(0), torch.stack([r.mass for r in ratings]).amin(0), courses
 
     def lip_course(self, courses: Tensor) -> Tensor:
         """Say when the mouth seen leaves the mouth heard, (B, F, 2) -> (B, K): -(seen - heard)^2 / 2, each of mean 0
@@ -744,10 +745,8 @@ def good_material(clips: Sequence[Clip], frames: int = MATERIAL_FRAMES) -> Mater
     for i in tqdm(range(0, len(clips), 8), "taking faces apart", leave=False):
         part = pictures[i:i + 8] / 255
         pose.append(estimate_pose(part))
-        still = unwarp(part.flatten(0, 1), pose[-1].flatten(0, 1)).view_as(part)
-        face[i:i + 8] = to_bytes(still)
-    mouth = mouths(clips, frames)
-    audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME].view(frames, -1) for clip in clips])
+        face[i:i + 8] = to_bytes(unwarp(part.flatten(0, 1), pose[-1].flatten(0, 1)).view_as(part))
+    mouth, audio = mouths(clips, frames), sounds(clips, frames).unflatten(1, (frames, -1))
     return Material(pictures, audio, mouth, mouth, torch.ones(len(clips)), torch.zeros(len(clips)),
                     torch.cat(pose), face)
 
@@ -765,7 +764,7 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
     model = load_generator(run).eval()
     c = model.config
     frames = min(len(clip.frames) for clip in clips) // c.chunk_frames * c.chunk_frames
-    true = torch.stack([clip.frames[:frames] for clip in clips]) / 255
+    true = pixels(clips, frames)
     with torch.no_grad():
         latents = torch.cat([model.codec.encode(part) for part in true.split(16)])
         rng = torch.Generator().manual_seed(seed)
@@ -775,16 +774,14 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
             fresh = seeded_noise(seed + 1 + take, range(len(clips)), (c.video_tokens, c.channels))
             step = drawing_step(Settings(), stochastic_steps(Settings.rollout_steps), fresh)
             videos.append(imitate(model, clips, frames, Settings.rollout_steps, seed=seed, step=step))
-    called = mouths(clips, frames)
-    audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME].view(frames, -1) for clip in clips])
-    parts = []
+    called, audio = mouths(clips, frames), sounds(clips, frames).unflatten(1, (frames, -1))
+    versions = []                                    # of the fields of Material
     for video in videos:
         measured = evaluate(video, clips, c.chunk_frames)
         lively = MOUTH_SHARE * measured["amplitude"].clamp(0, 1) + (1 - MOUTH_SHARE) * measured["head"].clamp(0, 1)
         fault = (measured["jerk_ratio"].log() / math.log(3)).clamp(0, 1)
-        parts.append(Material(to_bytes(video), audio, called, read_mouths(video, clips), lively, fault))
-    return Material(*(rearrange(list(field), "v n ... -> (n v) ...") for field in zip(*(
-        list(vars(part).values())[:6] for part in parts))))
+        versions.append((to_bytes(video), audio, called, read_mouths(video, clips), lively, fault))
+    return Material(*(rearrange(list(field), "v n ... -> (n v) ...") for field in zip(*versions)))
 
 
 def read_mouths(videos: Tensor, clips: Sequence[Clip]) -> Tensor:
@@ -823,6 +820,11 @@ def whole(rng: torch.Generator, low: int, high: int) -> int:
     return torch.randint(low, high, (), generator=rng).item()
 
 
+def uniform(rng: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+    """Draw a number from low to high."""
+    return low + (high - low) * torch.rand((), generator=rng).item()
+
+
 FAULTS = ("tremble", "freeze", "ghost", "blur", "noise", "flicker", "seam")
 
 
@@ -855,7 +857,8 @@ def spoil(fault: str, strength: float, x: Tensor, mouth: Tensor, rng: torch.Gene
     if fault == "flicker":                           # light and tint tremble
         return x * (1 + 0.12 * u * normal(f, 1, 1, 1)) + 0.06 * u * normal(f, 3, 1, 1), mouth
     chunk = at // whole(rng, 3, 7)                   # seam: every few frames head and shading jump
-    n, pose = chunk[-1].item() + 1, torch.zeros(chunk[-1].item() + 1, 6)
+    n = chunk[-1].item() + 1
+    pose = torch.zeros(n, 6)
     pose[:, [0, 3]], pose[:, [1, 5]] = 0.04 * u * normal(n, 2), 0.03 * u * normal(n, 2)
     shade = nnf.interpolate(0.06 * u * normal(n, 3, 6, 6), x.shape[-2:], mode="bicubic")
     return warp(x, pose[chunk], "bilinear") + shade[chunk], mouth
@@ -874,43 +877,45 @@ class Lesson:
     rivals: int                                      # how many, the last ones, are groups of RIVALS
 
 
+def lesson_sound(material: Material, other: Material, row: int, start: int, frames: int,
+                 rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Choose the sound of a window: mostly its own, or early or late, or mixed with another's, or another's.
+
+    Returns: sound (F * 640,), and the mouth that it calls for (F,).
+    """
+    kind = uniform(rng)
+    move = whole(rng, 1, SHIFT + 1) * (1 if uniform(rng) < 0.5 else -1) if 0.35 < kind < 0.8 else 0
+    at = max(0, min(start + move, material.frames.shape[1] - frames))
+    sound, called = material.audio[row, at:at + frames].flatten(), material.called[row, at:at + frames]
+    if kind >= 0.8:
+        w = uniform(rng, 0.2, 0.8) if kind < 0.92 else 1.0
+        j, k = whole(rng, 0, len(other)), whole(rng, 0, other.frames.shape[1] - frames + 1)
+        sound = normalise_loudness((1 - w) * sound + w * other.audio[j, k:k + frames].flatten())
+        called = (1 - w) * called + w * other.called[j, k:k + frames]
+    return sound, called
+
+
 def lesson(material: Material, other: Material, row: int, frames: int, rng: torch.Generator) -> tuple:
-    """Make one clip of known quality: which window, which sound, how lively, which fault. `other` lends its voices."""
-    uniform = lambda low=0.0, high=1.0: low + (high - low) * torch.rand((), generator=rng).item()
-    start, room = whole(rng, 0, material.frames.shape[1] - frames + 1), material.frames.shape[1] - frames
+    """Make one clip of known quality: which window, how lively, which sound, which fault. `other` lends its voices."""
+    start = whole(rng, 0, material.frames.shape[1] - frames + 1)
     window = slice(start, start + frames)
     x, shown = material.frames[row, window] / 255, material.shown[row, window]
     lively, fault = material.lively[row].item(), material.fault[row].item()
-
-    # the performance
-    if material.face is not None and uniform() < 0.6:
-        mouth, rest = uniform(0, 1.25), uniform(0, 1.25)
+    if material.face is not None and uniform(rng) < 0.6:         # act it, with less or more expression
+        mouth, rest = uniform(rng, 0, 1.25), uniform(rng, 0, 1.25)
         x = act(material.face[row, window] / 255, material.pose[row, window], mouth, rest)
         shown = shown[0] + mouth * (shown - shown[0])
         lively = MOUTH_SHARE * min(mouth, 1) + (1 - MOUTH_SHARE) * min(rest, 1)
-    if uniform() < 0.1:                              # splice: for a while the mouth does what it did at another time
+    if uniform(rng) < 0.1:                           # splice: for a while the mouth does what it did at another time
         length = whole(rng, frames // 5, frames // 2)
         at, source = whole(rng, 0, frames - length), whole(rng, 0, frames - length)
         order = torch.arange(frames)
         order[at:at + length] = torch.arange(source, source + length)
         x, shown, fault = x[order], shown[order], max(fault, 0.15)
-
-    # the sound: mostly its own, or early or late, or mixed with another's, or another's
-    kind = uniform()
-    move = whole(rng, 1, SHIFT + 1) * (1 if uniform() < 0.5 else -1) if 0.35 < kind < 0.8 else 0
-    move = max(-start, min(move, room - start))
-    sound = material.audio[row, start + move:start + move + frames].flatten()
-    called = material.called[row, start + move:start + move + frames]
-    if kind >= 0.8:
-        w = uniform(0.2, 0.8) if kind < 0.92 else 1.0
-        j, k = whole(rng, 0, len(other)), whole(rng, 0, other.frames.shape[1] - frames + 1)
-        sound = normalise_loudness((1 - w) * sound + w * other.audio[j, k:k + frames].flatten())
-        called = (1 - w) * called + w * other.called[j, k:k + frames]
-
-    # the fault
+    sound, called = lesson_sound(material, other, row, start, frames, rng)
     faults = torch.full((len(FAULTS),), 0.0 if material.face is not None else math.nan)
-    if fault < 0.3 and uniform() < 0.65:
-        kind, strength, amplitude = whole(rng, 0, len(FAULTS)), uniform(), shown.std().clamp_min(1e-3)
+    if fault < 0.3 and uniform(rng) < 0.65:
+        kind, strength, amplitude = whole(rng, 0, len(FAULTS)), uniform(rng), shown.std().clamp_min(1e-3)
         x, shown = spoil(FAULTS[kind], strength, x, shown, rng)
         lively = lively * (1 - MOUTH_SHARE + MOUTH_SHARE * (shown.std() / amplitude).clamp_max(1).item())
         fault, faults[kind] = max(fault, strength), strength
@@ -927,10 +932,10 @@ def lessons(good: Material, generated: Material | None, batch: int, seed: int, f
     those differ that GRPO compares. A seed gives the same lessons always.
     """
     rng = torch.Generator().manual_seed(seed)
-    frames, made = frames or 2 * whole(rng, LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1), []
+    frames = frames or 2 * whole(rng, LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1)
     rivals = 0 if generated is None else batch * 3 // 8 // RIVALS * RIVALS
-    for i in range(batch - rivals):
-        made.append(lesson(good, good, whole(rng, 0, len(good)) if rows is None else rows[i], frames, rng))
+    made = [lesson(good, good, whole(rng, 0, len(good)) if rows is None else rows[i], frames, rng)
+            for i in range(batch - rivals)]
     while len(made) < batch:
         clip, twist = whole(rng, 0, len(generated) // VERSIONS), whole(rng, 0, 2 ** 31)
         for version in torch.randperm(VERSIONS, generator=rng)[:RIVALS].tolist():
@@ -967,7 +972,7 @@ def tiny_processor(rubric: dict = TINY_RUBRIC):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
-    texts = [prompt(aspect, order, rubric) for aspect in ASPECTS for order in (False, True)]
+    texts = [prompt(aspect, order, rubric) for aspect, order in product(ASPECTS, (False, True))]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
         special_tokens=["<|pad|>", *SPECIAL.values()]))
@@ -1005,6 +1010,12 @@ def tiny_judge(seed: int = 0) -> Judge:
         torch.manual_seed(seed)
         model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
     return Judge(model, processor, TINY_RUBRIC, TINY_SIDE, LESSON_FRAMES[1])
+
+
+def among_rivals(error: Tensor, rivals: int) -> Tensor:
+    """Take off each group of rivals, (n rivals, ...), what its members have in common."""
+    error = error.unflatten(0, (-1, rivals))
+    return error - error.mean(1, keepdim=True)
 
 
 class Hints(nn.Module):
@@ -1078,12 +1089,6 @@ def rating_loss(logits: Tensor, digits: Sequence[int], truth: Lesson) -> Tensor:
         error = among_rivals(rating - truth.quality[-truth.rivals:, 0], RIVALS)
         loss = loss + RIVALRY * nnf.smooth_l1_loss(error, torch.zeros_like(error), beta=0.1) / 0.1
     return loss
-
-
-def among_rivals(error: Tensor, rivals: int) -> Tensor:
-    """Take off each group of rivals, (n rivals, ...), what its members have in common."""
-    error = error.unflatten(0, (-1, rivals))
-    return error - error.mean(1, keepdim=True)
 
 
 def seen_loss(judge: Judge, hints: Hints, good: Material, generated: Material | None, rng: torch.Generator) -> Tensor:
@@ -1201,13 +1206,10 @@ def exam(judge, good: Material, groups: int, of: int = 8, seed: int = 99) -> dic
         truth = lessons(good, None, of, seed * 1_000_003 + g, LESSON_FRAMES[1], [g % len(good)] * of)
         score.append(judge.rate(truth.frames / 255, truth.audio, [f"lesson {g}.{i}" for i in range(of)]).score)
         quality.append(truth.quality)
-    score, quality = torch.cat(score), torch.cat(quality)
-    group, result = torch.arange(groups).repeat_interleave(of), {}
-    for a, aspect in enumerate(ASPECTS):
-        pairs = lambda s, q, g: pairwise_accuracy(s, q, g, least=0.5)
-        result[aspect] = (bootstrap(spearman, score[:, a], quality[:, a]),
-                          bootstrap(pairs, score[:, a], quality[:, a], group))
-    return result
+    group = torch.arange(groups).repeat_interleave(of)
+    pairs = lambda s, q, g: pairwise_accuracy(s, q, g, least=0.5)
+    return {aspect: (bootstrap(spearman, s, q), bootstrap(pairs, s, q, group))
+            for aspect, s, q in zip(ASPECTS, torch.cat(score).T, torch.cat(quality).T)}
 
 
 def battery(judge, good: Material, seed: int = 0) -> str:
@@ -1221,10 +1223,10 @@ def battery(judge, good: Material, seed: int = 0) -> str:
     spare = (good.frames.shape[1] - LESSON_FRAMES[1]) // 2
     now = slice(spare, spare + LESSON_FRAMES[1])
     true, heard = good.frames[:, now] / 255, good.audio[:, now].flatten(1)
-    early = lambda by: good.audio[:, spare + by:spare + by + LESSON_FRAMES[1]].flatten(1)
+    late = lambda by: good.audio[:, spare - by:spare - by + LESSON_FRAMES[1]].flatten(1)
     acted = lambda mouth, rest: torch.stack([act(f / 255, p, mouth, rest)[now] for f, p in zip(good.face, good.pose)])
     spoilt = lambda fault, u: torch.stack([spoil(fault, u, x, m[now], rng)[0] for x, m in zip(true, good.shown)])
-    tests = [("lip_sync", f"sound {40 * by:+d} ms", lambda by=by: (true, early(-by))) for by in (-5, -3, 3, 5)]
+    tests = [("lip_sync", f"sound {40 * by:+d} ms", lambda by=by: (true, late(by))) for by in (-5, -3, 3, 5)]
     tests += [("lip_sync", "another's sound", lambda: (true, heard.roll(1, 0)))]
     tests += [("expressiveness", f"mouth x {m}, rest x {r}", lambda m=m, r=r: (acted(m, r), heard))
               for m, r in ((0.5, 1), (0.5, 0.5), (0, 0))]
@@ -1445,8 +1447,7 @@ CHOICES = ("left", "right", "tie")                   # of a rater, for each of A
 
 def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Tensor:
     """Rate clips (B, F, 3, S, S) in [0, 1] with sound (B, F * 640), long ones in spans. Returns: (B, 3)."""
-    reward = Reward(judge, None, Weights(**{name: float(name in ASPECTS) for name in COMPONENTS}))
-    return reward.rate(frames, audio, names)[0]
+    return Reward(judge, None).rate(frames, audio, names)[0]
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
@@ -1512,10 +1513,8 @@ def tally(paths: Sequence[Path], key_path: Path) -> str:
 # ---------------------------------------------------------------- held-out metrics
 #
 # From here on stands what no reward may use: `Reward` calls nothing below, so that what it has trained can be measured
-# by it. (The embedded judge's lessons are labelled by the truth; the judge itself sees a clip and nothing else.)
-
-# ---------------------------------------------------------------- metrics that need the truth: drawn talkers
-
+# by it. (The embedded judge's lessons are labelled by the truth; the judge itself sees a clip and nothing else.) First,
+# what needs the truth of drawn talkers.
 
 def mouth_palette(truth: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """List the colours a pixel near the mouth can have: mixtures of two neighbours among skin, lips and what is inside.
@@ -1558,9 +1557,9 @@ def mouth_opening_from_pixels(frames: Tensor, truth: dict[str, Tensor]) -> Tenso
     window = min(round(0.12 * size), y1 - y0), min(round(0.25 * size), x1 - x0)
     areas = []
     for part in frames[:, :, y0:y1, x0:x1].split(64):
-        pixels = part.movedim(1, 3).reshape(-1, 3).float() / (255 if frames.dtype == torch.uint8 else 1)
-        known = torch.exp(-(torch.cdist(pixels, colours).amin(1) / 0.1) ** 2)
-        coverage = (features(pixels) @ fit)[:, 0].clamp(0, 1.2) * known
+        seen = part.movedim(1, 3).reshape(-1, 3).float() / (255 if frames.dtype == torch.uint8 else 1)
+        known = torch.exp(-(torch.cdist(seen, colours).amin(1) / 0.1) ** 2)
+        coverage = (features(seen) @ fit)[:, 0].clamp(0, 1.2) * known
         coverage = coverage.view(-1, 1, y1 - y0, x1 - x0)
         areas.append(nnf.avg_pool2d(coverage, window, 1).amax((1, 2, 3)) * window[0] * window[1] / size**2)
     return torch.cat(areas)
@@ -1635,9 +1634,8 @@ def shifted_correlation(made: Tensor, true: Tensor, shift: int = 0) -> Tensor:
 
 def sync_offset(made: Tensor, true: Tensor, most: int = 8) -> Tensor:
     """Return by how many frames `made` (F,) comes after `true` (F,): the shift at which they correlate best."""
-    shifts = range(-most, most + 1)
-    best = torch.stack([shifted_correlation(made, true, shift) for shift in shifts]).argmax()
-    return torch.tensor(float(shifts[best]))
+    tried = torch.stack([shifted_correlation(made, true, shift) for shift in range(-most, most + 1)])
+    return (tried.argmax() - most).float()
 
 
 # ---------------------------------------------------------------- metrics that need no truth
@@ -1897,7 +1895,7 @@ def weights_argument(text: str) -> dict[str, float]:
     """Read 'lip_sync=1,seam=0.5' into {name: weight}."""
     try:
         weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
-        asdict(Weights(**weights))
+        Weights(**weights)                           # a TypeError for names that it lacks
         if not all(0 <= weight < 1e9 for weight in weights.values()):
             raise ValueError
     except (ValueError, TypeError):
@@ -2051,9 +2049,8 @@ def train_sync_network(args: argparse.Namespace) -> None:
     clips, held_out = clips_for(args, SYNC_CLIPS)
     net = train_sync(clips, args.seed, args.steps or 400)
     frames = min(len(clip.frames) for clip in held_out)
-    videos, audio = (torch.stack([getattr(c, name)[:n] for c in held_out])
-                     for name, n in (("frames", frames), ("audio", frames * SAMPLES_PER_FRAME)))
-    own, other = (sync_metrics(net, videos / 255, sound) for sound in (audio, audio.roll(1, 0)))
+    videos, audio = pixels(held_out, frames), sounds(held_out, frames)
+    own, other = (sync_metrics(net, videos, sound) for sound in (audio, audio.roll(1, 0)))
     save_sync(net, out, clips=str(args.data or f"{len(clips)} drawn talkers"), seed=args.seed)
     near = (own["sync_offset"].abs() <= 1).float().mean()
     print(f"{len(held_out)} held-out clips: offset within a frame in {near:.0%}; confidence "

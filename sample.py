@@ -7,11 +7,9 @@ The video is generated chunk by chunk and written as it comes, in constant memor
 """
 
 import argparse
-import base64
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 import reward
 from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, hear, load_portrait,
-                  load_speech, one_line, replacing, synthetic_clips, write_video, writing)
+                  load_speech, one_line, pixels, replacing, sounds, synthetic_clips, video_uri, write_video, writing)
 from model import Generator, estimate_pose, load_generator, ode_step, unwarp
 
 
@@ -57,7 +55,7 @@ def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = 4
 NEED_NO_TRUTH = "still_psnr", "jerk", "seam", "sync_confidence", "sync_own", "identity"      # reported on a line apart
 
 
-def lips_drawn(videos: Tensor, truths: list[Tensor], clips: Sequence[Clip]) -> tuple[dict, list[Tensor], list[Tensor]]:
+def lips_drawn(videos: Tensor, truths: Tensor, clips: Sequence[Clip]) -> tuple[dict, list[Tensor], list[Tensor]]:
     """Measure lips of drawn talkers: lip_sync, the correlation with the true mouth, and amplitude.
 
     Returns: name -> values; the mouths (F,) of the videos, and the true ones.
@@ -71,7 +69,7 @@ def lips_drawn(videos: Tensor, truths: list[Tensor], clips: Sequence[Clip]) -> t
             "amplitude": [m.std() / s.std().clamp_min(1e-6) for m, s in zip(made, seen)]}, made, true
 
 
-def lips_real(videos: Tensor, truths: list[Tensor], clips: Sequence[Clip]) -> tuple[dict, list[Tensor], list[Tensor]]:
+def lips_real(videos: Tensor, truths: Tensor, clips: Sequence[Clip]) -> tuple[dict, list[Tensor], list[Tensor]]:
     """Measure lips of real clips: mouth_own, the mouth-motion correlation with the true clip, and amplitude.
 
     mouth_late is the same against the true clip 5 frames later, mouth_other against another clip; over_late and
@@ -98,7 +96,7 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
     lips_drawn or lips_real gives.
     """
     frames = videos.shape[1]
-    truths = [clip.frames[:frames] / 255 for clip in clips]
+    truths = pixels(clips, frames)
     poses = [[estimate_pose(v[None])[0] for v in vs] for vs in (videos, truths)]
     heads = [[reward.head_motion(pose) for pose in some] for some in poses]
     mouths = [[reward.mouth_box(unwarp(v, pose)) for v, pose in zip(vs, some)]
@@ -112,9 +110,9 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
               "jerk": [reward.jerk(v) for v in videos],
               "seam": [reward.seam(v, chunk_frames) for v in videos]}
     if sync is not None:
-        audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
-        values |= {k: v for k, v in reward.sync_metrics(sync, videos, audio).items() if k in NEED_NO_TRUTH}
-        values["identity"] = reward.identity_cosine(sync, videos, torch.stack([t[0] for t in truths])).mean(1)
+        offsets = reward.sync_metrics(sync, videos, sounds(clips, frames))
+        values |= {k: v for k, v in offsets.items() if k in NEED_NO_TRUTH}
+        values["identity"] = reward.identity_cosine(sync, videos, truths[:, 0]).mean(1)
     lips, made, true = (lips_drawn if clips[0].truth else lips_real)(videos, truths, clips)
     values |= lips
     values["offset"] = [reward.sync_offset(m, t) for m, t in zip(made, true)]
@@ -175,12 +173,9 @@ def study_clips(args: argparse.Namespace, models: Sequence[Generator]) -> tuple[
 
 
 def data_uri(frames: Tensor, audio: Tensor) -> str:
-    """Write a video (F, 3, S, S) in [0, 1] with its sound as an mp4 in a base64 data URI."""
+    """Write a video (F, 3, S, S) in [0, 1] with its sound, enlarged, as an mp4 in a base64 data URI."""
     scale = max(1, STUDY_SIDE // frames.shape[-1])
-    frames = reward.to_bytes(frames).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    with tempfile.TemporaryDirectory() as folder:
-        write_video(path := Path(folder) / "video.mp4", frames, audio)
-        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+    return video_uri(reward.to_bytes(frames).repeat_interleave(scale, -1).repeat_interleave(scale, -2), audio)
 
 
 def study(args: argparse.Namespace) -> None:
@@ -196,7 +191,7 @@ def study(args: argparse.Namespace) -> None:
     clips, frames = study_clips(args, models)
     with writing(out):                                   # before the work that would be lost
         out.mkdir(parents=True, exist_ok=True)
-    audio = torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
+    audio = sounds(clips, frames)
     videos = {run: imitate(model, clips, frames, args.steps, args.guidance, args.seed)
               for run, model in zip("ab", models)}
     names = [clip.name for clip in clips]

@@ -49,7 +49,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partialmethod
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -63,10 +62,10 @@ from tqdm import tqdm
 
 import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, fitting, folder_clips, hear,
-                  one_line, replacing, synthetic_clips, write_speech, write_video, writing)
+                  one_line, pixels, replacing, sounds, synthetic_clips, write_speech, write_video, writing)
 from model import (PRESETS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step, save_generator,
                    trunk_shape)
-from reward import DEFAULT_SYNC, Reward, frechet, load_sync, make_reward, reward_flags, table
+from reward import DEFAULT_SYNC, Reward, Scores, frechet, load_sync, make_reward, reward_flags, table, to_bytes
 from sample import (check_numbers, crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary,
                     with_interval)
 
@@ -190,11 +189,6 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
         raise MediaError(args.data, "has one held-out clip, and post-training wants one more to watch; add files")
     reported = long[1][: len(long[1]) - watch]
     return long[0], reported[: args.validate_clips], long[1][len(reported):]
-
-
-def pixels(clips: Sequence[Clip], frames: int) -> Tensor:
-    """(B, F, 3, S, S) in [0, 1]"""
-    return torch.stack([clip.frames[:frames] for clip in clips]) / 255
 
 
 def codec_loss(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace, step: int) -> Tensor:
@@ -423,10 +417,10 @@ class PostTraining:
                 "seconds_for": dict(zip(("rollout", "reward", "update"), seconds))}
 
     @torch.no_grad()
-    def score(self, rollout: grpo.Rollout, prompts: list[Clip]):
+    def score(self, rollout: grpo.Rollout, prompts: list[Clip]) -> Scores:
         """Judge a rollout of these prompts. Returns: the Scores of all processes' rollouts, in the prompts' order."""
-        group, samples = self.settings.group, rollout.frames.shape[1] * SAMPLES_PER_FRAME
-        audio = torch.stack([clip.audio[:samples] for clip in prompts]).repeat_interleave(group, 0)
+        group = self.settings.group
+        audio = sounds(prompts, rollout.frames.shape[1]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
         scores = self.reward(rollout.frames, audio, rollout.portrait, names, per_chunk=self.settings.credit == "chunk")
 
@@ -435,7 +429,7 @@ class PostTraining:
         parts = everyone([{k: v.cpu() for k, v in x.items()} for x in (
             {"total": scores.total}, scores.components, scores.per_chunk)])
         total, components, per_chunk = ({k: join(part[k] for part in some) for k in some[0]} for some in zip(*parts))
-        return SimpleNamespace(**total, components=components, per_chunk=per_chunk)
+        return Scores(total["total"], components, per_chunk)
 
     def improve(self, rollout: grpo.Rollout, advantage: Tensor) -> dict:
         """Take a gradient step on some rollouts, a few at a time as memory allows. Returns: what to log."""
@@ -493,6 +487,11 @@ def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
     return model
 
 
+def averaged(run: Pretraining) -> Generator:
+    """The generator with the moving average of its weights."""
+    return loaded(run.average, run.args)
+
+
 def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
     """Measure videos by what no reward uses, with the sync network of --sync."""
     return evaluate(videos, clips, args.config.chunk_frames, None if args.sync == "none" else load_sync(args.sync))
@@ -522,7 +521,7 @@ def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) 
 def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
     """Tell, apart from the held-out metrics, what the reward says of every arm's videos and of the true clips."""
     frames = next(iter(arms.values())).shape[1]
-    true, audio = pixels(clips, frames), torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
+    true, audio = pixels(clips, frames), sounds(clips, frames)
     return f"the same {len(clips)} clips by the reward:\n" + table(reward, {
         name: reward(videos, audio, true[:, 0], [f"{name} {clip.name}" for clip in clips])
         for name, videos in (arms | {"truth": true}).items()})
@@ -548,12 +547,14 @@ def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argpa
         made = {}
         for name, model in arms.items():
             made[name], videos = validate(model, clips, args, noisy=sampler != "ode")
-            shown += [videos] if sampler == "ode" else []
+            if sampler == "ode":
+                shown.append(videos)
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
-            together = {} if args.sync == "none" else {"mouth_distance": mouth_distance(videos, clips, args)}
-            for distance in together.values():
-                print(f"  all clips together   Frechet distance of mouths {distance:.3f}")
+            together = {}
+            if args.sync != "none":
+                together["mouth_distance"] = mouth_distance(videos, clips, args)
+                print(f"  all clips together   Frechet distance of mouths {together['mouth_distance']:.3f}")
             log(step=step, arm=name, sampler=sampler, held_out=means(made[name]), **together)
         for title, difference in paired(made).items():
             print(f"{title}, clip by clip, {sampler}:\n{summary(difference)}")
@@ -561,6 +562,10 @@ def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argpa
     with replacing(args.out / "held_out.json") as path:
         path.write_text(json.dumps(values))
     return shown
+
+
+def means(metrics: dict[str, Tensor]) -> dict[str, float]:
+    return {name: round(values.mean().item(), 5) for name, values in metrics.items()}
 
 
 def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -571,23 +576,22 @@ def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
 
 def write_sheet(path: Path, videos: list[Tensor], columns: int = 12) -> None:
     """Write a picture of videos (B, F, 3, S, S): of each clip, some frames of the first above those of the others."""
-    at, size = torch.linspace(0, videos[0].shape[1] - 1, columns).long(), videos[0].shape[-1]
-    strips = torch.stack([video[:, at] for video in videos], 1).flatten(0, 1)        # (B videos, columns, ...)
-    sheet = (strips.permute(0, 3, 1, 4, 2).reshape(len(strips) * size, columns * size, 3) * 255).round().byte()
+    at = torch.linspace(0, videos[0].shape[1] - 1, columns).long()
+    sheet = rearrange([to_bytes(video[:, at]) for video in videos], "arm b column c y x -> (b arm y) (column x) c")
     with replacing(path) as written:
-        Image.fromarray(np.ascontiguousarray(sheet)).save(written, format="png")
+        Image.fromarray(sheet.numpy()).save(written, format="png")
 
 
-def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
+def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6) -> None:
     """Write sheet.png, truth above what each arm generated for some clips, and sample.mp4, truth beside generated, with
     sound; and the portrait and the speech of the first clip, to try sample.py with."""
     frames = arms[0].shape[1]
     videos = [pixels(clips[:rows], frames)] + [arm[:rows] for arm in arms]
-    write_sheet(folder / "sheet.png", videos, columns)
+    write_sheet(folder / "sheet.png", videos)
     with replacing(folder / "portrait.png") as path:
         Image.fromarray(clips[0].frames[0].permute(1, 2, 0).numpy()).save(path, format="png")
     write_speech(folder / "speech.wav", clips[0].audio)
-    beside = (torch.cat([video[0] for video in videos], -1) * 255).round().byte()
+    beside = to_bytes(torch.cat([video[0] for video in videos], -1))
     enlarged = beside.repeat_interleave(4, -1).repeat_interleave(4, -2)
     write_video(folder / "sample.mp4", enlarged, clips[0].audio[: frames * SAMPLES_PER_FRAME])
 
@@ -617,10 +621,6 @@ class Log:
             file.write(json.dumps({"seconds": round(time.perf_counter() - self.start, 2), **entry}) + "\n")
 
 
-def means(metrics: dict[str, Tensor]) -> dict[str, float]:
-    return {name: round(values.mean().item(), 5) for name, values in metrics.items()}
-
-
 # ---------------------------------------------------------------- the report of a run
 #
 # Made of log.jsonl and held_out.json alone, so that a resumed run reports the whole of itself.
@@ -628,6 +628,11 @@ def means(metrics: dict[str, Tensor]) -> dict[str, float]:
 STAGES = {"codec_step": "the codec", "config": "preparation", "loss": "pretraining", "parts": "post-training",
           "watched": "watching", "control_steps": "control", "held_out": "measuring",
           "rewarded": "measuring"}                                                       # what a line of the log ends
+
+
+def having(entries: list[dict], key: str) -> list[dict]:
+    """Choose the entries of a log that have this key."""
+    return [e for e in entries if key in e]
 
 
 def hardware(device: str) -> str:
@@ -664,7 +669,7 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def facts(entries: list[dict]) -> str:
     """Tell how a run was made: commands, hardware, seed, and where its time went."""
-    sessions, updates = ([e for e in entries if key in e] for key in ("config", "parts"))
+    sessions, updates = having(entries, "config"), having(entries, "parts")
     spent, before = Counter(), {"seconds": 0}
     for e in entries:                                # seconds count from the start of each session
         stage = next(name for key, name in STAGES.items() if key in e)
@@ -672,24 +677,25 @@ def facts(entries: list[dict]) -> str:
         spent[stage] += e["seconds"] - before["seconds"] * goes_on
         before = e
     last, flags = sessions[-1], sessions[-1]["training"]
-    rows = [("hardware", " / ".join(dict.fromkeys(s["hardware"] for s in sessions if "hardware" in s))),
+    rows = [("hardware", " / ".join(dict.fromkeys(s["hardware"] for s in having(sessions, "hardware")))),
             ("seed", f"{flags['seed']}"),
             ("generator", f"{last['parameters'] / 1e6:.2f} M parameters, {last['config']['size']} pixels"),
             ("minutes", f"{sum(spent.values()) / 60:.1f}"),
             *((f"minutes of {stage}", f"{seconds / 60:.1f}") for stage, seconds in spent.items())]
     for stage in updates[0]["seconds_for"] if updates else ():
         rows.append((f"seconds an update, {stage}", f"{np.mean([e['seconds_for'][stage] for e in updates]):.2f}"))
-    rows += [("kept", f"update {e['best']} of {e['update']}") for e in [e for e in entries if "watched" in e][-1:]]
-    rows += [("control", f"{e['control_steps']} more steps of pretraining in {e['cpu_seconds']:.0f} CPU-seconds")
-             for e in [e for e in entries if "control_steps" in e][-1:]]
-    commands = "\n".join(s["command"] for s in sessions if "command" in s)
+    for e in having(entries, "watched")[-1:]:
+        rows.append(("kept", f"update {e['best']} of {e['update']}"))
+    for e in having(entries, "control_steps")[-1:]:
+        rows.append(("control", f"{e['control_steps']} more steps of pretraining in "
+                                f"{e['cpu_seconds']:.0f} CPU-seconds"))
+    commands = "\n".join(s["command"] for s in having(sessions, "command"))
     return f"```sh\n{commands}\n```\n\n" + grid(("", ""), rows)
 
 
 def pretraining_part(folder: Path, entries: list[dict]) -> str:
     """Draw the loss by noise level, and what was validated on the way. Returns: Markdown, empty without such steps."""
-    steps = [e for e in entries if "loss_by_sigma" in e]
-    looks = [e for e in entries if "held_out" in e and "arm" not in e]
+    steps, looks = having(entries, "loss_by_sigma"), [e for e in having(entries, "held_out") if "arm" not in e]
     if not steps:
         return ""
     blocks = np.array_split(np.array([[e["step"], *e["loss_by_sigma"]] for e in steps], float), min(len(steps), 100))
@@ -715,7 +721,7 @@ def metric_panels(looks: list[dict], unit: str, key: str) -> dict[str, list[tupl
 
 def post_training_part(folder: Path, entries: list[dict]) -> str:
     """Draw the reward's components and the watched metrics over updates. Returns: Markdown, empty without updates."""
-    updates, looks = [e for e in entries if "parts" in e], [e for e in entries if "watched" in e]
+    updates, looks = having(entries, "parts"), having(entries, "watched")
     if not updates:
         return ""
     x, panels = [e["update"] for e in updates], {}
@@ -731,7 +737,7 @@ def post_training_part(folder: Path, entries: list[dict]) -> str:
 
 def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
     """Tabulate the held-out metrics of every arm and their paired differences. Returns: Markdown."""
-    text, codec = "", [e for e in entries if "codec" in e][-1]["codec"]
+    text, codec = "", having(entries, "codec")[-1]["codec"]
     for sampler, made in values.items():
         made = {arm: {k: torch.tensor(v) for k, v in metrics.items()} for arm, metrics in made.items()}
         logged = {e["arm"]: e for e in entries if e.get("sampler") == sampler}                   # the last one counts
@@ -740,8 +746,8 @@ def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
         if all("mouth_distance" in e for e in logged.values()):
             rows.append(["mouth_distance", "", *(f"{logged[arm]['mouth_distance']:.3f}" for arm in made),
                          *[""] * len(paired(made))])
-        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; mean "
-                 f"± 95% interval, differences clip by clip.\n\n" + grid(("", "codec alone", *columns), rows))
+        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; "
+                 "mean ± 95% interval, differences clip by clip.\n\n" + grid(("", "codec alone", *columns), rows))
     return text
 
 
@@ -749,10 +755,9 @@ def write_report(folder: Path) -> None:
     """Write report.md and the curves that it shows, of what the run has logged and measured."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     values = json.loads((folder / "held_out.json").read_text())
-    rewards = [e["rewarded"] for e in entries if "rewarded" in e]
     text = (f"# {folder.resolve().name}\n\n" + facts(entries) + pretraining_part(folder, entries)
             + post_training_part(folder, entries) + held_out_part(values, entries)
-            + f"\n## By the reward\n\n```\n{rewards[-1]}\n```\n"
+            + f"\n## By the reward\n\n```\n{having(entries, 'rewarded')[-1]['rewarded']}\n```\n"
               f"\n## Pictures\n\nTruth above {', '.join(values['ode'])}; all side by side, with sound, in "
               "[sample.mp4](sample.mp4).\n\n![truth above generated](sheet.png)\n")
     with replacing(folder / "report.md") as path:
@@ -760,6 +765,35 @@ def write_report(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- command line
+
+def pretraining_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of a run, of its data and of pretraining."""
+    g = p.add_argument_group("run")
+    g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and training defaults (%(default)s)")
+    g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
+    g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, with the flags it had")
+    g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    g.add_argument("--device", type=device_argument, default=device_argument(), help="cpu or cuda (%(default)s)")
+    g.add_argument("--compile", action="store_true", help="torch.compile the generator: slow to start, faster steps")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="keep the inputs of blocks alone for "
+                   "the backward pass and compute the rest again: less memory, slower steps (by preset)")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
+    g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
+    g.add_argument("--clips", type=int, help="how many synthetic talkers to train on (by preset)")
+    g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=int, help="training steps (by preset)")
+    g.add_argument("--batch", type=int, help="clips per step (by preset)")
+    g.add_argument("--codec-steps", type=int, help="training steps of the learned codec, before (by preset)")
+    g.add_argument("--lr", type=float, default=2e-3, help="of AdamW: embeddings, norms, modulation (%(default)s)")
+    g.add_argument("--muon-lr", type=float, default=0.02, help="of Muon: the trunk's matrices (%(default)s)")
+    g.add_argument("--warmup", type=int, help="steps of warm-up (by preset)")
+    g.add_argument("--ema", type=float, help="decay of the moving average of the weights (by preset)")
+    g.add_argument("--grad-clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
+    g.add_argument("--audio-dropout", type=float, default=0.1, help="share of clips without sound (%(default)s)")
+    g.add_argument("--context-noise", type=float, default=1.0, help="most noise on the clean past (%(default)s)")
+
 
 def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     """Add the flags of post-training. Returns: the names of those that define it."""
@@ -799,31 +833,7 @@ def generator_flags(p: argparse.ArgumentParser) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    g = p.add_argument_group("run")
-    g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and training defaults (%(default)s)")
-    g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
-    g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, with the flags it had")
-    g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    g.add_argument("--device", type=device_argument, default=device_argument(), help="cpu or cuda (%(default)s)")
-    g.add_argument("--compile", action="store_true", help="torch.compile the generator: slow to start, faster steps")
-    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="keep the inputs of blocks alone for "
-                   "the backward pass and compute the rest again: less memory, slower steps (by preset)")
-    g = p.add_argument_group("data")
-    g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
-    g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
-    g.add_argument("--clips", type=int, help="how many synthetic talkers to train on (by preset)")
-    g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
-    g = p.add_argument_group("training")
-    g.add_argument("--steps", type=int, help="training steps (by preset)")
-    g.add_argument("--batch", type=int, help="clips per step (by preset)")
-    g.add_argument("--codec-steps", type=int, help="training steps of the learned codec, before (by preset)")
-    g.add_argument("--lr", type=float, default=2e-3, help="of AdamW: embeddings, norms, modulation (%(default)s)")
-    g.add_argument("--muon-lr", type=float, default=0.02, help="of Muon: the trunk's matrices (%(default)s)")
-    g.add_argument("--warmup", type=int, help="steps of warm-up (by preset)")
-    g.add_argument("--ema", type=float, help="decay of the moving average of the weights (by preset)")
-    g.add_argument("--grad-clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
-    g.add_argument("--audio-dropout", type=float, default=0.1, help="share of clips without sound (%(default)s)")
-    g.add_argument("--context-noise", type=float, default=1.0, help="most noise on the clean past (%(default)s)")
+    pretraining_flags(p)
     of_post_training = post_training_flags(p)
     g = p.add_argument_group("validation and checkpoints")
     g.add_argument("--validate-every", type=int, help="steps between validations (only at the end)")
@@ -910,8 +920,11 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def check_shares(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one clear line where the work cannot be split evenly over the processes."""
-    for name, size in [("--batch", args.batch)] + [("the prompts of each of --parts", n) for n in (
-            {math.ceil(args.prompts / args.parts), args.prompts} if args.updates else ())]:
+    shares = [("--batch", args.batch)]
+    if args.updates:
+        parts = {math.ceil(args.prompts / args.parts), args.prompts}
+        shares += [("the prompts of each of --parts", n) for n in parts]
+    for name, size in shares:
         if size % world():
             p.error(f"{name} must divide by the {world()} processes, got {size}")
     if args.device.startswith("cuda") and world() > 1 and (
@@ -1058,11 +1071,6 @@ def codec_alone(model: Generator, clips: list[Clip], args: argparse.Namespace) -
     return held_out_metrics(torch.cat(videos), clips, args)
 
 
-def averaged(run: Pretraining) -> Generator:
-    """The generator with the moving average of its weights."""
-    return loaded(run.average, run.args)
-
-
 def begin_pretraining(args: argparse.Namespace, clips: list[Clip], start: float) -> tuple[Pretraining, Log]:
     """Make a new run with its codec fitted, or take up a stopped or a finished one. Returns: the run and its log."""
     torch.manual_seed(args.seed)
@@ -1073,8 +1081,8 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], start: float)
     if args.resume:
         run.load(args.resume)
         return run, Log(args.out, run.step, start)
-    for stale in ("state.pt", "config.json", "post.pt", f"{CONTROL}/config.json", "log.jsonl", "codec.png"):
-        if not rank():                                            # of an earlier run here
+    if not rank():                                                  # nothing of an earlier run here may stay
+        for stale in ("state.pt", "config.json", "post.pt", f"{CONTROL}/config.json", "log.jsonl", "codec.png"):
             (args.out / stale).unlink(missing_ok=True)
     log = Log(args.out, 0, start)
     if args.pretrained:
@@ -1128,7 +1136,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder until the block, or the process, ends, be it by kill -9: the lock is the system's."""
+    """Keep other runs out of a folder until the block or the process ends, by kill -9 too: the lock is the system's."""
     if rank():
         yield
         return
