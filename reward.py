@@ -1151,8 +1151,9 @@ def descend(model: nn.Module, hints: Hints, steps: int, losses: Callable[[int], 
 
 def teach(judge: Judge, good: Material, generated: Material | None, steps: int, tower_steps: int = 0, batch: int = 32,
           seed: int = 0, lr: float = 1.5e-3, muon_lr: float = 0.02) -> None:
-    """Train the embedded judge: first its towers alone, on mouths, for a tenth of a lesson's cost; then all of it
-    together, on whole lessons, and still on mouths, or what the towers know of them would fade."""
+    """Train the embedded judge: first its towers alone, on mouths, for a fifth of a lesson's cost; then all of it
+    together, on whole lessons, and still on mouths, or what the towers know of them would fade. Without tower_steps
+    there are whole lessons alone."""
     torch.manual_seed(seed)
     model, hints = judge.model.requires_grad_(True).train(), Hints(judge)
 
@@ -1164,7 +1165,8 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
         truth = lessons(good, generated, batch, seed * 1_000_003 + step)
         judge.orders = (step % 2 == 1,)                                              # learns both orders of the scale
         logits = judge.logits(truth.frames, truth.audio)
-        return {"ratings": rating_loss(logits, judge.digits, truth), "hints": hints.loss(truth), **mouths_alone(step)}
+        losses = {"ratings": rating_loss(logits, judge.digits, truth), "hints": hints.loss(truth)}
+        return losses | (mouths_alone(step) if tower_steps else {})
     descend(model, hints, tower_steps, mouths_alone, "teaching the towers", lr, muon_lr)
     descend(model, hints, steps, whole_lessons, "teaching the judge", lr, muon_lr)
     judge.orders = (False,)
@@ -1177,6 +1179,7 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
 def save_judge(judge: Judge, folder: Path, card: str) -> None:
     """Write the judge as transformers does; beside it readouts, judge.json (rubric, pixels, window) and the card."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "readouts.safetensors").unlink(missing_ok=True)        # of an earlier judge there
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         judge.model.half().save_pretrained(temporary)
         judge.model.float()
@@ -2026,7 +2029,11 @@ def train_judge(args: argparse.Namespace) -> None:
     print(f"lessons are made of {len(good)} clips and {len(generated) if parts else 0} generated ones; "
           f"ready after {(time.process_time() - start) / 60:.1f} CPU-minutes")
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
-    teach(judge, good, generated, args.steps or 1000, args.tower_steps, seed=args.seed)
+    # Of real clips the mouth is known against a second of its own past (mouth_motion), which two frames do not show.
+    towers = (0 if args.data else 2500) if args.tower_steps is None else args.tower_steps
+    teach(judge, good, generated, args.steps or 1000, towers, seed=args.seed)
+    if args.data:
+        judge.readouts = None
     minutes = (time.process_time() - start) / 60
     lines = ["| aspect | Spearman | pairs of one clip ranked right |", "|---|---|---|"]
     for aspect, cells in exam(judge, good_material(held_out), 64).items():
@@ -2103,7 +2110,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--generator", nargs="+", default=[], metavar="RUN", help="runs of train.py, best of several ages, "
                    "whose videos the judge also learns from")
     g.add_argument("--steps", type=int, help="of training (1000 for the judge, 400 for the sync network)")
-    g.add_argument("--tower-steps", type=int, default=2500, help="of training the judge's towers, before (%(default)s)")
+    g.add_argument("--tower-steps", type=int, help="of training the judge's towers by themselves, before (2500, with "
+                   "--data 0)")
     g.add_argument("--clips", type=int, default=64, help="to validate on (%(default)s)")
     g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     g.add_argument("--out", type=Path, help="where to write")
