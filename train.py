@@ -806,8 +806,8 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--micro-batch", type=int, help="rollouts per backward pass (by preset)")
     flag("--post-lr", type=float, default=3e-4, help="of AdamW, which falls to zero by the last update (%(default)s)")
     flag("--post-ema", type=float, default=0.95, help="decay of the moving average of the policy (%(default)s)")
-    flag("--watch-every", type=int, default=10, help="updates between looks at the watched clips (%(default)s)")
-    flag("--watch-clips", type=int, default=24, help="held-out clips that choose the checkpoint (%(default)s)")
+    flag("--watch-every", type=int, default=20, help="updates between looks at the watched clips (%(default)s)")
+    flag("--watch-clips", type=int, default=48, help="held-out clips that choose the checkpoint (%(default)s)")
     flag("--patience", type=int, default=4, help="stop after so many looks without a better checkpoint (%(default)s)")
     g.add_argument("--control", action="store_true", help="spend its CPU time on more pretraining too, and compare")
     g.add_argument("--pretrained", type=Path, metavar="RUN", help="post-train a finished run anew, with these flags "
