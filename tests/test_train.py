@@ -296,8 +296,10 @@ def test_a_log_that_was_cut_short_loses_its_last_line_alone(run, tmp_path):
                                           ("report", "go on with: python train.py --resume")])
 def test_ctrl_c_says_how_to_go_on_wherever_it_comes(run, judge, cache, tmp_path, monkeypatch, stage, words):
     """In preparation, in the control and while measuring; the steps between have tests of their own."""
+    def interrupt(*_):                               # a signal may be ignored where tests run in the background
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(train, stage, lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(train, stage, interrupt)
         with pytest.raises(SystemExit, match=words):
             train.main(["--pretrained", str(run), "--out", str(tmp_path / "run"), *POST, "--updates", "1", "--control"])
     if stage == "report":
