@@ -988,7 +988,7 @@ def tiny_processor(rubric: dict = TINY_RUBRIC):
 
 
 def tiny_judge(seed: int = 0) -> Judge:
-    """Build the embedded judge with random weights: 1.7 M parameters, two frames of video to four tokens."""
+    """Build the embedded judge with random weights: 2.4 M parameters, two frames of video to four tokens."""
     import transformers
     processor, w, heads = tiny_processor(), TINY_WIDTH, TINY_HEADS
     token = {name: processor.tokenizer.convert_tokens_to_ids(text) for name, text in SPECIAL.items()}
@@ -1151,7 +1151,7 @@ def descend(model: nn.Module, hints: Hints, steps: int, losses: Callable[[int], 
 
 def teach(judge: Judge, good: Material, generated: Material | None, steps: int, tower_steps: int = 0, batch: int = 32,
           seed: int = 0, lr: float = 1.5e-3, muon_lr: float = 0.02) -> None:
-    """Train the embedded judge: first its towers alone, on mouths, for a fifth of a lesson's cost; then all of it
+    """Train the embedded judge: first its towers alone, on mouths, for a quarter of a lesson's cost; then all of it
     together, on whole lessons, and still on mouths, or what the towers know of them would fade. Without tower_steps
     there are whole lessons alone."""
     torch.manual_seed(seed)
@@ -2123,14 +2123,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         p.error("--tally needs --key, the key.json that the study wrote")
     if args.align and args.out and args.out.is_dir():
         p.error(f"--out {args.out} is a folder; name the file to write the calibration to")
-    if args.out and (args.train_judge or args.train_sync):
-        with writing(args.out):                      # before the hour of work that would be lost
-            args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.out and (args.train_judge or args.train_sync):
+        with writing(args.out):                      # before the hour of work that would be lost
+            args.out.mkdir(parents=True, exist_ok=True)
     if args.video:
         score_videos(args)
     elif args.train_judge:
