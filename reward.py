@@ -41,7 +41,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -56,7 +56,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting,
+from data import (FPS, LOOK_AHEAD, LOOK_BACK, MEL_DIM, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting,
                   folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line, pixels,
                   reading_weights, replacing, sounds, synthetic_clips, video_uri, whole_model, write_speech,
                   write_weights, writing)
@@ -669,8 +669,8 @@ class Reward:
 #     expressiveness   1 + 4 l         l: liveliness, the amplitude of mouth (.65) and of brows, eyes, head (.35)
 #     motion           5 - 4 u         u: strength of the worst fault: tremble, freeze, ghost, blur, noise, ...
 #
-# Real clips carry no truth, so there the mouth is read by a proxy, `mouth_motion`: the position of the lower middle of
-# the face along its first principal component.
+# Real clips carry no truth, so there the mouth is read by a proxy: how far the lower middle of the face has moved along
+# the one direction that follows the sound most closely (mouth_axis).
 
 MATERIAL_FRAMES = 64                                 # of a clip; lessons are windows of it, so sound can be shifted
 LESSON_FRAMES = 16, 48                               # shortest and longest lesson
@@ -711,11 +711,8 @@ def mouths(clips: Sequence[Clip], frames: int) -> Tensor:
     if clips[0].truth:
         mouth = torch.stack([(clip.truth["opening"] * clip.truth["width"])[:frames] for clip in clips])
     else:
-        axis = mouth_axis([clip.frames[:frames] / 255 for clip in clips[:200]])
-        mouth = torch.stack([mouth_motion(clip.frames[:frames] / 255, axis) for clip in clips])
-        power = torch.stack([clip.audio.view(-1, SAMPLES_PER_FRAME)[:frames].square().mean(1) for clip in clips])
-        loud = torch.stack([quicken(p) for p in (power + 1e-4).log()])
-        mouth = mouth * correlation(mouth.flatten(), loud.flatten()).sign()          # the axis points to "open"
+        boxes = mouth_boxes(clip.frames[:frames] / 255 for clip in clips)
+        mouth = boxes @ mouth_axis(boxes[:200], sounds(clips[:200], frames))
     return (mouth - mouth.mean()) / mouth.std()
 
 
@@ -786,14 +783,15 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
 
 def read_mouths(videos: Tensor, clips: Sequence[Clip]) -> Tensor:
     """Read the mouths of videos (N, F, 3, S, S) on the scale of `mouths` of their true clips. Returns (N, F)."""
-    frames = videos.shape[1]
-    if not clips[0].truth:
-        axis = mouth_axis([clip.frames[:frames] / 255 for clip in clips[:200]])
-        read = lambda video, clip: mouth_motion(video, axis)
+    frames, called = videos.shape[1], mouths(clips, videos.shape[1])
+    truths = [clip.frames[:frames] / 255 for clip in clips]
+    if clips[0].truth:
+        made, true = (torch.stack([mouth_opening_from_pixels(v, clip.truth) for v, clip in zip(vs, clips)])
+                      for vs in (videos, truths))
     else:
-        read = lambda video, clip: mouth_opening_from_pixels(video, clip.truth)
-    true = torch.stack([read(clip.frames[:frames] / 255, clip) for clip in clips])
-    made, called = torch.stack([read(*pair) for pair in zip(videos, clips)]), mouths(clips, frames)
+        boxes = mouth_boxes(truths)
+        axis = mouth_axis(boxes[:200], sounds(clips[:200], frames))
+        made, true = mouth_boxes(videos) @ axis, boxes @ axis
     slope = ((true - true.mean()) * called).mean() / true.var()                      # pixels -> unit deviation
     return (made - true.mean()) * slope
 
@@ -1597,35 +1595,54 @@ def head_motion(pose: Tensor) -> Tensor:
     return pose[:, [0, 3]].std(0).norm()
 
 
-def mouth_box(frames: Tensor) -> Tensor:
-    """Return (F, P), the grey lower middle of each frame minus that of the first, in which a real mouth moves."""
-    size = frames.shape[-1]
+def mouth_box(face: Tensor) -> Tensor:
+    """Return (F, P), the grey lower middle of a face whose head is held still, minus that of the first frame: there a
+    real mouth moves. face (F, 3, S, S), as model.unwarp gives."""
+    size = face.shape[-1]
     top, bottom, left, right = (round(share * size) for share in (0.60, 0.95, 0.30, 0.70))
-    box = frames[:, :, top:bottom, left:right].mean(1).flatten(1)
+    box = face[:, :, top:bottom, left:right].mean(1).flatten(1)
     return box - box[:1]
 
 
-def mouth_axis(clips: list[Tensor]) -> Tensor:
-    """Find the direction (P,) in which the mouth boxes of real clips vary most: their first principal component.
+def mouth_boxes(videos: Iterable[Tensor]) -> Tensor:
+    """Hold the heads of videos (F, 3, S, S) in [0, 1] still and return their mouth boxes, (N, F, P)."""
+    from model import estimate_pose, unwarp
+    return torch.stack([mouth_box(unwarp(video, estimate_pose(video[None])[0])) for video in videos])
 
-    Real clips carry no truth, so how far a mouth is open is read as the position along this one axis. It is
-    fitted to the true clips alone.
+
+def mouth_axis(boxes: Tensor, audio: Tensor, components: int = 16, bands: int = 4, ridge: float = 0.01) -> Tensor:
+    """Find the direction in which the mouth boxes of real clips follow the sound most closely.
+
+    Real clips carry no truth, so how far a mouth is open is read as the position along this one axis, which is fitted
+    to true clips alone: the first canonical correlate (Hotelling 1936) of the boxes' principal components and the
+    log-mel around each frame in a few bands. (The first principal component itself may be light or a turning head.)
+
+    Args:    boxes (N, F, P) of true clips; audio (N, F * 640); ridge: added to unit variances.
+    Returns: (P,); a mouth's position along it is larger where sound is louder.
     """
-    boxes = torch.cat([quicken(mouth_box(clip)) for clip in clips])
-    return torch.linalg.eigh(boxes.T @ boxes).eigenvectors[:, -1]
+    box = boxes.flatten(0, 1).double()
+    box = box - box.mean(0)
+    axes = torch.linalg.eigh(box.T @ box).eigenvectors[:, -components:]
+    axes = axes / (box @ axes).std(0).clamp_min(1e-6)
+    mel = log_mel(audio, boxes.shape[1]).double().flatten(0, 1)
+    mel = mel.unflatten(1, (MEL_DIM // MELS, bands, -1)).mean(-1).flatten(1)         # (N F, instants * bands)
+    mel = (mel - mel.mean(0)) / mel.std(0).clamp_min(1e-6)
+    moves = box @ axes
+
+    def covariance(x, y):
+        return x.T @ y / len(x) + (ridge * torch.eye(x.shape[1], dtype=x.dtype) if x is y else 0)
+    heard = covariance(moves, mel) @ torch.linalg.solve(covariance(mel, mel), covariance(mel, moves))
+    found = torch.linalg.eig(torch.linalg.solve(covariance(moves, moves), heard))
+    axis = axes @ found.eigenvectors[:, found.eigenvalues.real.argmax()].real
+    return (axis * correlation(box @ axis, mel.sum(1)).sign()).float()
 
 
 def quicken(signal: Tensor, frames: int = 25) -> Tensor:
-    """Subtract from (F, ...) its running mean over a second: lips are quick, heads are slow."""
-    flat = signal.reshape(len(signal), -1).T[:, None]                                # (P, 1, F)
-    ones = torch.ones_like(flat)
-    mean = nnf.avg_pool1d(flat, frames, 1, frames // 2) / nnf.avg_pool1d(ones, frames, 1, frames // 2)
-    return (flat - mean)[:, 0].T.view_as(signal)
-
-
-def mouth_motion(frames: Tensor, axis: Tensor) -> Tensor:
-    """Return (F,), how the mouth of a real face moves: its box along `axis`, without the head's slow motion."""
-    return quicken(mouth_box(frames)) @ axis
+    """Subtract from signals (N, F) their running mean over a second: what is left is lips, not where a sentence begins
+    and ends, in which any two videos agree."""
+    ones = torch.ones_like(signal)
+    mean = nnf.avg_pool1d(signal, frames, 1, frames // 2) / nnf.avg_pool1d(ones, frames, 1, frames // 2)
+    return signal - mean
 
 
 def shifted_correlation(made: Tensor, true: Tensor, shift: int = 0) -> Tensor:
@@ -2029,11 +2046,7 @@ def train_judge(args: argparse.Namespace) -> None:
     print(f"lessons are made of {len(good)} clips and {len(generated) if parts else 0} generated ones; "
           f"ready after {(time.process_time() - start) / 60:.1f} CPU-minutes")
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
-    # Of real clips the mouth is known against a second of its own past (mouth_motion), which two frames do not show.
-    towers = (0 if args.data else 2500) if args.tower_steps is None else args.tower_steps
-    teach(judge, good, generated, args.steps or 1000, towers, seed=args.seed)
-    if args.data:
-        judge.readouts = None
+    teach(judge, good, generated, args.steps or 1000, args.tower_steps, seed=args.seed)
     minutes = (time.process_time() - start) / 60
     lines = ["| aspect | Spearman | pairs of one clip ranked right |", "|---|---|---|"]
     for aspect, cells in exam(judge, good_material(held_out), 64).items():
@@ -2110,8 +2123,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--generator", nargs="+", default=[], metavar="RUN", help="runs of train.py, best of several ages, "
                    "whose videos the judge also learns from")
     g.add_argument("--steps", type=int, help="of training (1000 for the judge, 400 for the sync network)")
-    g.add_argument("--tower-steps", type=int, help="of training the judge's towers by themselves, before (2500, with "
-                   "--data 0)")
+    g.add_argument("--tower-steps", type=int, default=2500, help="of training the judge's towers by themselves, before "
+                   "(%(default)s)")
     g.add_argument("--clips", type=int, default=64, help="to validate on (%(default)s)")
     g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     g.add_argument("--out", type=Path, help="where to write")

@@ -69,18 +69,18 @@ def lips_drawn(videos: Tensor, truths: Tensor, clips: Sequence[Clip]) -> tuple[d
             "amplitude": [m.std() / s.std().clamp_min(1e-6) for m, s in zip(made, seen)]}, made, true
 
 
-def lips_real(videos: Tensor, truths: Tensor, clips: Sequence[Clip]) -> tuple[dict, list[Tensor], list[Tensor]]:
-    """Measure lips of real clips: mouth_own, the mouth-motion correlation with the true clip, and amplitude.
+def lips_real(mouths: Tensor, true_mouths: Tensor, audio: Tensor) -> tuple[dict, list[Tensor], list[Tensor]]:
+    """Measure lips of real clips: mouth_own, the correlation of their quick motion with the true clip's, and amplitude.
 
     mouth_late is the same against the true clip 5 frames later, mouth_other against another clip; over_late and
-    over_other are by how much mouth_own exceeds these. Returns: as lips_drawn.
+    over_other are by how much mouth_own exceeds these. Args: mouth boxes (B, F, P). Returns: as lips_drawn.
     """
-    axis = reward.mouth_axis(truths)
-    made, true = ([reward.mouth_motion(v, axis) for v in vs] for vs in (videos, truths))
+    axis = reward.mouth_axis(true_mouths, audio)
+    made, true = (list(reward.quicken(boxes @ axis)) for boxes in (mouths, true_mouths))
     own = [reward.correlation(m, t) for m, t in zip(made, true)]
     late = [reward.shifted_correlation(m, t, -5) for m, t in zip(made, true)]
     values = {"mouth_own": own, "mouth_late": late, "over_late": [a - b for a, b in zip(own, late)]}
-    if len(clips) > 1:
+    if len(true) > 1:
         values["mouth_other"] = other = [reward.correlation(m, t) for m, t in zip(made, true[1:] + true[:1])]
         values["over_other"] = [a - b for a, b in zip(own, other)]
     return values | {"amplitude": [m.std() / t.std() for m, t in zip(made, true)]}, made, true
@@ -113,7 +113,10 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
         offsets = reward.sync_metrics(sync, videos, sounds(clips, frames))
         values |= {k: v for k, v in offsets.items() if k in NEED_NO_TRUTH}
         values["identity"] = reward.identity_cosine(sync, videos, truths[:, 0]).mean(1)
-    lips, made, true = (lips_drawn if clips[0].truth else lips_real)(videos, truths, clips)
+    if clips[0].truth:
+        lips, made, true = lips_drawn(videos, truths, clips)
+    else:
+        lips, made, true = lips_real(*map(torch.stack, mouths), sounds(clips, frames))
     values |= lips
     values["offset"] = [reward.sync_offset(m, t) for m, t in zip(made, true)]
     return {name: torch.stack(tuple(v)) for name, v in values.items()}

@@ -208,8 +208,7 @@ def test_mouths_are_apart_by_what_their_correlation_lacks():
 
 def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth(clips):
     """Without their truth, drawn talkers are real clips; one talker at a time, as the axis is that of one face. The
-    truth is unknown to the proxy, its sign included: open is where sound is loud. It fails where a head moves more than
-    its mouth, as the first of these four does."""
+    truth is unknown to the proxy, its sign included: open is where sound is loud."""
     follow = []
     for i in range(4):
         clip = render_talker(i, 31, 64, 256)
@@ -218,7 +217,7 @@ def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth(cli
         proxy = mouths(parts, 64)
         assert abs(proxy.mean()) < 1e-4 and abs(proxy.std() - 1) < 1e-4
         follow.append(torch.corrcoef(torch.stack([proxy.flatten(), truth]))[0, 1].item())
-    assert sum(f > 0.8 for f in follow) >= 3, follow
+    assert min(follow) > 0.8, follow
 
 
 def test_the_same_seed_gives_the_same_lessons_and_another_gives_others(good):
