@@ -71,7 +71,7 @@ class Settings:
     group: int = setting(8, "videos per prompt, G")
     sampler: str = setting("cps", "stochastic flow step", *STOCHASTIC)
     noise_level: float = setting(0.8, "how much noise is fresh; the papers: cps 0.8, flow-sde 0.7")
-    rollout_steps: int = setting(4, "flow steps per chunk of a rollout")
+    rollout_steps: int = setting(6, "flow steps per chunk of a rollout")
     draws: int = setting(2, "how many of them draw, M; the others follow the ODE")
     draw_at: str = setting("random", "where these stand: drawn anew per update, or sliding from noise to clean",
                            "random", "sliding")

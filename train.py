@@ -799,7 +799,7 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     """Add the flags of post-training. Returns: the names of those that define it."""
     g, names = p.add_argument_group("post-training"), []
     flag = lambda *name, **settings: names.append(g.add_argument(*name, **settings).dest)
-    flag("--updates", type=int, default=100, help="of post-training; 0 leaves it out (%(default)s)")
+    flag("--updates", type=int, default=80, help="of post-training; 0 leaves it out (%(default)s)")
     flag("--prompts", type=int, help="portraits and speeches per update (by preset)")
     flag("--parts", type=int, default=2, help="gradient steps per update, each on a part of its rollouts; with one the "
          "clip is never met (%(default)s)")
