@@ -645,10 +645,10 @@ def hardware(device: str) -> str:
 
 
 def draw(path: Path, panels: dict[str, list[tuple]], unit: str, scale: str = "linear") -> None:
-    """Draw title -> curves (x, y, deviation, label), three panels a row; the deviation is shaded, 0 for none."""
+    """Draw title -> curves (x, y, deviation, label), five panels a row; the deviation is shaded, 0 for none."""
     from matplotlib.figure import Figure             # here: it takes a second, and only the report draws
-    columns, rows = min(len(panels), 3), math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(2 + 3 * columns, 2.5 * rows), layout="constrained")
+    columns, rows = min(len(panels), 5), math.ceil(len(panels) / 5)
+    figure = Figure(figsize=(max(6, 2.8 * columns), max(3, 2.2 * rows)), layout="constrained")
     for place, (title, curves) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, columns, place, title=title, xlabel=unit, yscale=scale)
         for x, y, deviation, label in curves:
