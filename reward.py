@@ -773,27 +773,27 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
             videos.append(imitate(model, clips, frames, Settings.rollout_steps, seed=seed, step=step))
     called, audio = mouths(clips, frames), sounds(clips, frames).unflatten(1, (frames, -1))
     versions = []                                    # of the fields of Material
-    for video in videos:
+    for video, shown in zip(videos, read_mouths(videos, clips, called)):
         measured = evaluate(video, clips, c.chunk_frames)
         lively = MOUTH_SHARE * measured["amplitude"].clamp(0, 1) + (1 - MOUTH_SHARE) * measured["head"].clamp(0, 1)
         fault = (measured["jerk_ratio"].log() / math.log(3)).clamp(0, 1)
-        versions.append((to_bytes(video), audio, called, read_mouths(video, clips), lively, fault))
+        versions.append((to_bytes(video), audio, called, shown, lively, fault))
     return Material(*(rearrange(list(field), "v n ... -> (n v) ...") for field in zip(*versions)))
 
 
-def read_mouths(videos: Tensor, clips: Sequence[Clip]) -> Tensor:
-    """Read the mouths of videos (N, F, 3, S, S) on the scale of `mouths` of their true clips. Returns (N, F)."""
-    frames, called = videos.shape[1], mouths(clips, videos.shape[1])
-    truths = [clip.frames[:frames] / 255 for clip in clips]
+def read_mouths(versions: Sequence[Tensor], clips: Sequence[Clip], called: Tensor) -> list[Tensor]:
+    """Read the mouths of versions of clips, each (N, F, 3, S, S), on the scale of `called`, the `mouths` of the true
+    clips. Returns: (N, F) of each version."""
+    truths = [clip.frames[:called.shape[1]] / 255 for clip in clips]
     if clips[0].truth:
-        made, true = (torch.stack([mouth_opening_from_pixels(v, clip.truth) for v, clip in zip(vs, clips)])
-                      for vs in (videos, truths))
+        true, *made = (torch.stack([mouth_opening_from_pixels(v, clip.truth) for v, clip in zip(videos, clips)])
+                       for videos in (truths, *versions))
     else:
         boxes = mouth_boxes(truths)
-        axis = mouth_axis(boxes[:200], sounds(clips[:200], frames))
-        made, true = mouth_boxes(videos) @ axis, boxes @ axis
+        axis = mouth_axis(boxes[:200], sounds(clips[:200], called.shape[1]))
+        true, *made = boxes @ axis, *(mouth_boxes(videos) @ axis for videos in versions)
     slope = ((true - true.mean()) * called).mean() / true.var()                      # pixels -> unit deviation
-    return (made - true.mean()) * slope
+    return [(shown - true.mean()) * slope for shown in made]
 
 
 def act(face: Tensor, pose: Tensor, mouth: float, rest: float) -> Tensor:
