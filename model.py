@@ -48,6 +48,7 @@ POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the head pose is measured on pict
 CODECS = "linear", "learned"
 CODEC_WIDTHS = 24, 48, 64   # of the learned codec's network, at a half, a quarter and an eighth of the resolution
 CARRIED = 64                # frames that it carries at once: bounds the memory of long clips
+SAMPLING_STEPS = 2          # of the flow per chunk: of a small model more steps show more errors (README)
 PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
 
 
@@ -596,7 +597,7 @@ class Generator(nn.Module):
         return x
 
     @torch.no_grad()
-    def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor], steps: int = 4,
+    def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor], steps: int = SAMPLING_STEPS,
                  guidance: float = 1.0, step: Callable[..., Tensor] = ode_step) -> Iterator[tuple[Tensor, Tensor]]:
         """Generate video chunk by chunk: denoise a chunk against the cache, then write it into the cache.
 

@@ -526,7 +526,7 @@ class Weights:
     activity: float = 0.5
     jerk: float = 0.5
     flicker: float = 0.25
-    seam: float = 0.25
+    seam: float = 1.0
 
 
 # Name -> range, unit and meaning. Of all, more is better; the regularisers reach 0 where real clips are.

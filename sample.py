@@ -21,7 +21,7 @@ from tqdm import tqdm
 import reward
 from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, hear, load_portrait,
                   load_speech, one_line, pixels, replacing, sounds, synthetic_clips, video_uri, write_video, writing)
-from model import Generator, estimate_pose, load_generator, ode_step, unwarp
+from model import SAMPLING_STEPS, Generator, estimate_pose, load_generator, ode_step, unwarp
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -41,8 +41,8 @@ def seeded_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], devi
 # ---------------------------------------------------------------- measure
 
 @torch.no_grad()
-def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = 4, guidance: float = 1.0,
-            seed: int = 0, step: Callable[..., Tensor] = ode_step) -> Tensor:
+def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = SAMPLING_STEPS,
+            guidance: float = 1.0, seed: int = 0, step: Callable[..., Tensor] = ode_step) -> Tensor:
     """Generate each clip anew from its own first frame and its own sound. Returns (B, frames, 3, S, S) in [0, 1]."""
     device = next(model.parameters()).device
     portrait = torch.stack([clip.frames[0] for clip in clips]).to(device) / 255
@@ -228,7 +228,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--clips", type=int, default=12, help="pairs, of held-out clips (default 12)")
     g.add_argument("--data", type=Path, help="a folder of real clips; without it, drawn talkers")
     reward.judge_flags(p)
-    p.add_argument("--steps", type=int, default=4, help="flow steps per chunk (default 4)")
+    p.add_argument("--steps", type=int, default=SAMPLING_STEPS, help="flow steps per chunk (default %(default)s)")
     p.add_argument("--guidance", type=float, default=1.0,
                    help="how far to exaggerate what the sound adds; 1: as learned (default 1)")
     p.add_argument("--seed", type=int, default=0, help="what the sound leaves open: head, blinks (default 0)")

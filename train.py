@@ -63,8 +63,8 @@ from tqdm import tqdm
 import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, fitting, folder_clips, hear,
                   one_line, pixels, replacing, sounds, synthetic_clips, write_speech, write_video, writing)
-from model import (PRESETS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step, save_generator,
-                   trunk_shape)
+from model import (PRESETS, SAMPLING_STEPS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step,
+                   save_generator, trunk_shape)
 from reward import DEFAULT_SYNC, Reward, Scores, frechet, load_sync, make_reward, reward_flags, table, to_bytes
 from sample import (check_numbers, crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary,
                     with_interval)
@@ -499,16 +499,17 @@ def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace
 
 def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
              noisy: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-    """Generate the held-out clips, by the ODE or with noise on all steps that may have it, and measure them.
+    """Generate the held-out clips, by the ODE or as rollouts are, with noise on all steps that may have it, and
+    measure them.
 
     Returns: metrics, name -> (B,), and the videos.
     """
-    step = ode_step
+    steps, step = args.sampling_steps, ode_step
     if noisy:
-        shape = (model.config.video_tokens, model.config.channels)
+        steps, shape = args.rollout_steps, (model.config.video_tokens, model.config.channels)
         noise = seeded_noise(HELD_OUT_SEED + args.seed, range(len(clips)), shape, args.device)
-        step = grpo.drawing_step(settings(args), grpo.stochastic_steps(args.sampling_steps), noise)
-    videos = imitate(model, clips, args.frames, args.sampling_steps, seed=args.seed, step=step)
+        step = grpo.drawing_step(settings(args), grpo.stochastic_steps(steps), noise)
+    videos = imitate(model, clips, args.frames, steps, seed=args.seed, step=step)
     return held_out_metrics(videos, clips, args), videos
 
 
@@ -838,7 +839,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("validation and checkpoints")
     g.add_argument("--validate-every", type=int, help="steps between validations (only at the end)")
     g.add_argument("--validate-clips", type=int, default=48, help="held-out clips to generate (%(default)s)")
-    g.add_argument("--sampling-steps", type=int, default=4, help="flow steps per chunk when generating (%(default)s)")
+    g.add_argument("--sampling-steps", type=int, default=SAMPLING_STEPS,
+                   help="flow steps per chunk when generating (%(default)s)")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (%(default)s)")
     g.add_argument("--sync", help="folder of a sync network for these clips, from reward.py --train-sync, or none "
                    "(the one for drawn talkers; with --data none)")
@@ -853,7 +855,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
         args = resumed(p, args, args.pretrained, {"resume", "device", "out", "pretrained", "control", "sync",
-                                                  "validate_clips", *of_post_training, *of_reward})
+                                                  "validate_clips", "sampling_steps", *of_post_training, *of_reward})
     return complete(p, args)
 
 
@@ -943,7 +945,7 @@ def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, fre
     try:
         saved = json.loads((run / "config.json").read_text())
         new = {k: getattr(args, k) for k in free}
-        for name in ("validate_clips", "micro_batch", "judge_batch"):
+        for name in ("validate_clips", "sampling_steps", "micro_batch", "judge_batch"):
             if getattr(args, name) == p.get_default(name):
                 new.pop(name, None)                               # as many as the run had, unless asked otherwise
         known = {k: v for k, v in vars(args).items() if not hasattr(Config, k)}     # flags that an older run lacks

@@ -565,7 +565,7 @@ def test_every_choice_of_the_algorithm_runs(run, judge, tmp_path, more):
 
 def test_sampling_with_noise_is_paired_and_reproducible(run):
     """The same noise for every arm: two runs agree, whatever stands in the batch beside a clip, and it is no ODE."""
-    args = train.parse_arguments([*TINY, "--sampling-steps", "4"])
+    args = train.parse_arguments([*TINY, "--sampling-steps", "4", "--rollout-steps", "4"])
     model, clips = load_generator(run).eval(), train.load_clips(args)[1]
     both, one = (train.validate(model, list(clips)[:n], args, noisy=True)[1] for n in (2, 1))
     assert torch.allclose(both[:1], one, atol=1e-5)
