@@ -847,15 +847,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     of_reward = reward_flags(p)
     generator_flags(p)
     args = p.parse_args(argv)
+    nothing = argparse.Namespace(**dict.fromkeys(vars(args)))                   # instead of the defaults
+    given = {name for name, value in vars(p.parse_args(argv, nothing)).items() if value is not None}
     if args.resume:
-        args = resumed(p, args, args.resume, {"resume", "device", "micro_batch", "judge_batch"})
+        args = resumed(p, args, given, args.resume, {"resume", "device", "micro_batch", "judge_batch"})
         check_shares(p, args)
         return args
     if args.pretrained:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
-        args = resumed(p, args, args.pretrained, {"resume", "device", "out", "pretrained", "control", "sync",
-                                                  "validate_clips", "sampling_steps", *of_post_training, *of_reward})
+        args = resumed(p, args, given, args.pretrained,
+                       {"resume", "device", "out", "pretrained", "control", "sync", "validate_clips", "sampling_steps",
+                        *of_post_training, *of_reward})
     return complete(p, args)
 
 
@@ -934,20 +937,19 @@ def check_shares(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"{world()} processes on --device {args.device} want a GPU each, or cpu")
 
 
-def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, run: Path, free: set[str]) -> argparse.Namespace:
+def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], run: Path,
+            free: set[str]) -> argparse.Namespace:
     """Take every flag from a run, but for those that are free to be given."""
-    given = [k for k, v in vars(args).items() if v != p.get_default(k) and k not in free]
-    if given:
+    for name in sorted(given - free):
         p.error(f"--{'pretrained' if args.pretrained else 'resume'} goes on with the flags the run had; "
-                f"leave out --{given[0].replace('_', '-')}")
+                f"leave out --{name.replace('_', '-')}")
     if not (run / "config.json").exists():
         p.error(f"{run} holds no run; one that stopped before its first checkpoint starts anew, without --resume")
     try:
         saved = json.loads((run / "config.json").read_text())
         new = {k: getattr(args, k) for k in free}
-        for name in ("validate_clips", "sampling_steps", "micro_batch", "judge_batch"):
-            if getattr(args, name) == p.get_default(name):
-                new.pop(name, None)                               # as many as the run had, unless asked otherwise
+        for name in {"validate_clips", "sampling_steps", "micro_batch", "judge_batch"} - given:
+            new.pop(name, None)                                   # as many as the run had, unless asked otherwise
         known = {k: v for k, v in vars(args).items() if not hasattr(Config, k)}     # flags that an older run lacks
         old = argparse.Namespace(**known | saved["training"] | new)
         old.config, old.data = Config(**saved["model"]), old.data and Path(old.data)

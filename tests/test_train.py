@@ -572,6 +572,13 @@ def test_sampling_with_noise_is_paired_and_reproducible(run):
     assert not torch.allclose(both, train.validate(model, clips, args)[1], atol=1e-3)
 
 
+def test_post_training_samples_as_the_run_did_unless_told_otherwise(run, tmp_path):
+    again = ["--pretrained", str(run), "--out", str(tmp_path)]
+    assert train.parse_arguments(again).sampling_steps == 1
+    for steps in 2, 3:                                # the default too, if it is asked for
+        assert train.parse_arguments([*again, "--sampling-steps", f"{steps}"]).sampling_steps == steps
+
+
 def first_updates(run, folder, *more):
     train.main(["--pretrained", str(run), "--out", str(folder), *POST, "--parts", "1", *more])
     return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "parts" in e]
