@@ -940,9 +940,9 @@ def check_shares(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], run: Path,
             free: set[str]) -> argparse.Namespace:
     """Take every flag from a run, but for those that are free to be given."""
-    for name in sorted(given - free):
+    if fixed := sorted(given - free):
         p.error(f"--{'pretrained' if args.pretrained else 'resume'} goes on with the flags the run had; "
-                f"leave out --{name.replace('_', '-')}")
+                f"leave out --{fixed[0].replace('_', '-')}")
     if not (run / "config.json").exists():
         p.error(f"{run} holds no run; one that stopped before its first checkpoint starts anew, without --resume")
     try:
