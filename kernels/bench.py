@@ -12,6 +12,7 @@ Times are the median [20th, 80th percentile] of triton.testing.do_bench, of rand
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo                                                                         # noqa: E402
 import model                                                                        # noqa: E402
+from data import replacing                                                          # noqa: E402
 from kernels import triton                                                          # noqa: E402
 from kernels.attention import Layout, attention, chunk_causal_mask, coordinates, may_see      # noqa: E402
 from kernels.flow_step import flow_step, step_coefficients, stochastic_step         # noqa: E402
@@ -39,7 +41,8 @@ ATTENTION_SHAPES = {                                          # B, H, H_kv, D an
     "stated": (8, 12, 12, 64, Layout(8, 128, 128, segments=2)),
     "small": (16, 8, 4, 64, Layout(12, 50, 4, window=8)),
     "tiny": (32, 3, 3, 32, Layout(12, 10, 4, window=8))}
-LARGE = "--size 128 --grid 7 --width 1536 --layers 24 --heads 24 --kv-heads 8 --head-dim 64 --mlp-width 4096 --batch 64"
+LARGE = ("--size 128 --grid 7 --width 1536 --layers 24 --heads 24 --kv-heads 8 --head-dim 64 --mlp-width 4096 "
+         "--batch 8 --micro-batch 2")                         # 0.97 billion parameters; 4 GB kept per clip
 
 
 # ---------------------------------------------------------------- measuring
@@ -145,6 +148,7 @@ def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bo
         blocks = create_block_mask(rule, None, None, layout.length, layout.length, device=q.device)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
+        torch._functorch.config.donated_buffer = False       # a backward pass that is timed runs more than once
         runs |= {"compile": partial(torch.compile(eager), q, k, v),
                  "flex": partial(torch.compile(flex_attention), q, k, v, block_mask=blocks, enable_gqa=groups > 1)}
     return runs | {"sdpa": partial(attention, q, k, v, layout, impl="torch"),
@@ -196,16 +200,23 @@ def seconds_each(run: Callable[[], object], times: int, device: str) -> float:
     return (time.perf_counter() - start) / times
 
 
+def peak_memory(device: str) -> float:
+    """Return the most memory in GB that tensors have taken on a GPU so far."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else 0.0
+
+
 def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", times: int = 20) -> dict:
     """Time a pretraining step, sampling, and a GRPO update of train.py, given its flags.
 
-    Returns: tokens_per_second and mfu of pretraining, frames_per_second of sampling one video and eight, and
-        seconds of an update for rollout, reward and update, under "grpo".
+    Returns: tokens_per_second, mfu and peak memory in GB of pretraining, frames_per_second of sampling one video and
+        eight, and seconds of an update for rollout, reward and update, under "grpo", and the peak memory of all.
     """
     import train
     args = train.parse_arguments([*flags.split(), "--device", device, "--updates", "1"])
     clips, c = train.synthetic_clips(max(8, args.prompts), args.config.size, args.seconds, 0), args.config
     torch.manual_seed(0)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
     run = train.Pretraining(model.Generator(c).to(device), args)
     train.fit_codec(run.model, clips, args)
     data = train.encode(run.model, clips, args.frames, device)
@@ -215,7 +226,7 @@ def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", tim
     with using(impl):
         step = seconds_each(lambda: run.advance(data, 1.0), times, device)
         made = {"flags": flags, "impl": impl, "tokens_per_second": args.batch * layout.length / step,
-                "mfu": flops / step / ceiling}
+                "mfu": flops / step / ceiling, "step_seconds": step, "memory": peak_memory(device)}
         for batch in (1, 8):
             portrait, mel = data.portrait[:batch].to(device) / 255, data.mel[:batch].to(device)
             noise = torch.randn(batch, c.video_tokens, c.channels, device=device)
@@ -227,17 +238,18 @@ def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", tim
         with patch.object(grpo, "roll_out", lambda *a: (rollout(*a), synchronize())[0]):
             post.checked = True                               # a check of every run's first batch, not of every update
             entries = [post.advance(data, clips) for _ in range(max(times // 5, 1) + 1)]
-        made["grpo"] = entries[-1]["seconds_for"]
+        made |= {"grpo": entries[-1]["seconds_for"], "memory_in_all": peak_memory(device)}
     return made
 
 
 def whole_table(results: list[dict]) -> str:
-    lines = ["| size | impl | tokens/s | MFU | frames/s, 1 video | 8 | GRPO update, s: rollout + reward + update |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| size | impl | step, s | tokens/s | MFU | GB | frames/s, 1 video | 8 "
+             "| GRPO update, s: rollout + reward + update | GB |", "|---|---|---|---|---|---|---|---|---|---|"]
     for r in results:
-        lines.append(f"| {r['size']} | {r['impl']} | {r['tokens_per_second']:.0f} | {r['mfu']:.1%} "
-                     f"| {r['frames_per_second_1']:.0f} | {r['frames_per_second_8']:.0f} "
-                     f"| {' + '.join(f'{s:.2f}' for s in r['grpo'].values())} |")
+        lines.append(f"| {r['size']} | {r['impl']} | {r['step_seconds']:.3f} | {r['tokens_per_second']:.0f} "
+                     f"| {r['mfu']:.1%} | {r['memory']:.1f} | {r['frames_per_second_1']:.0f} "
+                     f"| {r['frames_per_second_8']:.0f} | {' + '.join(f'{s:.2f}' for s in r['grpo'].values())} "
+                     f"| {r['memory_in_all']:.1f} |")
     return "\n".join(lines)
 
 
@@ -249,21 +261,27 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available() or triton is None:
         sys.exit("error: the benchmark needs a CUDA GPU and triton; on a CPU, python -m pytest tests/test_triton.py "
                  "shows that the kernels are right")
-    ceiling, results, whole = ceilings(), [], []
-    print(f"{torch.cuda.get_device_name()}: copies {ceiling['copy'] / 1e9:.0f} GB/s, multiplies bf16 at "
-          f"{ceiling['matmul'] / 1e12:.0f} TFLOP/s")
-    for name, shape in FLOW_SHAPES.items() if args.only in (None, "flow") else ():
-        results += bench_flow(name, shape, ceiling["copy"])
-    for name, shape in ATTENTION_SHAPES.items() if args.only in (None, "attention") else ():
-        results += bench_attention(name, shape, ceiling["matmul"])
-    print(table(results))
-    sizes = {"tiny": "--preset tiny", "small": "--preset small", "large": f"--preset small {LARGE}"}
-    for size, flags in sizes.items() if args.only in (None, "whole") else ():
-        whole += [{"size": size} | bench_whole(flags, impl, ceiling["matmul"]) for impl in ("torch", "triton")]
-    print(whole_table(whole))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                                    "ceilings": ceiling, "kernels": results, "whole": whole}, indent=1))
+    made = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": ceilings(), "kernels": [],
+            "whole": []}
+    copy, product = made["ceilings"].values()
+    print(f"{made['gpu']}: copies {copy / 1e9:.0f} GB/s, multiplies bf16 at {product / 1e12:.0f} TFLOP/s")
+
+    def show(part: str, results: list[dict], write: Callable[[list[dict]], str]) -> None:
+        """Print the rows as soon as they are measured, under a head if they are the first, and keep them all."""
+        lines = write(results).splitlines()
+        print("\n".join(lines[2:] if made[part] else lines), flush=True)
+        made[part] += results
+        with replacing(args.out) as path:
+            path.write_text(json.dumps(made, indent=1))
+    wanted = lambda part: args.only in (None, part)
+    for name, shape in FLOW_SHAPES.items() if wanted("flow") else ():
+        show("kernels", bench_flow(name, shape, copy), table)
+    for name, shape in ATTENTION_SHAPES.items() if wanted("attention") else ():
+        show("kernels", bench_attention(name, shape, product), table)
+    sizes = {"tiny": "--preset tiny", "small": "--preset small", "large": f"--preset small {LARGE}"}
+    for (size, flags), impl in itertools.product(sizes.items() if wanted("whole") else (), ("torch", "triton")):
+        show("whole", [{"size": size} | bench_whole(flags, impl, product)], whole_table)
     print(args.out)
 
 
