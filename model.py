@@ -431,20 +431,27 @@ class KVCache:
         return attention(q, keys[:, :, :n], values[:, :, :n])
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, in the dtype of what comes in: under autocast it has no fused kernel for bf16 with fp32 weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """One decoder layer of a modern language model, modulated by the noise level (adaLN, zero-initialised)."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads = c.heads, c.kv_heads
-        self.attention_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.attention_norm = RMSNorm(c.width, eps=c.norm_eps)
         self.q = nn.Linear(c.width, c.heads * c.head_dim, bias=False)
         self.k = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.v = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
-        self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
-        self.mlp_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps)
+        self.mlp_norm = RMSNorm(c.width, eps=c.norm_eps)
         self.gate = nn.Linear(c.width, c.mlp_width, bias=False)
         self.up = nn.Linear(c.width, c.mlp_width, bias=False)
         self.down = nn.Linear(c.mlp_width, c.width, bias=False)
@@ -500,7 +507,7 @@ class Generator(nn.Module):
         self.video_in = TokenLinear(c.video_tokens, c.channels, c.width)
         self.sigma_in = nn.Sequential(nn.Linear(64, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.norm = RMSNorm(c.width, eps=c.norm_eps)
         self.video_out = TokenLinear(c.video_tokens, c.width, c.channels)
         nn.init.zeros_(self.video_out.weight)
         g = c.grid
@@ -511,10 +518,10 @@ class Generator(nn.Module):
 
     def embed_portrait(self, portrait: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] -> (B, N, width): the codec's windows, and last the whole picture from afar."""
-        def patch(picture):
-            return F.interpolate(picture, (PATCH, PATCH), mode="area").flatten(1)
-        windows = [patch(w) for w in self.codec.cut(portrait)] + [patch(portrait)]
-        return self.portrait_in(torch.stack(windows, 1) * 2 - 1) + self.portrait_place
+        windows = rearrange(self.codec.cut(portrait), "n b c y x -> b n c y x")
+        near, afar = (F.interpolate(x.flatten(0, 1), (PATCH, PATCH), mode="area").unflatten(0, x.shape[:2]).flatten(2)
+                      for x in (windows, portrait[:, None]))
+        return self.portrait_in(torch.cat([near, afar], 1) * 2 - 1) + self.portrait_place
 
     def embed_audio(self, mel: Tensor, heard: Tensor | None = None) -> Tensor:
         """(B, F, mel_channels) -> (B, F, width); where `heard` (B,) is false the clip has no sound at all."""
@@ -527,14 +534,16 @@ class Generator(nn.Module):
         angle = sigma[..., None].float() * frequency
         return self.sigma_in(torch.cat([angle.cos(), angle.sin()], -1))
 
-    def positions(self, chunk: int | Tensor, kind: str) -> Tensor:
-        """(L, 3) of the tokens of one chunk: time in frames, row, column."""
-        c = self.config
+    def positions(self, chunk: Tensor, kind: str) -> Tensor:
+        """(..., L, 3) of the tokens of chunks (...): time in frames, row, column."""
+        c, time = self.config, chunk.double()[..., None] * self.config.chunk_frames
         if kind == "audio":
-            time = chunk * c.chunk_frames + torch.arange(c.chunk_frames, device=self.place.device)
-            return F.pad(time.double()[:, None], (0, 2), value=c.grid)
-        time = float("nan") if kind == "portrait" else float(chunk * c.chunk_frames)
-        return F.pad(self.place, (1, 0), value=time)
+            time = time + torch.arange(c.chunk_frames, device=time.device)
+            return F.pad(time[..., None], (0, 2), value=c.grid)
+        if kind == "portrait":
+            time = torch.full_like(time, float("nan"))
+        place = self.place.expand(*chunk.shape, -1, -1)
+        return torch.cat([time[..., None].expand(*place.shape[:-1], 1), place], -1)
 
     def rope(self, *positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary(torch.cat(positions), self.config.head_dim, self.config.rope_base)
@@ -574,10 +583,10 @@ class Generator(nn.Module):
             context, noisy = mod[:, :1], mod[:, 1:]
             return torch.cat([context.expand(-1, layout.context_length, -1), noisy.repeat_interleave(n, 1)], 1)
 
-        videos = [self.positions(i, "video") for i in range(k)]
-        sounds = [self.positions(i, "audio") for i in range(k)]
-        before = [self.positions(-1, "portrait")] + videos[:-1]
-        rope = self.rope(*[p for pair in zip(before, sounds) for p in pair], *(videos * m))
+        at = torch.arange(k, device=x.device)
+        video, before = self.positions(at, "video"), self.positions(at[:1], "portrait")
+        before = torch.cat([torch.cat([before, video[:-1]]), self.positions(at, "audio")], 1)      # (K, N + T, 3)
+        rope = self.rope(before.flatten(0, 1), video.flatten(0, 1).repeat(m, 1))
         for block in self.blocks:
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
             x = run(x, modulate, rope, lambda q, k, v: attention(q, k, v, layout))
@@ -616,15 +625,16 @@ class Generator(nn.Module):
         twice = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)    # the second half hears nothing
         face = twice(self.embed_portrait(portrait))
         cache = KVCache(self.config, len(face), face.device, face.dtype)
-        self.read(cache, face, 0.0, self.rope(self.positions(-1, "portrait")), write=True)
+        chunks = torch.arange(mel.shape[1] // t, device=face.device)
+        self.read(cache, face, 0.0, self.rope(self.positions(chunks[0], "portrait")), write=True)
         sigmas, past, places = sigma_schedule(steps), [], []
-        for chunk in range(mel.shape[1] // t):
+        for chunk, at in enumerate(chunks):
             sound = self.embed_audio(mel[:, chunk * t:(chunk + 1) * t])
             if guided:
                 sound = torch.cat([sound, self.no_audio.expand_as(sound)])
-            rope = self.rope(*places, self.positions(chunk, "audio"))
+            rope = self.rope(*places, self.positions(at, "audio"))
             self.read(cache, torch.cat([*past, sound], 1), 0.0, rope, write=True)
-            x, places = noise(chunk), [self.positions(chunk, "video")]
+            x, places = noise(chunk), [self.positions(at, "video")]
             rope = self.rope(*places)
             for sigma, next_sigma in zip(sigmas, sigmas[1:]):
                 noisy = twice(x)

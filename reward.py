@@ -167,20 +167,21 @@ class Judge:
              **settings) -> "Judge":
         """Load a folder, or, where `name` is no folder, a model of the hub: naming one asks for its download.
 
-        Args: dtype: of torch, by name; None: float32 on a CPU, else bfloat16. settings: of the constructor.
+        Args: dtype: of torch, by name; None: that of judge.json, else float32 on a CPU and bfloat16 elsewhere.
+        settings: of the constructor; judge.json may hold others.
         Raises: MediaError where there is no such model, or one that cannot watch and hear.
         """
         import transformers                          # here: it takes seconds, and not every use needs a judge
         name, local = str(name), Path(name).is_dir()
-        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         with loading(name, "a judge"):
             kind = transformers.AutoConfig.from_pretrained(name, local_files_only=local).model_type
             if (kind := kind.removesuffix("_thinker")) not in THINKERS:
                 raise MediaError(name, f"is a {kind}, which cannot watch and hear; use one of {', '.join(THINKERS)}")
-            model = whole_model(getattr(transformers, THINKERS[kind]), name, dtype=dtype)
-            processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local)
             own = Path(name) / "judge.json"
             settings = (json.loads(own.read_text()) if own.exists() else {}) | settings
+            usual = settings.pop("dtype", "float32" if device == "cpu" else "bfloat16")
+            model = whole_model(getattr(transformers, THINKERS[kind]), name, dtype=dtype or usual)
+            processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local)
             judge = cls(model, processor, device=device, **settings)
             if (readouts := Path(name) / "readouts.safetensors").exists():
                 judge.read_out_by(load_file(readouts))
@@ -398,6 +399,7 @@ STILL_SCALES = 1, 2, 4                               # pixels are averaged over 
 STILL_DEVIATION = 0.02                               # grey levels of 1 by which a place may stray and count as still
 REACH = 8                                            # frames, a third of a second, over which activity is measured
 TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
+REGULARISED = 8                                      # clips at once: bounds the memory
 
 
 def in_chunks(signal: Tensor, frames: int, chunk_frames: int) -> Tensor:
@@ -603,7 +605,9 @@ class Reward:
         if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
             raise ValueError(f"want more than {REACH} frames and {SAMPLES_PER_FRAME} samples for each: "
                              f"got {tuple(frames.shape)} and {tuple(audio.shape)}")
-        chunks, mass = self.regularisers(frames.cpu().float(), portrait.cpu().float()), None
+        parts = [self.regularisers(*part) for part in zip(frames.float().split(REGULARISED),
+                                                          portrait.to(frames.device).float().split(REGULARISED))]
+        chunks, mass = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}, None
         for name, base in self.real.temporal.items():            # more or less than real clips, on the video's average
             off = chunks[name] - base
             chunks[name] = -off * off.mean(1, keepdim=True).sign()
@@ -627,7 +631,7 @@ class Reward:
     def regularisers(self, frames: Tensor, portrait: Tensor) -> dict[str, Tensor]:
         """Return name -> (B, K); still and identity final, temporal ones as measured."""
         cut = lambda values: in_chunks(values, frames.shape[1], self.chunk_frames).mean(2)
-        still = self.real.still
+        still = self.real.still.to(frames.device)
         if still.shape[-1] != frames.shape[-1]:
             still = nnf.interpolate(still[None, None], frames.shape[-2:], mode="bilinear")[0, 0]
         stray = cut(straying(frames, portrait, still)) - self.real.straying
@@ -1175,7 +1179,8 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
 
 
 def save_judge(judge: Judge, folder: Path, card: str) -> None:
-    """Write the judge as transformers does; beside it readouts, judge.json (rubric, pixels, window) and the card."""
+    """Write the judge as transformers does; beside it readouts, judge.json (rubric, pixels, window, dtype: what counts
+    are differences that bf16 would round away) and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "readouts.safetensors").unlink(missing_ok=True)        # of an earlier judge there
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -1184,7 +1189,7 @@ def save_judge(judge: Judge, folder: Path, card: str) -> None:
         judge.processor.save_pretrained(temporary)
         if judge.readouts:
             save_file({k: v.half().cpu() for k, v in judge.readouts.items()}, Path(temporary, "readouts.safetensors"))
-        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window}
+        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
         Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
         Path(temporary, "README.md").write_text(card)
         for path in Path(temporary).iterdir():
@@ -1932,7 +1937,8 @@ def judge_flags(p: argparse.ArgumentParser) -> list[str]:
          "Qwen/Qwen2.5-Omni-3B, which is then downloaded; none: no judge (the embedded one)")
     flag("--judge-url", metavar="URL", help="ask an OpenAI-compatible endpoint, http://host:port/v1, instead")
     flag("--judge-model", metavar="NAME", help="the model's name at that endpoint")
-    flag("--judge-dtype", choices=("float32", "bfloat16", "float16"), help="(float32 on a CPU, else bfloat16)")
+    flag("--judge-dtype", choices=("float32", "bfloat16", "float16"), help="(its own, else float32 on a CPU and "
+         "bfloat16 elsewhere)")
     flag("--judge-size", type=int, metavar="S", help="pixels per side at which it sees frames (its own)")
     flag("--judge-batch", type=int, default=8, help="clips at once, or requests under way (%(default)s)")
     flag("--judge-order", choices=("ascending", "descending", "both"), default="ascending",

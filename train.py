@@ -251,26 +251,26 @@ def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace
 
     Returns: the loss on the rows that are mine, and the loss on all per chunk's noise level, (bins,), nan where empty.
     """
-    rng, device = generator(args.seed, step), args.device
-    rows = torch.randint(len(data), (args.batch,), generator=rng)
-    clean = data.clean[rows]                                                         # (B, K, N, C)
-    sigma = torch.rand(clean.shape[:2], generator=rng).clamp_min(0.02)[:, None]      # (B, 1, K)
-    noise = torch.randn(clean.shape, generator=rng)[:, None]                         # (B, 1, K, N, C)
-    heard = torch.rand(args.batch, generator=rng) >= args.audio_dropout
+    device = args.device
+    draw = dict(generator=generator(args.seed, step, device), device=device)
+    rows = torch.randint(len(data), (args.batch,), **draw).cpu()
+    clean = data.clean[rows].to(device)                                              # (B, K, N, C)
+    sigma = torch.rand(clean.shape[:2], **draw).clamp_min(0.02)[:, None]             # (B, 1, K)
+    noise = torch.randn(clean.shape, **draw)[:, None]                                # (B, 1, K, N, C)
+    heard = torch.rand(args.batch, **draw) >= args.audio_dropout
     # Noise on the past, anything from none to as much as there is signal: generation's own past is never perfect,
     # and a trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
-    slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, generator=rng)
-    context = clean + slip * torch.randn(clean.shape, generator=rng)
+    slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, **draw)
+    context = clean + slip * torch.randn(clean.shape, **draw)
     rows, clean, context, noise, sigma, heard = (x[mine()] for x in (rows, clean, context, noise, sigma, heard))
     clean = clean[:, None]
     level = sigma[..., None, None]
     noisy = (1 - level) * clean + level * noise
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-        velocity = model((data.portrait[rows] / 255).to(device), data.mel[rows].to(device), context.to(device),
-                         noisy.to(device), sigma.to(device), heard.to(device))
-    error = (velocity - (noise - clean).to(device)).square().mean((-1, -2))          # (B, 1, K)
-    error = error * (sigma.to(device) / 0.2).clamp_max(1).square()
-    sigma, errors = (torch.cat(x).flatten() for x in zip(*everyone((sigma, error.detach().cpu()))))
+        velocity = model(data.portrait[rows].to(device) / 255, data.mel[rows].to(device), context, noisy, sigma, heard)
+    error = (velocity - (noise - clean)).square().mean((-1, -2))                     # (B, 1, K)
+    error = error * (sigma / 0.2).clamp_max(1).square()
+    sigma, errors = (torch.cat(x).flatten() for x in zip(*everyone((sigma.cpu(), error.detach().cpu()))))
     bins = (sigma * SIGMA_BINS).long().clamp_max(SIGMA_BINS - 1)
     per_bin = torch.stack([errors[bins == i].mean() for i in range(SIGMA_BINS)])
     return error.mean(), per_bin
