@@ -247,7 +247,7 @@ class Judge:
         self.model.to(self.device)
         p, courses = [], []
         for i in range(0, len(frames), self.batch):
-            pictures = to_bytes(frames[i:i + self.batch].detach().cpu())
+            pictures = to_bytes(frames[i:i + self.batch].detach()).cpu()
             logits = self.logits(pictures, audio[i:i + self.batch].detach().cpu().float())
             p.append(logits.float().softmax(-1)[..., self.digits].cpu())
             if self.readouts:
