@@ -4,7 +4,7 @@
     python reward.py --train-judge [--data DIR]             teach the embedded judge, on drawn talkers or your clips
     python reward.py --validate-judge [--judge NAME]        can this judge hear, see and tell? on your clips?
     python reward.py --align ratings.csv                    does it agree with people? and a calibration to their scale
-    python reward.py --train-sync [--data DIR]              train the sync network of the held-out metrics
+    python reward.py --train-sync [--data DIR]              train a sync network, for the reward or to measure
     python reward.py --tally VOTES.json --key KEY.json      what people preferred in a study of sample.py
 
 What you learn here, in the order of the file:
@@ -15,7 +15,8 @@ What you learn here, in the order of the file:
        score = sum_d d p(d) / sum_d p(d),    d = 1..5,    aspects: lip-sync, expressiveness, motion quality
 
 2. The regularisers: still background, identity, amount of motion, jerk, flicker, chunk seams, each held against what
-   real clips show; and the composite reward = sum_i weight_i component_i.
+   real clips show; a sync network, which knows this very moment's lips from another's; and the composite
+   reward = sum_i weight_i component_i.
 3. How the embedded judge is taught: its towers to see and to hear mouths, then all of it on clips of known quality,
    spoilt in graded ways.
 4. Whether to trust a judge: known faults, and ratings of people.
@@ -399,7 +400,7 @@ STILL_SCALES = 1, 2, 4                               # pixels are averaged over 
 STILL_DEVIATION = 0.02                               # grey levels of 1 by which a place may stray and count as still
 REACH = 8                                            # frames, a third of a second, over which activity is measured
 TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
-REGULARISED = 8                                      # clips at once: bounds the memory
+AT_ONCE = 8                                      # clips at once: bounds the memory
 
 
 def in_chunks(signal: Tensor, frames: int, chunk_frames: int) -> Tensor:
@@ -511,6 +512,167 @@ class RealClips:
                    {name: mean(m[name] for m in motion) for name in motion[0]})
 
 
+# ---------------------------------------------------------------- the sync network
+#
+# Does this sound belong to these lips? Two encoders learn it from clips alone (Chung & Zisserman 2016, "Out of time"):
+# one watches five frames of the mouth, one hears the same 200 ms, and they shall agree at the right moment only. A
+# judge hears shifts of a second; this hears one of a frame.
+#
+# There are two of them. One is a part of the reward. The other, of another seed and taught on other people, measures
+# what the reward has done, and is in no reward. They are of one make, so what both of them overlook stays unseen.
+
+SYNC_FRAMES = 5                                      # frames in a window, 200 ms, as in SyncNet
+SYNC_SHIFTS = 15                                     # frames by which the sound is tried early and late, as in SyncNet
+SYNC_SIZE = 64                                       # pixels to which any picture is resized first
+SYNC_BOX = 37, 63, 16, 48                            # of these, the mouth: rows .58 to .98, columns .25 to .75
+SYNC_SPAN = 50                                       # frames of a clip in a training step: 46 windows, 45 wrong moments
+TEMPERATURE = 0.07                                   # of the contrast, as in MoCo (He et al. 2020)
+
+
+def resize(pictures: Tensor) -> Tensor:
+    """Resize float pictures (..., 3, S, S) to (..., 3, 64, 64), averaging where pixels are lost."""
+    if pictures.shape[-2:] == (SYNC_SIZE, SYNC_SIZE):
+        return pictures
+    flat = nnf.interpolate(pictures.flatten(0, -4), (SYNC_SIZE, SYNC_SIZE), mode="bilinear", antialias=True)
+    return flat.unflatten(0, pictures.shape[:-3])
+
+
+class SyncNetwork(nn.Module):
+    """Places moving lips and speech on one unit sphere, and faces on another; what belongs together is near."""
+
+    def __init__(self, width: int = 48, dim: int = 64):
+        super().__init__()
+        self.config = {"width": width, "dim": dim}
+        w = width
+        self.look = nn.Sequential(                                                   # each frame      (N, 1, 26, 32)
+            nn.Conv2d(1, w // 2, 5, 2, 2), nn.GELU(),                                #                 (N, w/2, 13, 16)
+            nn.Conv2d(w // 2, w, 3, 2, 1), nn.GELU(),                                #                 (N, w, 7, 8)
+            nn.Conv2d(w, w, 3, 2, 1), nn.GELU(),                                     #                 (N, w, 4, 4)
+            nn.Flatten(), nn.Linear(16 * w, 2 * w), nn.GELU())                       #                 (N, 2 w)
+        self.watch = nn.Sequential(                                                  # five frames     (B, 2 w, F)
+            nn.Conv1d(2 * w, 3 * w, SYNC_FRAMES), nn.GELU(), nn.Conv1d(3 * w, dim, 1))             # (B, dim, F - 4)
+        # A frame is four hops of 10 ms. Kernels of 4 and 9, both at stride 2, see 20 hops, every 4: the same windows.
+        self.hear = nn.Sequential(                                                   # their sound     (B, MELS, 4 F)
+            nn.Conv1d(MELS, 2 * w, 4, 2), nn.GELU(),                                 #                 (B, 2 w, 2 F - 1)
+            nn.Conv1d(2 * w, 3 * w, 9, 2), nn.GELU(), nn.Conv1d(3 * w, dim, 1))                    # (B, dim, F - 4)
+        self.recognise = nn.Sequential(                                              # who             (N, 3, 64, 64)
+            nn.Conv2d(3, w // 4, 5, 2, 2), nn.GELU(), nn.Conv2d(w // 4, w // 2, 3, 2, 1), nn.GELU(),
+            nn.Conv2d(w // 2, w, 3, 2, 1), nn.GELU(), nn.Conv2d(w, w, 3, 2, 1), nn.GELU(),         # (N, w, 4, 4)
+            nn.Flatten(), nn.Linear(16 * w, dim))
+
+    def visual(self, frames: Tensor) -> Tensor:
+        """Embed the mouth in every five consecutive frames.
+
+        What is seen is grey, minus the clip's mean picture, in units of the clip's contrast: colour, brightness and
+        the face itself are gone, and a mouth that never moves is a blank.
+
+        Args:    frames (B, F, 3, S, S) float in [0, 1], F >= 5.
+        Returns: (B, F - 4, dim), of length 1. Raises: ValueError for any other frames.
+        """
+        if frames.ndim != 5 or frames.shape[1] < SYNC_FRAMES or not frames.is_floating_point():
+            raise ValueError(f"want float frames (B, {SYNC_FRAMES} or more, 3, S, S), "
+                             f"got {frames.dtype} {tuple(frames.shape)}")
+        top, bottom, left, right = SYNC_BOX
+        mouth = resize(frames)[..., top:bottom, left:right]
+        grey = torch.einsum("bfchw,c->bfhw", mouth, mouth.new_tensor((0.299, 0.587, 0.114)))       # ITU-R BT.601
+        contrast = grey.std((1, 2, 3), keepdim=True).clamp_min(1e-3)
+        moving = 3 * (grey - grey.mean(1, keepdim=True)) / contrast                  # 3: to about unit variance
+        seen = self.look(rearrange(moving, "b f h w -> (b f) 1 h w"))
+        windows = self.watch(rearrange(seen, "(b f) c -> b c f", b=len(frames)))
+        return nnf.normalize(windows.mT, dim=-1)
+
+    def sound(self, audio: Tensor) -> Tensor:
+        """Embed the sound of every five consecutive frames.
+
+        Args:    audio (B, F * 640) float at 16 kHz, F >= 5.
+        Returns: (B, F - 4, dim), of length 1. Raises: ValueError for any other audio.
+        """
+        n_frames = audio.shape[-1] // SAMPLES_PER_FRAME
+        if audio.ndim != 2 or audio.shape[1] % SAMPLES_PER_FRAME or n_frames < SYNC_FRAMES:
+            raise ValueError(f"want audio (B, F * {SAMPLES_PER_FRAME}) of {SYNC_FRAMES} frames or more, "
+                             f"got {tuple(audio.shape)}")
+        mel = log_mel(audio, n_frames).unflatten(-1, (-1, MELS))[:, :, LOOK_BACK:-LOOK_AHEAD]      # a frame's own hops
+        return nnf.normalize(self.hear(rearrange(mel, "b f hop m -> b m (f hop)")).mT, dim=-1)
+
+    def identity(self, pictures: Tensor) -> Tensor:
+        """Embed who is seen. Args: pictures (..., 3, S, S) float in [0, 1]. Returns: (..., dim), of length 1."""
+        flat = resize(pictures).flatten(0, -4)
+        return nnf.normalize(self.recognise(3 * (flat - 0.5)), dim=-1).unflatten(0, pictures.shape[:-3])
+
+
+def info_nce(a: Tensor, b: Tensor) -> Tensor:
+    """Ask for each pair to be told from all others, -log softmax_j(a_i . b_j / TEMPERATURE) at j = i, either way round
+    (van den Oord et al. 2018). Args: a, b (N, D), of length 1. Returns: scalar, log N for chance."""
+    logits, own = a @ b.T / TEMPERATURE, torch.arange(len(a), device=a.device)
+    return (nnf.cross_entropy(logits, own) + nnf.cross_entropy(logits.T, own)) / 2
+
+
+def sync_loss(net: SyncNetwork, frames: Tensor, audio: Tensor) -> Tensor:
+    """Contrast each window with all windows of the batch: other clips, and above all other moments of its own, which
+    share voice, face and light, so that nothing but timing tells them apart."""
+    return info_nce(net.visual(frames).flatten(0, 1), net.sound(audio).flatten(0, 1))
+
+
+def jitter(frames: Tensor, rng: torch.Generator) -> Tensor:
+    """Vary what should not matter: a clip (F, 3, S, S) uint8 is moved by up to 3%, mirrored at random, and made float,
+    each colour's gain changed by up to 15% and the brightness by up to 0.15."""
+    reach = frames.shape[-1] / 32
+    move, turn, gain, lift = torch.rand(7, generator=rng).split([2, 1, 3, 1])
+    moved = frames.roll([round((2 * x - 1) * reach) for x in move.tolist()], (-2, -1))
+    moved = moved.flip(-1) if turn < 0.5 else moved
+    return (moved / 255 * (0.85 + 0.3 * gain)[:, None, None] + 0.3 * (lift - 0.5)).clamp(0, 1)
+
+
+def train_sync(clips: Sequence[Clip], seed: int = 0, steps: int = 400, batch: int = 16) -> SyncNetwork:
+    """Train a sync network, and with it the identity encoder, for which two pictures of one clip are one person.
+
+    Args: clips: of at least 20 frames each, at least 2 * batch of them for a fair contrast; seed: decides everything.
+    Returns: the network, frozen. Raises: ValueError if there is nothing to contrast.
+    """
+    span = min([SYNC_SPAN] + [len(clip.frames) for clip in clips])
+    if len(clips) < 2 or span <= SYNC_FRAMES + SYNC_SHIFTS - 1:
+        raise ValueError(f"want two clips or more, of {SYNC_FRAMES + SYNC_SHIFTS} frames or more: "
+                         f"got {len(clips)}, the shortest of {span}")
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda n, count=1: torch.randint(n, (count,), generator=rng).tolist()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SyncNetwork()
+    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=0.05)
+    for _ in (bar := trange(steps, desc="sync network", unit="step")):
+        frames, audio, faces = [], [], []
+        for clip in (clips[row] for row in draw(len(clips), batch)):
+            first, = draw(len(clip.frames) - span + 1)
+            frames.append(jitter(clip.frames[first : first + span], rng))
+            audio.append(clip.audio[first * SAMPLES_PER_FRAME : (first + span) * SAMPLES_PER_FRAME])
+        for row in torch.randperm(len(clips), generator=rng)[: 2 * batch].tolist():  # no clip twice: it is a person
+            pair = clips[row].frames[draw(len(clips[row].frames), 2)]
+            faces.append(torch.stack([jitter(picture[None], rng)[0] for picture in pair]))
+        loss = sync_loss(net, torch.stack(frames), torch.stack(audio))
+        same = info_nce(*net.identity(torch.stack(faces, 1)))
+        optimiser.zero_grad()
+        (loss + same).backward()
+        optimiser.step(), schedule.step()
+        bar.set_postfix(sync=f"{loss.item():.2f}", identity=f"{same.item():.2f}", refresh=False)
+    return net.requires_grad_(False)
+
+
+def save_sync(net: SyncNetwork, folder: str | Path, **more) -> None:
+    """Write folder/model.safetensors in half precision and config.json; more: further entries for config.json."""
+    write_weights(Path(folder), {name: weight.half() for name, weight in net.state_dict().items()},
+                  {"sync": net.config, **more})
+
+
+def load_sync(folder: str | Path) -> SyncNetwork:
+    """Load, frozen, what `save_sync` wrote. Raises: MediaError where there is no sync network or a broken one."""
+    folder = Path(folder)
+    with reading_weights(folder, "a sync network", "a sync network"):
+        net = SyncNetwork(**json.loads((folder / "config.json").read_text())["sync"])
+        net.load_state_dict(load_file(folder / "model.safetensors"))
+    return net.requires_grad_(False)
+
+
 # ---------------------------------------------------------------- the composite reward
 
 @dataclass(frozen=True)
@@ -522,6 +684,7 @@ class Weights:
     motion: float = 0.25
     lip_course: float = 2.0
     lip_range: float = 0.5
+    sync: float = 2.0
     still: float = 0.25
     identity: float = 0.25
     drift: float = 0.5
@@ -538,6 +701,7 @@ COMPONENTS = {
     "motion": ("1..5", "rating", "judge: how natural and clean"),
     "lip_course": ("-2..0", "correlation - 1", "embedded judge: of the mouth it sees with the mouth it hears"),
     "lip_range": ("..0", "log ratio", "embedded judge: how far it sees the mouth move against how far it hears it"),
+    "sync": ("-2..0", "distance", "the reward's sync network: of lips and sound, moment by moment"),
     "still": ("-1..0", "grey level", "background's distance to the portrait, beyond that of real clips"),
     "identity": ("-1..0", "similarity", "likeness to the portrait, as far as below that of real clips"),
     "drift": ("..0", "log ratio", "distance to the portrait against real clips, more or less"),
@@ -548,8 +712,8 @@ COMPONENTS = {
 }
 # Deviations within a group that are not worth learning from: less cannot be seen, and a z-score would blow it up.
 FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "lip_course": 0.005, "lip_range": 0.03,
-          "still": 0.003, "identity": 0.01, "drift": 0.05, "activity": 0.05, "jerk": 0.03, "flicker": 0.03,
-          "seam": 0.03}
+          "sync": 0.005, "still": 0.003, "identity": 0.01, "drift": 0.05, "activity": 0.05, "jerk": 0.03,
+          "flicker": 0.03, "seam": 0.03}
 READ_OUT = "lip_course", "lip_range"                 # what needs a judge with readouts
 JUDGED = *ASPECTS, *READ_OUT                         # what needs a judge at all
 
@@ -579,15 +743,19 @@ class Reward:
     Args:    judge: anything with `rate(frames, audio, names)` and `window`; None if no aspect has a weight.
              real: of the clips that generated ones shall resemble; calibration: aspect -> knots, from `align`.
              likeness: how frames are compared with the portrait, `likeness` or a PretrainedLikeness.
+             sync: the reward's own SyncNetwork; without one the component is left out.
     """
 
     def __init__(self, judge, real: RealClips, weights: Weights = Weights(), chunk_frames: int = 4,
-                 calibration: dict | None = None, likeness=likeness):
+                 calibration: dict | None = None, likeness=likeness, sync: SyncNetwork | None = None):
         self.judge, self.real, self.chunk_frames, self.likeness = judge, real, chunk_frames, likeness
+        self.sync = sync
         self.weights, self.calibration = {k: w for k, w in asdict(weights).items() if w}, calibration or {}
         if judge is not None and not getattr(judge, "readouts", None):
             for name in READ_OUT:                                # most judges say a digit, and nothing frame by frame
                 self.weights.pop(name, None)
+        if sync is None:
+            self.weights.pop("sync", None)
         self.floors = {name: FLOORS[name] for name in self.weights}
         if judge is None and set(JUDGED) & set(self.weights):
             raise ValueError("the weights count a judge's ratings, but there is no judge")
@@ -598,19 +766,22 @@ class Reward:
         """Score clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names, for messages.
-                 per_chunk: also say when, of what is localised in time: the regularisers and lip_course, which are
-                 means over chunks. A rating is of the whole.
+                 per_chunk: also say when, of what is localised in time: the regularisers, sync and lip_course, which
+                 are means over chunks. A rating is of the whole.
         Raises:  MediaError, naming the clip, where the judge fails or a component is not a number.
         """
         if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
             raise ValueError(f"want more than {REACH} frames and {SAMPLES_PER_FRAME} samples for each: "
                              f"got {tuple(frames.shape)} and {tuple(audio.shape)}")
-        parts = [self.regularisers(*part) for part in zip(frames.float().split(REGULARISED),
-                                                          portrait.to(frames.device).float().split(REGULARISED))]
+        parts = [self.regularisers(*part) for part in zip(frames.float().split(AT_ONCE),
+                                                          portrait.to(frames.device).float().split(AT_ONCE))]
         chunks, mass = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}, None
         for name, base in self.real.temporal.items():            # more or less than real clips, on the video's average
             off = chunks[name] - base
             chunks[name] = -off * off.mean(1, keepdim=True).sign()
+        if "sync" in self.weights:
+            chunks["sync"] = torch.cat([self.in_sync(*part) for part in zip(
+                frames.float().split(AT_ONCE), audio.float().split(AT_ONCE))])
         components = {name: values.mean(1) for name, values in chunks.items()}
         if set(JUDGED) & set(self.weights):
             score, mass, courses = self.rate(frames, audio, names)
@@ -638,6 +809,14 @@ class Reward:
         alike = cut(self.likeness(frames, portrait)) - self.real.likeness
         return {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0),
                 **temporal(frames, portrait, self.chunk_frames)}
+
+    def in_sync(self, frames: Tensor, audio: Tensor) -> Tensor:
+        """Say when lips leave the sound, (B, K): minus the distance of what is seen and what is heard in the five frames
+        around each one."""
+        device = next(self.sync.parameters()).device
+        apart = (self.sync.visual(frames.to(device)) - self.sync.sound(audio.to(device))).norm(dim=-1)    # (B, F - 4)
+        apart = nnf.pad(apart[:, None], (SYNC_FRAMES // 2, SYNC_FRAMES // 2), "replicate")[:, 0]
+        return -in_chunks(apart, frames.shape[1], self.chunk_frames).mean(2).cpu()
 
     def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Judge every clip, long ones in spans.
@@ -1687,150 +1866,10 @@ def seam(frames: Tensor, chunk_frames: int) -> Tensor:
     return change[border].mean() / change[~border].mean().clamp_min(1e-8)
 
 
-# ---------------------------------------------------------------- held-out metrics: the sync network
+# ---------------------------------------------------------------- held-out metrics: the other sync network
 #
-# Does this sound belong to these lips? Two encoders learn it from clips alone (Chung & Zisserman 2016, "Out of time"):
-# one watches five frames of the mouth, one hears the same 200 ms, and they shall agree at the right moment only. It is
-# an instrument: trained apart from the generator, used by no reward. Its metrics follow SyncNet's definitions, but the
-# network is our own and small: they are *not* the LSE-D and LSE-C of the literature, nor comparable with them, nor
-# comparable between two networks trained on different clips.
-
-SYNC_FRAMES = 5                                      # frames in a window, 200 ms, as in SyncNet
-SYNC_SHIFTS = 15                                     # frames by which the sound is tried early and late, as in SyncNet
-SYNC_SIZE = 64                                       # pixels to which any picture is resized first
-SYNC_BOX = 37, 63, 16, 48                            # of these, the mouth: rows .58 to .98, columns .25 to .75
-SYNC_SPAN = 50                                       # frames of a clip in a training step: 46 windows, 45 wrong moments
-TEMPERATURE = 0.07                                   # of the contrast, as in MoCo (He et al. 2020)
-
-
-def resize(pictures: Tensor) -> Tensor:
-    """Resize float pictures (..., 3, S, S) to (..., 3, 64, 64), averaging where pixels are lost."""
-    if pictures.shape[-2:] == (SYNC_SIZE, SYNC_SIZE):
-        return pictures
-    flat = nnf.interpolate(pictures.flatten(0, -4), (SYNC_SIZE, SYNC_SIZE), mode="bilinear", antialias=True)
-    return flat.unflatten(0, pictures.shape[:-3])
-
-
-class SyncNetwork(nn.Module):
-    """Places moving lips and speech on one unit sphere, and faces on another; what belongs together is near."""
-
-    def __init__(self, width: int = 48, dim: int = 64):
-        super().__init__()
-        self.config = {"width": width, "dim": dim}
-        w = width
-        self.look = nn.Sequential(                                                   # each frame      (N, 1, 26, 32)
-            nn.Conv2d(1, w // 2, 5, 2, 2), nn.GELU(),                                #                 (N, w/2, 13, 16)
-            nn.Conv2d(w // 2, w, 3, 2, 1), nn.GELU(),                                #                 (N, w, 7, 8)
-            nn.Conv2d(w, w, 3, 2, 1), nn.GELU(),                                     #                 (N, w, 4, 4)
-            nn.Flatten(), nn.Linear(16 * w, 2 * w), nn.GELU())                       #                 (N, 2 w)
-        self.watch = nn.Sequential(                                                  # five frames     (B, 2 w, F)
-            nn.Conv1d(2 * w, 3 * w, SYNC_FRAMES), nn.GELU(), nn.Conv1d(3 * w, dim, 1))             # (B, dim, F - 4)
-        # A frame is four hops of 10 ms. Kernels of 4 and 9, both at stride 2, see 20 hops, every 4: the same windows.
-        self.hear = nn.Sequential(                                                   # their sound     (B, MELS, 4 F)
-            nn.Conv1d(MELS, 2 * w, 4, 2), nn.GELU(),                                 #                 (B, 2 w, 2 F - 1)
-            nn.Conv1d(2 * w, 3 * w, 9, 2), nn.GELU(), nn.Conv1d(3 * w, dim, 1))                    # (B, dim, F - 4)
-        self.recognise = nn.Sequential(                                              # who             (N, 3, 64, 64)
-            nn.Conv2d(3, w // 4, 5, 2, 2), nn.GELU(), nn.Conv2d(w // 4, w // 2, 3, 2, 1), nn.GELU(),
-            nn.Conv2d(w // 2, w, 3, 2, 1), nn.GELU(), nn.Conv2d(w, w, 3, 2, 1), nn.GELU(),         # (N, w, 4, 4)
-            nn.Flatten(), nn.Linear(16 * w, dim))
-
-    def visual(self, frames: Tensor) -> Tensor:
-        """Embed the mouth in every five consecutive frames.
-
-        What is seen is grey, minus the clip's mean picture, in units of the clip's contrast: colour, brightness and
-        the face itself are gone, and a mouth that never moves is a blank.
-
-        Args:    frames (B, F, 3, S, S) float in [0, 1], F >= 5.
-        Returns: (B, F - 4, dim), of length 1. Raises: ValueError for any other frames.
-        """
-        if frames.ndim != 5 or frames.shape[1] < SYNC_FRAMES or not frames.is_floating_point():
-            raise ValueError(f"want float frames (B, {SYNC_FRAMES} or more, 3, S, S), "
-                             f"got {frames.dtype} {tuple(frames.shape)}")
-        top, bottom, left, right = SYNC_BOX
-        mouth = resize(frames)[..., top:bottom, left:right]
-        grey = torch.einsum("bfchw,c->bfhw", mouth, mouth.new_tensor((0.299, 0.587, 0.114)))       # ITU-R BT.601
-        contrast = grey.std((1, 2, 3), keepdim=True).clamp_min(1e-3)
-        moving = 3 * (grey - grey.mean(1, keepdim=True)) / contrast                  # 3: to about unit variance
-        seen = self.look(rearrange(moving, "b f h w -> (b f) 1 h w"))
-        windows = self.watch(rearrange(seen, "(b f) c -> b c f", b=len(frames)))
-        return nnf.normalize(windows.mT, dim=-1)
-
-    def sound(self, audio: Tensor) -> Tensor:
-        """Embed the sound of every five consecutive frames.
-
-        Args:    audio (B, F * 640) float at 16 kHz, F >= 5.
-        Returns: (B, F - 4, dim), of length 1. Raises: ValueError for any other audio.
-        """
-        n_frames = audio.shape[-1] // SAMPLES_PER_FRAME
-        if audio.ndim != 2 or audio.shape[1] % SAMPLES_PER_FRAME or n_frames < SYNC_FRAMES:
-            raise ValueError(f"want audio (B, F * {SAMPLES_PER_FRAME}) of {SYNC_FRAMES} frames or more, "
-                             f"got {tuple(audio.shape)}")
-        mel = log_mel(audio, n_frames).unflatten(-1, (-1, MELS))[:, :, LOOK_BACK:-LOOK_AHEAD]      # a frame's own hops
-        return nnf.normalize(self.hear(rearrange(mel, "b f hop m -> b m (f hop)")).mT, dim=-1)
-
-    def identity(self, pictures: Tensor) -> Tensor:
-        """Embed who is seen. Args: pictures (..., 3, S, S) float in [0, 1]. Returns: (..., dim), of length 1."""
-        flat = resize(pictures).flatten(0, -4)
-        return nnf.normalize(self.recognise(3 * (flat - 0.5)), dim=-1).unflatten(0, pictures.shape[:-3])
-
-
-def info_nce(a: Tensor, b: Tensor) -> Tensor:
-    """Ask for each pair to be told from all others, -log softmax_j(a_i . b_j / TEMPERATURE) at j = i, either way round
-    (van den Oord et al. 2018). Args: a, b (N, D), of length 1. Returns: scalar, log N for chance."""
-    logits, own = a @ b.T / TEMPERATURE, torch.arange(len(a), device=a.device)
-    return (nnf.cross_entropy(logits, own) + nnf.cross_entropy(logits.T, own)) / 2
-
-
-def sync_loss(net: SyncNetwork, frames: Tensor, audio: Tensor) -> Tensor:
-    """Contrast each window with all windows of the batch: other clips, and above all other moments of its own, which
-    share voice, face and light, so that nothing but timing tells them apart."""
-    return info_nce(net.visual(frames).flatten(0, 1), net.sound(audio).flatten(0, 1))
-
-
-def jitter(frames: Tensor, rng: torch.Generator) -> Tensor:
-    """Vary what should not matter: a clip (F, 3, S, S) uint8 is moved by up to 3%, mirrored at random, and made float,
-    each colour's gain changed by up to 15% and the brightness by up to 0.15."""
-    reach = frames.shape[-1] / 32
-    move, turn, gain, lift = torch.rand(7, generator=rng).split([2, 1, 3, 1])
-    moved = frames.roll([round((2 * x - 1) * reach) for x in move.tolist()], (-2, -1))
-    moved = moved.flip(-1) if turn < 0.5 else moved
-    return (moved / 255 * (0.85 + 0.3 * gain)[:, None, None] + 0.3 * (lift - 0.5)).clamp(0, 1)
-
-
-def train_sync(clips: Sequence[Clip], seed: int = 0, steps: int = 400, batch: int = 16) -> SyncNetwork:
-    """Train a sync network, and with it the identity encoder, for which two pictures of one clip are one person.
-
-    Args: clips: of at least 20 frames each, at least 2 * batch of them for a fair contrast; seed: decides everything.
-    Returns: the network, frozen. Raises: ValueError if there is nothing to contrast.
-    """
-    span = min([SYNC_SPAN] + [len(clip.frames) for clip in clips])
-    if len(clips) < 2 or span <= SYNC_FRAMES + SYNC_SHIFTS - 1:
-        raise ValueError(f"want two clips or more, of {SYNC_FRAMES + SYNC_SHIFTS} frames or more: "
-                         f"got {len(clips)}, the shortest of {span}")
-    rng = torch.Generator().manual_seed(seed)
-    draw = lambda n, count=1: torch.randint(n, (count,), generator=rng).tolist()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = SyncNetwork()
-    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=0.05)
-    for _ in (bar := trange(steps, desc="sync network", unit="step")):
-        frames, audio, faces = [], [], []
-        for clip in (clips[row] for row in draw(len(clips), batch)):
-            first, = draw(len(clip.frames) - span + 1)
-            frames.append(jitter(clip.frames[first : first + span], rng))
-            audio.append(clip.audio[first * SAMPLES_PER_FRAME : (first + span) * SAMPLES_PER_FRAME])
-        for row in torch.randperm(len(clips), generator=rng)[: 2 * batch].tolist():  # no clip twice: it is a person
-            pair = clips[row].frames[draw(len(clips[row].frames), 2)]
-            faces.append(torch.stack([jitter(picture[None], rng)[0] for picture in pair]))
-        loss = sync_loss(net, torch.stack(frames), torch.stack(audio))
-        same = info_nce(*net.identity(torch.stack(faces, 1)))
-        optimiser.zero_grad()
-        (loss + same).backward()
-        optimiser.step(), schedule.step()
-        bar.set_postfix(sync=f"{loss.item():.2f}", identity=f"{same.item():.2f}", refresh=False)
-    return net.requires_grad_(False)
-
+# The metrics follow SyncNet's definitions, but the network is our own and small: they are *not* the LSE-D and LSE-C of
+# the literature, nor comparable with them, nor comparable between two networks trained on different clips.
 
 def offset_curve(visual: Tensor, sound: Tensor) -> Tensor:
     """Try the sound early and late: D_k = mean_i |v_i - a_(i+k)|, k in -15..15, over the windows i that both have
@@ -1893,27 +1932,13 @@ def frechet(a: Tensor, b: Tensor) -> Tensor:
     return (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
 
-def save_sync(net: SyncNetwork, folder: str | Path, **more) -> None:
-    """Write folder/model.safetensors in half precision and config.json; more: further entries for config.json."""
-    write_weights(Path(folder), {name: weight.half() for name, weight in net.state_dict().items()},
-                  {"sync": net.config, **more})
-
-
-def load_sync(folder: str | Path) -> SyncNetwork:
-    """Load, frozen, what `save_sync` wrote. Raises: MediaError where there is no sync network or a broken one."""
-    folder = Path(folder)
-    with reading_weights(folder, "a sync network", "a sync network"):
-        net = SyncNetwork(**json.loads((folder / "config.json").read_text())["sync"])
-        net.load_state_dict(load_file(folder / "model.safetensors"))
-    return net.requires_grad_(False)
-
-
 # ---------------------------------------------------------------- command line
 
 JUDGE_CLIPS, SYNC_CLIPS = 1500, 1000                 # drawn talkers to teach on
 GENERATED_CLIPS = 160                                # clips that each generator imitates for the judge
 HELD_OUT_SEED = 2_000_000                            # drawn talkers for exams: other people, other speech
-DEFAULT_SYNC = Path(__file__).parent / "assets" / "sync"
+DEFAULT_SYNC = Path(__file__).parent / "assets" / "sync"              # it measures,
+REWARD_SYNC = Path(__file__).parent / "assets" / "reward_sync"        # and this one, of other people, is in the reward
 
 
 def weights_argument(text: str) -> dict[str, float]:
@@ -1954,6 +1979,8 @@ def reward_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--calibration", metavar="FILE", help="map ratings to people's scale by what --align wrote")
     flag("--perceptual", metavar="NAME", help="identity by a vision model of transformers, a folder or a name "
          "on the hub such as facebook/dinov2-small (local brightness, colour and contrast)")
+    flag("--reward-sync", metavar="DIR", help="a sync network for the reward, of reward.py --train-sync with a --seed "
+         "other than that of --sync, which measures; or none (the one for drawn talkers; with --data none)")
     flag("--weights", type=weights_argument, default={}, metavar="NAME=W,...",
          help="of components: " + ", ".join(f"{k} {w:g}" for k, w in asdict(Weights()).items()))
     return names
@@ -1984,7 +2011,12 @@ def make_reward(args: argparse.Namespace, real: Sequence[Clip], chunk_frames: in
     weights = Weights(**args.weights if judge else args.weights | dict.fromkeys(JUDGED, 0.0))
     alike = PretrainedLikeness(args.perceptual, args.device) if args.perceptual else likeness
     calibration = load_calibration(args.calibration) if args.calibration else None
-    return Reward(judge, RealClips.measure(real, chunk_frames, alike), weights, chunk_frames, calibration, alike)
+    name = args.reward_sync or ("none" if args.data else str(REWARD_SYNC))
+    if name != "none" and args.sync and Path(name).resolve() == Path(args.sync).resolve():
+        raise MediaError(name, "is the sync network of --sync, which measures what the reward does; teach the reward "
+                               "another: python reward.py --train-sync --seed 1")
+    sync = None if name == "none" else load_sync(name).to(args.device)
+    return Reward(judge, RealClips.measure(real, chunk_frames, alike), weights, chunk_frames, calibration, alike, sync)
 
 
 def table(reward: Reward, columns: dict[str, Scores]) -> str:

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as nnf
 
 from data import Clip, MediaError, render_talker
-from reward import (DEFAULT_SYNC, SyncNetwork, frechet, identity_cosine, info_nce, load_sync, offset_curve, save_sync,
-                    sync_loss, sync_metrics, train_sync)
-
-
+import reward
+from reward import (DEFAULT_SYNC, REWARD_SYNC, RealClips, Reward, SyncNetwork, Weights, frechet, identity_cosine, info_nce,
+                    load_sync, offset_curve, save_sync, sync_loss, sync_metrics, train_sync)
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +227,40 @@ def test_frechet_distance_of_mouths_is_small_between_real_clips_and_large_for_fr
     mouths = lambda frames: shipped.visual(frames).flatten(0, 1)
     real, others = batch[0].chunk(2)
     assert frechet(mouths(real), mouths(others[:, :1].expand_as(others))) > 5 * frechet(mouths(real), mouths(others))
+
+
+# ---- In the reward ---------------------------------------------------------------------------------------------------
+
+SYNC_ALONE = Weights(**dict.fromkeys(vars(Weights()), 0.0) | {"sync": 1.0})
+
+
+def test_the_reward_of_a_chunk_is_minus_the_distance_of_the_five_frames_around_each_of_its_own(clips, batch):
+    """By a loop over the frames of videos of 30: the first two and the last two have the nearest whole window's."""
+    net, frames, audio = SyncNetwork(8, 8), batch[0][:2, :30], batch[1][:2, :30 * 640]
+    scores = Reward(None, RealClips.measure(clips, 4), SYNC_ALONE, sync=net)(frames, audio, frames[:, 0], "ab", True)
+    v, a = net.visual(frames).double(), net.sound(audio).double()
+    for b in range(2):
+        apart = [math.dist(v[b, i].tolist(), a[b, i].tolist()) for i in range(26)]
+        of = [apart[min(max(f - 2, 0), 25)] for f in [*range(30), 29, 29]]                   # the last chunk is filled up
+        chunks = [-sum(of[k:k + 4]) / 4 for k in range(0, 32, 4)]
+        assert scores.per_chunk["sync"][b].tolist() == pytest.approx(chunks, abs=1e-5)
+        assert scores.components["sync"][b].item() == pytest.approx(sum(chunks) / 8, abs=1e-5)
+    assert scores.total.tolist() == scores.components["sync"].tolist()
+
+
+def test_the_rewards_network_tells_the_own_sound_from_one_of_40_ms_earlier_or_later(clips, batch):
+    """On people that it never met, each of them."""
+    rate = Reward(None, RealClips.measure(clips, 4), SYNC_ALONE, sync=load_sync(REWARD_SYNC))
+    frames, names = batch[0][:, 8:40], [clip.name for clip in clips]
+    own, early, late = (rate(frames, batch[1][:, (8 + by) * 640:(40 + by) * 640], frames[:, 0], names).total
+                        for by in (0, -1, 1))
+    assert (own > early).all() and (own > late).all()
+
+
+def test_the_network_that_measures_cannot_be_the_rewards(clips):
+    """By any name of its folder; the two that come along are of different seeds."""
+    flags = ["--video", "v.mp4", "--judge", "none", "--reward-sync", str(DEFAULT_SYNC / ".." / "sync")]
+    with pytest.raises(MediaError, match="which measures what the reward does; teach the reward another"):
+        reward.make_reward(reward.parse_arguments(flags), clips, 4)
+    one, other = (load_sync(folder).state_dict() for folder in (DEFAULT_SYNC, REWARD_SYNC))
+    assert all(not torch.equal(one[name], other[name]) for name in one)
