@@ -684,7 +684,7 @@ class Weights:
     motion: float = 0.25
     lip_course: float = 2.0
     lip_range: float = 0.5
-    sync: float = 2.0
+    sync: float = 3.0
     still: float = 0.25
     identity: float = 0.25
     drift: float = 0.5

@@ -732,8 +732,8 @@ def post_training_part(folder: Path, entries: list[dict]) -> str:
     draw(folder / "rewards.png", panels | {"reward": [(x, [e["reward"] for e in updates], 0, "")]}, "update")
     draw(folder / "watched.png", metric_panels(looks, "update", "watched"), "update")
     return ("\n## Post-training\n\nThe reward of rollouts and its components; shaded, a group's standard deviation.\n\n"
-            "![reward over updates](rewards.png)\n\nMetrics that no reward contains, on the watched clips, of the "
-            "moving average.\n\n![watched metrics over updates](watched.png)\n")
+            "![reward over updates](rewards.png)\n\nHeld-out metrics of the moving average, on the watched "
+            "clips.\n\n![watched metrics over updates](watched.png)\n")
 
 
 def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
