@@ -682,9 +682,9 @@ class Weights:
     lip_sync: float = 1.0
     expressiveness: float = 0.1
     motion: float = 0.25
-    lip_course: float = 2.0
+    lip_course: float = 3.0
     lip_range: float = 0.5
-    sync: float = 3.0
+    sync: float = 2.0
     still: float = 0.25
     identity: float = 0.25
     drift: float = 0.5
