@@ -605,8 +605,10 @@ def test_flags_choose_the_reward(cache):
     args = train.parse_arguments([*TINY, "--weights", "still=2,seam=0"])
     clips, _, _ = train.load_clips(args)
     reward = train.make_reward(args, clips, args.config.chunk_frames)
-    assert reward.judge is None and reward.weights == {"still": 2.0, "identity": 0.25, "drift": 0.5,
+    assert reward.judge is None and reward.weights == {"sync": 2.0, "still": 2.0, "identity": 0.25, "drift": 0.5,
                                                        "activity": 0.5, "jerk": 0.5, "flicker": 0.25}
+    alone = train.make_reward(train.parse_arguments([*TINY, "--reward-sync", "none"]), clips, args.config.chunk_frames)
+    assert alone.sync is None and "sync" not in alone.weights
 
 
 def test_a_reward_of_your_own_is_a_component_like_the_others(run, tmp_path, monkeypatch):
