@@ -400,7 +400,7 @@ STILL_SCALES = 1, 2, 4                               # pixels are averaged over 
 STILL_DEVIATION = 0.02                               # grey levels of 1 by which a place may stray and count as still
 REACH = 8                                            # frames, a third of a second, over which activity is measured
 TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
-AT_ONCE = 8                                      # clips at once: bounds the memory
+AT_ONCE = 8                                          # clips at once: bounds the memory
 
 
 def in_chunks(signal: Tensor, frames: int, chunk_frames: int) -> Tensor:
@@ -515,8 +515,8 @@ class RealClips:
 # ---------------------------------------------------------------- the sync network
 #
 # Does this sound belong to these lips? Two encoders learn it from clips alone (Chung & Zisserman 2016, "Out of time"):
-# one watches five frames of the mouth, one hears the same 200 ms, and they shall agree at the right moment only. A
-# judge hears shifts of a second; this hears one of a frame.
+# one watches five frames of the mouth, one hears the same 200 ms, and they shall agree at the right moment only. Large
+# judges are reported to miss shifts of less than a second; this one notices 40 ms.
 #
 # There are two of them. One is a part of the reward. The other, of another seed and taught on other people, measures
 # what the reward has done, and is in no reward. They are of one make, so what both of them overlook stays unseen.
