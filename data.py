@@ -42,7 +42,7 @@ import torchaudio
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -966,7 +966,8 @@ def write_weights(folder: Path, weights: dict[str, Tensor], config: dict) -> Non
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as path:
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path)
+        # Not save_file: it leaves a file that only its owner may read.
+        path.write_bytes(save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}))
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=1))
 
