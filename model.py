@@ -27,7 +27,7 @@ S pixels per side, L tokens of a sequence, H heads, D head dim.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -146,18 +146,18 @@ def unwarp(picture: Tensor, pose: Tensor) -> Tensor:
     return look_up(picture, p)
 
 
-def estimate_pose(frames: Tensor, ridge: float = 1e-4) -> Tensor:
+def estimate_pose(frames: Tensor, ridge: float = 1e-4, pyramid: Sequence[tuple[int, int]] = POSE_PYRAMID) -> Tensor:
     """Find the pose that carries each clip's first frame onto each of its frames (Lucas and Kanade, 1981).
 
     Gauss-Newton on the grey difference, coarse to fine, so that motion of many pixels is found as well.
 
-    Args: frames (B, F, 3, S, S) in [0, 1].
+    Args: frames (B, F, 3, S, S) in [0, 1]; pyramid: sizes, and steps at each.
     Returns: (B, F, 6).
     """
     b, f = frames.shape[:2]
     grey = frames.mean(2).flatten(0, 1)[:, None]                                   # (B F, 1, S, S)
     pose = frames.new_zeros(b * f, POSE)
-    for size, steps in POSE_PYRAMID:
+    for size, steps in pyramid:
         target = F.interpolate(grey, (size, size), mode="area")
         first = target[::f].repeat_interleave(f, 0)
         basis = head_basis(pixel_grid(size, frames.device))                        # (s, s, 3)

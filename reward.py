@@ -61,6 +61,7 @@ from data import (FPS, LOOK_AHEAD, LOOK_BACK, MEL_DIM, MELS, SAMPLE_RATE, SAMPLE
                   folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line, pixels,
                   reading_weights, replacing, sounds, synthetic_clips, video_uri, whole_model, write_speech,
                   write_weights, writing)
+from model import estimate_pose, load_generator, pixel_grid, unwarp, warp
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -399,6 +400,8 @@ class RemoteJudge:
 STILL_SCALES = 1, 2, 4                               # pixels are averaged over squares of this side
 STILL_DEVIATION = 0.02                               # grey levels of 1 by which a place may stray and count as still
 REACH = 8                                            # frames, a third of a second, over which activity is measured
+HEAD_PYRAMID = (16, 3), (32, 2)                      # every second head is measured, coarsely: a tenth of the cost
+HEAD_AT_REST = 0.005                                 # of 2, the picture's side: a head that is nearer has not moved
 TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
 AT_ONCE = 8                                          # clips at once: bounds the memory
 
@@ -471,7 +474,7 @@ def temporal(frames: Tensor, portrait: Tensor, chunk_frames: int) -> dict[str, T
 
     Args: frames (B, F, 3, S, S), portrait (B, 3, S, S), in [0, 1].
 
-    drift       mean distance of areas of S/8 to the portrait's: a head that wanders off, colours that shift
+    drift       mean distance of the head to its place on the portrait, 2 is the picture's side: a head that wanders off
     activity    mean change over a third of a second, in grey levels of 1: how far things move; flicker adds nothing
     jerk        mean third difference: trembling
     flicker     mean second difference of areas of S/8: light that trembles
@@ -479,11 +482,13 @@ def temporal(frames: Tensor, portrait: Tensor, chunk_frames: int) -> dict[str, T
     """
     cut = lambda d: in_chunks(d.abs().mean((2, 3, 4)), frames.shape[1], chunk_frames) + 1e-4     # (B, K, T)
     areas = nnf.adaptive_avg_pool2d(frames.flatten(0, 1), 8).unflatten(0, frames.shape[:2])
-    away = areas - nnf.adaptive_avg_pool2d(portrait, 8)[:, None]
+    pose = estimate_pose(torch.cat([portrait[:, None], frames[:, ::2]], 1), pyramid=HEAD_PYRAMID)[:, 1:]
+    away = pose[..., [0, 3]].norm(dim=-1).repeat_interleave(2, 1)[:, :frames.shape[1]]           # (B, F)
+    away = in_chunks(away, frames.shape[1], chunk_frames).mean(2)
     change = cut(frames.diff(dim=1))
     reach = frames[:, REACH:] - frames[:, :-REACH]
     seam = (change[:, :, 0] / change[:, :, 1:].mean(2)).log()
-    return {"drift": (cut(away).mean(2) + 0.01).log(), "activity": cut(reach).mean(2).log(),
+    return {"drift": (away + HEAD_AT_REST).log(), "activity": cut(reach).mean(2).log(),
             "jerk": cut(frames.diff(n=3, dim=1)).mean(2).log(), "flicker": cut(areas.diff(n=2, dim=1)).mean(2).log(),
             "seam": torch.cat([torch.zeros_like(seam[:, :1]), seam[:, 1:]], 1)}
 
@@ -495,21 +500,29 @@ class RealClips:
     still: Tensor                                    # (S, S) in 0..1, high where real clips do not move
     straying: float                                  # their own distance to their first frame, where still
     likeness: float                                  # and likeness to it
-    temporal: dict[str, float]                       # mean of each of `temporal`
+    temporal: dict[str, tuple[float, float]]         # mean of each of `temporal`, from and to
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, clips: Sequence[Clip], chunk_frames: int, likeness=likeness, most: int = 64) -> "RealClips":
-        """Measure clips spread over the set, at the size that will be compared with them."""
+    def measure(cls, clips: Sequence[Clip], chunk_frames: int, likeness=likeness, codec=None,
+                most: int = 64) -> "RealClips":
+        """Measure clips spread over the set, at the size that will be compared with them.
+
+        Args: codec: of a generator, with `encode` and `decode`. How things move in the clips as it shows them counts as
+        real, too: a camera's noise is lost in it (on GRID .6 of log jerk), and only shaking heads could make up for it.
+        """
         chosen = [clips[i] for i in torch.linspace(0, len(clips) - 1, min(most, len(clips))).long().tolist()]
-        videos = [clip.frames[None] / 255 for clip in chosen]
+        videos = [clip.frames[None, : len(clip.frames) // chunk_frames * chunk_frames] / 255 for clip in chosen]
         stray = torch.stack([(v - v[:, :1]).abs().mean((0, 1, 2)) for v in videos]).mean(0)
         still = torch.exp(-stray / STILL_DEVIATION)
         mean = lambda values: torch.cat([v.flatten() for v in values]).mean().item()
-        motion = [temporal(v, v[:, 0], chunk_frames) for v in videos]
+        seen = [[temporal(v, v[:, 0], chunk_frames) for v in videos]]
+        if codec is not None:
+            carried = lambda v: codec.decode(v[:, 0], codec.encode(v)).cpu()
+            seen.append([temporal(carried(v.to(codec.scale.device)), v[:, 0], chunk_frames) for v in videos])
+        means = {name: [mean(m[name] for m in kind) for kind in seen] for name in seen[0][0]}
         return cls(still, mean(straying(v, v[:, 0], still) for v in videos),
-                   mean(likeness(v, v[:, 0]) for v in videos),
-                   {name: mean(m[name] for m in motion) for name in motion[0]})
+                   mean(likeness(v, v[:, 0]) for v in videos), {k: (min(m), max(m)) for k, m in means.items()})
 
 
 # ---------------------------------------------------------------- the sync network
@@ -704,7 +717,7 @@ COMPONENTS = {
     "sync": ("-2..0", "distance", "the reward's sync network: of lips and sound, moment by moment"),
     "still": ("-1..0", "grey level", "background's distance to the portrait, beyond that of real clips"),
     "identity": ("-1..0", "similarity", "likeness to the portrait, as far as below that of real clips"),
-    "drift": ("..0", "log ratio", "distance to the portrait against real clips, more or less"),
+    "drift": ("..0", "log ratio", "the head's distance to its place on the portrait against real clips, more or less"),
     "activity": ("..0", "log ratio", "range of motion against real clips, more or less"),
     "jerk": ("..0", "log ratio", "trembling against real clips, more or less"),
     "flicker": ("..0", "log ratio", "trembling light against real clips, more or less"),
@@ -773,15 +786,12 @@ class Reward:
         if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
             raise ValueError(f"want more than {REACH} frames and {SAMPLES_PER_FRAME} samples for each: "
                              f"got {tuple(frames.shape)} and {tuple(audio.shape)}")
-        parts = [self.regularisers(*part) for part in zip(frames.float().split(AT_ONCE),
-                                                          portrait.to(frames.device).float().split(AT_ONCE))]
-        chunks, mass = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}, None
-        for name, base in self.real.temporal.items():            # more or less than real clips, on the video's average
-            off = chunks[name] - base
-            chunks[name] = -off * off.mean(1, keepdim=True).sign()
-        if "sync" in self.weights:
-            chunks["sync"] = torch.cat([self.in_sync(*part) for part in zip(
-                frames.float().split(AT_ONCE), audio.float().split(AT_ONCE))])
+        parts = [self.localised(*part) for part in zip(*(x.float().split(AT_ONCE) for x in (frames, audio, portrait)))]
+        chunks, mass = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, None
+        for name, (low, high) in self.real.temporal.items():     # beyond real clips' range, by the video's average
+            mean = chunks[name].mean(1, keepdim=True)
+            nearest = mean.clamp(low, high)
+            chunks[name] = -(chunks[name] - nearest) * (mean - nearest).sign()
         components = {name: values.mean(1) for name, values in chunks.items()}
         if set(JUDGED) & set(self.weights):
             score, mass, courses = self.rate(frames, audio, names)
@@ -799,24 +809,25 @@ class Reward:
         total = sum(self.weights[name] * values for name, values in components.items())
         return Scores(total, components, {k: v for k, v in chunks.items() if per_chunk and k in self.weights}, mass)
 
-    def regularisers(self, frames: Tensor, portrait: Tensor) -> dict[str, Tensor]:
-        """Return name -> (B, K); still and identity final, temporal ones as measured."""
+    def resemble(self, clips: Sequence[Clip], codec) -> None:
+        """Hold what is generated against real clips as they are and as the generator's codec shows them."""
+        self.real = RealClips.measure(clips, self.chunk_frames, self.likeness, codec)
+
+    def localised(self, frames: Tensor, audio: Tensor, portrait: Tensor) -> dict[str, Tensor]:
+        """Measure what needs no judge: name -> (B, K), on the CPU. All but the temporal measures are final."""
         cut = lambda values: in_chunks(values, frames.shape[1], self.chunk_frames).mean(2)
-        still = self.real.still.to(frames.device)
+        portrait, still = portrait.to(frames.device), self.real.still.to(frames.device)
         if still.shape[-1] != frames.shape[-1]:
             still = nnf.interpolate(still[None, None], frames.shape[-2:], mode="bilinear")[0, 0]
         stray = cut(straying(frames, portrait, still)) - self.real.straying
         alike = cut(self.likeness(frames, portrait)) - self.real.likeness
-        return {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0),
-                **temporal(frames, portrait, self.chunk_frames)}
-
-    def in_sync(self, frames: Tensor, audio: Tensor) -> Tensor:
-        """Say when lips leave the sound, (B, K): minus the distance of what is seen and what is heard in the five frames
-        around each one."""
-        device = next(self.sync.parameters()).device
-        apart = (self.sync.visual(frames.to(device)) - self.sync.sound(audio.to(device))).norm(dim=-1)    # (B, F - 4)
-        apart = nnf.pad(apart[:, None], (SYNC_FRAMES // 2, SYNC_FRAMES // 2), "replicate")[:, 0]
-        return -in_chunks(apart, frames.shape[1], self.chunk_frames).mean(2).cpu()
+        chunks = {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0),
+                  **temporal(frames, portrait, self.chunk_frames)}
+        if "sync" in self.weights:                               # the five frames around each one, seen and heard
+            device = next(self.sync.parameters()).device
+            apart = (self.sync.visual(frames.to(device)) - self.sync.sound(audio.to(device))).norm(dim=-1)
+            chunks["sync"] = -cut(nnf.pad(apart[:, None], (SYNC_FRAMES // 2, SYNC_FRAMES // 2), "replicate")[:, 0])
+        return {name: values.cpu() for name, values in chunks.items()}
 
     def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Judge every clip, long ones in spans.
@@ -916,7 +927,6 @@ def apart(shown: Tensor, called: Tensor) -> Tensor:
 
 def good_material(clips: Sequence[Clip], frames: int = MATERIAL_FRAMES) -> Material:
     """Take real or drawn clips of `frames` frames or more as they are, and take head and face apart."""
-    from model import estimate_pose, unwarp
     clips = [clip for clip in clips if len(clip.frames) >= frames]
     if not clips:
         raise MediaError("the judge's clips", f"are all shorter than {frames / FPS:.2f} s; give longer ones")
@@ -939,7 +949,6 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
     codec alone at .2 and a generator of 150 steps at .8. Returns: Material, the versions of a clip one after the other.
     """
     from grpo import Settings, drawing_step, stochastic_steps
-    from model import load_generator
     from sample import evaluate, imitate, seeded_noise
     model = load_generator(run).eval()
     c = model.config
@@ -984,7 +993,6 @@ def act(face: Tensor, pose: Tensor, mouth: float, rest: float) -> Tensor:
 
     The gain is `mouth` near the mouth and `rest` elsewhere. face (F, 3, S, S) in [0, 1], pose (F, 6). Returns frames.
     """
-    from model import pixel_grid, warp
     x, y = pixel_grid(face.shape[-1]).unbind(-1)
     near = (1.6 * torch.exp(-(x ** 2 + (y - 0.47) ** 2) / (2 * 0.2 ** 2))).clamp_max(1)      # the codec's focus
     return warp(face[:1] + (rest + (mouth - rest) * near) * (face - face[:1]), rest * pose)
@@ -1014,7 +1022,6 @@ def spoil(fault: str, strength: float, x: Tensor, mouth: Tensor, rng: torch.Gene
 
     Args: x (F, 3, S, S) in [0, 1]; mouth (F,) that is shown. Returns: both, as they are seen afterwards.
     """
-    from model import warp
     u, f, at = strength, len(x), torch.arange(len(x))
     normal = lambda *shape: torch.randn(*shape, generator=rng)
     if fault == "tremble":                           # the head jumps, each frame by itself
@@ -1790,7 +1797,6 @@ def mouth_box(face: Tensor) -> Tensor:
 
 def mouth_boxes(videos: Iterable[Tensor]) -> Tensor:
     """Hold the heads of videos (F, 3, S, S) in [0, 1] still and return their mouth boxes, (N, F, P)."""
-    from model import estimate_pose, unwarp
     return torch.stack([mouth_box(unwarp(video, estimate_pose(video[None])[0])) for video in videos])
 
 

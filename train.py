@@ -1190,6 +1190,7 @@ def make(args: argparse.Namespace, start: float, argv: list[str]) -> None:
         load_sync(args.sync)
     reward = make_reward(args, clips, args.config.chunk_frames)
     run, log = begin_pretraining(args, clips, start)
+    reward.resemble(clips, run.model.codec)
     data = encode(run.model, clips, args.frames, args.device)
     if not rank():
         describe(run, data, held_out, log, argv)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import reward
 from data import FPS, Clip, MediaError, render_talker, write_video
+from model import warp
 from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Hints, Judge,
                     Material, PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, among_rivals, apart, battery,
                     correlation, exam, good_material, heard_loss, lessons, likeness, mouths, prompt, rating_loss,
@@ -360,13 +361,23 @@ def test_temporal_measures_equal_hand_computed_values():
     frames = torch.zeros(1, 12, 3, 16, 16)
     steady = frames + torch.arange(12.0)[None, :, None, None, None] / 100
     measured = temporal(steady, steady[:, 0], 4)
-    away = torch.arange(12.0).view(1, 3, 4).mean(2) / 100                            # of a chunk from the first frame
-    torch.testing.assert_close(measured["drift"], (away + 0.0101).log(), atol=1e-3, rtol=0)
     torch.testing.assert_close(measured["activity"], torch.full((1, 3), math.log(0.08 + 1e-4)), atol=1e-3, rtol=0)
     assert measured["seam"].abs().max() < 1e-3 and (measured["jerk"] < -4).all() and (measured["flicker"] < -4).all()
     stairs = frames + torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15.0])[None, :, None, None, None] / 100
     expected = torch.tensor([[0, 1, 1]]) * math.log(0.0301 / 0.0101)
     torch.testing.assert_close(temporal(stairs, stairs[:, 0], 4)["seam"], expected, atol=1e-3, rtol=0)
+
+
+def test_drift_is_the_distance_of_the_head_to_its_place_on_the_portrait(batch):
+    """Heads that stand still, then move to the side by 4% of the picture and stay: as moved here, so it is measured."""
+    portrait, pose = batch[0][:, 0], torch.zeros(4, 6)
+    pose[:, 0] = 0.08
+    frames = torch.cat([portrait[:, None].repeat(1, 4, 1, 1, 1), warp(portrait, pose)[:, None].repeat(1, 4, 1, 1, 1)], 1)
+    frames = torch.cat([frames, frames[:, 4:]], 1)
+    still, *moved = (temporal(frames, portrait, 4)["drift"].exp() - reward.HEAD_AT_REST).unbind(1)
+    assert still.abs().max() < 1e-3 and all((distance - 0.08).abs().max() < 0.008 for distance in moved)
+    tinted = temporal(frames[:, :1].repeat(1, 12, 1, 1, 1) * 0.9, portrait, 4)["drift"].exp() - reward.HEAD_AT_REST
+    assert tinted.max() < 0.02, "light is no motion"
 
 
 def test_likeness_is_one_for_the_portrait_and_falls_with_blur_noise_and_tint(batch):
@@ -427,6 +438,28 @@ def test_each_regulariser_falls_with_the_fault_that_is_its_own(real, batch):
     for name, made in worse.items():
         fallen = Reward(None, real, REGULARISERS)(made, audio, frames[:, 0], names).components[name]
         assert (fallen < best[name] - 0.01).all(), (name, fallen, best[name])
+
+
+def test_what_lies_between_a_real_clip_and_the_codecs_view_of_it_costs_nothing(clips):
+    """A codec that loses trembling: neither the clip nor its smooth version nor what lies between is held to the other;
+    what trembles more, or stands still, is."""
+    clip = Clip("short", clips[0].frames[:48], clips[0].audio[: 48 * 640])
+    frames, sound = clip.frames[None] / 255, clip.audio[None]
+    smooth = torch.cat([frames[:, :1], (frames[:, :-2] + frames[:, 1:-1] + frames[:, 2:]) / 3, frames[:, -1:]], 1)
+    codec = SimpleNamespace(scale=torch.ones(1), encode=lambda video: video, decode=lambda portrait, latents: smooth)
+    rate = Reward(None, RealClips.measure([clip], 4), Weights(**dict.fromkeys(vars(Weights()), 0.0) | {"jerk": 1.0}))
+    alone = rate(smooth, sound, frames[:, 0], "a").total
+    rate.resemble([clip], codec)
+    low, high = rate.real.temporal["jerk"]
+    assert low == pytest.approx(temporal(smooth, frames[:, 0], 4)["jerk"].mean().item(), abs=1e-6)
+    assert high == pytest.approx(temporal(frames, frames[:, 0], 4)["jerk"].mean().item(), abs=1e-6)
+    assert alone < -0.1 and low < high - 0.1
+    shaken = (frames + 0.05 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    for made, free in ((frames, True), (smooth, True), ((frames + smooth) / 2, True), (shaken, False),
+                       (frozen(frames), False)):
+        scores = rate(made, sound, frames[:, 0], "a", per_chunk=True)
+        assert (scores.total.abs() < 1e-5 if free else scores.total < -0.5).all()
+        torch.testing.assert_close(scores.per_chunk["jerk"].mean(1), scores.components["jerk"])
 
 
 class Fixed:

@@ -406,6 +406,9 @@ class Brightness:
     def __init__(self):
         self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
 
+    def resemble(self, clips, codec):
+        """Hold nothing against real clips."""
+
     def __call__(self, frames, audio, portrait, names, per_chunk=False):
         assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
         assert portrait.shape == (len(frames), *frames.shape[2:]) and 0 <= frames.min() and frames.max() <= 1
