@@ -964,11 +964,11 @@ def generated_material(run: str | Path, clips: Sequence[Clip], seed: int = 0) ->
             step = drawing_step(Settings(), stochastic_steps(Settings.rollout_steps), fresh)
             videos.append(imitate(model, clips, frames, Settings.rollout_steps, seed=seed, step=step))
     called, audio = mouths(clips, frames), sounds(clips, frames).unflatten(1, (frames, -1))
-    versions = []                                    # of the fields of Material
-    for video, shown in zip(videos, read_mouths(videos, clips, called)):
-        measured = evaluate(video, clips, c.chunk_frames)
-        lively = MOUTH_SHARE * measured["amplitude"].clamp(0, 1) + (1 - MOUTH_SHARE) * measured["head"].clamp(0, 1)
-        fault = (measured["jerk_ratio"].log() / math.log(3)).clamp(0, 1)
+    measured, versions = [evaluate(video, clips, c.chunk_frames) for video in videos], []
+    for video, shown, seen in zip(videos, read_mouths(videos, clips, called), measured):
+        head = seen["head"] / measured[0]["head"].clamp_min(1e-6)                    # the codec's moves as the true one
+        lively = MOUTH_SHARE * seen["amplitude"].clamp(0, 1) + (1 - MOUTH_SHARE) * head.clamp(0, 1)
+        fault = (seen["jerk_ratio"].log() / math.log(3)).clamp(0, 1)
         versions.append((to_bytes(video), audio, called, shown, lively, fault))
     return Material(*(rearrange(list(field), "v n ... -> (n v) ...") for field in zip(*versions)))
 

@@ -92,20 +92,21 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
     """Measure videos (B, F, 3, S, S) in [0, 1] against their true clips by the held-out metrics of reward.py.
 
     Returns: name -> (B,) values. psnr is the distance to the true frames, most of it where a head went that is free to
-    go elsewhere; mouth_psnr that of mouths, heads held still and the first frame taken off. With a sync network, also
+    go elsewhere; mouth_psnr that of mouths, heads held still and the first frame taken off. head is relative to the
+    mean of the true clips: one that sways as far as another clip's is no worse for it. With a sync network, also
     sync_confidence and sync_own of its offset curve, and identity, the mean cosine to the portrait. The rest is what
     lips_drawn or lips_real gives.
     """
     frames = videos.shape[1]
     truths = pixels(clips, frames)
     poses = [[estimate_pose(v[None])[0] for v in vs] for vs in (videos, truths)]
-    heads = [[reward.head_motion(pose) for pose in some] for some in poses]
+    heads, true_heads = (torch.stack([reward.head_motion(pose) for pose in some]) for some in poses)
     mouths = [[reward.mouth_box(unwarp(v, pose)) for v, pose in zip(vs, some)]
               for vs, some in zip((videos, truths), poses)]
     values = {"psnr": [reward.psnr(v, t) for v, t in zip(videos, truths)],
               "mouth_psnr": [reward.psnr(made, true) for made, true in zip(*mouths)],
               "motion": [reward.motion(v) / reward.motion(t) for v, t in zip(videos, truths)],
-              "head": [made / true for made, true in zip(*heads)],
+              "head": heads / true_heads.mean(),
               "jerk_ratio": [reward.jerk(v) / reward.jerk(t) for v, t in zip(videos, truths)],
               "still_psnr": [reward.still_psnr(v, t[0]) for v, t in zip(videos, truths)],
               "jerk": [reward.jerk(v) for v in videos],

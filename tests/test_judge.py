@@ -372,8 +372,7 @@ def test_drift_is_the_distance_of_the_head_to_its_place_on_the_portrait(batch):
     """Heads that stand still, then move to the side by 4% of the picture and stay: as moved here, so it is measured."""
     portrait, pose = batch[0][:, 0], torch.zeros(4, 6)
     pose[:, 0] = 0.08
-    frames = torch.cat([portrait[:, None].repeat(1, 4, 1, 1, 1), warp(portrait, pose)[:, None].repeat(1, 4, 1, 1, 1)], 1)
-    frames = torch.cat([frames, frames[:, 4:]], 1)
+    frames = torch.stack([portrait] * 4 + [warp(portrait, pose)] * 8, 1)
     still, *moved = (temporal(frames, portrait, 4)["drift"].exp() - reward.HEAD_AT_REST).unbind(1)
     assert still.abs().max() < 1e-3 and all((distance - 0.08).abs().max() < 0.008 for distance in moved)
     tinted = temporal(frames[:, :1].repeat(1, 12, 1, 1, 1) * 0.9, portrait, 4)["drift"].exp() - reward.HEAD_AT_REST

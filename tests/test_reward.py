@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as nnf
 
 from data import LIP_LEAD, Clip, render_talker
+from model import estimate_pose, warp
 from reward import (correlation, head_motion, jerk, lip_sync_correlation, motion, mouth_axis,
                     mouth_boxes, mouth_opening_from_pixels, psnr, seam, shifted_correlation, still_psnr, sync_offset)
+from sample import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +150,27 @@ def test_head_motion_is_the_deviation_of_the_shift():
     pose = torch.zeros(50, 6)
     pose[:, 0], pose[:, 3] = 0.03 * torch.randn(50), 0.04 * torch.randn(50)
     assert head_motion(pose).item() == pytest.approx((pose[:, 0].var() + pose[:, 3].var()).sqrt().item(), rel=1e-5)
+
+
+def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(clips):
+    """`sample.evaluate` of true clips, of the clips' neighbours, frozen, and of clips whose head was moved by hand."""
+    few = clips[:4]
+    true = torch.stack([clip.frames[:48] for clip in few]) / 255
+    own = evaluate(true, few, 4)
+    for name in ("motion", "jerk_ratio", "amplitude"):
+        torch.testing.assert_close(own[name], torch.ones(4))
+    assert own["head"].mean().item() == pytest.approx(1, abs=1e-5) and (own["psnr"] > 99).all()
+    assert (own["offset"] == 0).all() and (own["lip_sync"] > 0.99).all()
+    frozen = evaluate(true[:, :1].repeat(1, 48, 1, 1, 1), few, 4)
+    for name in ("motion", "jerk_ratio", "amplitude", "lip_sync"):
+        assert frozen[name].abs().max() < 1e-5
+    assert frozen["head"].max() < 1e-3 and (frozen["still_psnr"] > 99).all()
+    # Whose head it is does not count, only how far heads go: the same four videos among themselves are as lively.
+    other = evaluate(true.roll(1, 0), few, 4)
+    torch.testing.assert_close(other["head"], own["head"].roll(1, 0))
+    assert other["lip_sync"].mean() < 0.6 and (other["psnr"] < own["psnr"]).all()
+    pose = torch.zeros(48, 6)
+    pose[:, 0] = 0.03 * torch.sin(torch.arange(48) / 5)
+    swung = torch.stack([warp(portrait[None].repeat(48, 1, 1, 1), pose) for portrait in true[:, 0]])
+    scale = torch.stack([head_motion(estimate_pose(video[None])[0]) for video in true]).mean()
+    torch.testing.assert_close(evaluate(swung, few, 4)["head"] * scale, pose[:, 0].std().expand(4), rtol=0.1, atol=0)

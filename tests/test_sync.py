@@ -9,8 +9,8 @@ import torch.nn.functional as nnf
 
 from data import Clip, MediaError, render_talker
 import reward
-from reward import (DEFAULT_SYNC, REWARD_SYNC, RealClips, Reward, SyncNetwork, Weights, frechet, identity_cosine, info_nce,
-                    load_sync, offset_curve, save_sync, sync_loss, sync_metrics, train_sync)
+from reward import (DEFAULT_SYNC, REWARD_SYNC, RealClips, Reward, SyncNetwork, Weights, frechet, identity_cosine,
+                    info_nce, load_sync, offset_curve, save_sync, sync_loss, sync_metrics, train_sync)
 
 
 @pytest.fixture(scope="module")
