@@ -43,7 +43,8 @@ class Recorder:
                 signature[p.name], constexprs[p.name] = "constexpr", value
                 continue
             parts = value if isinstance(value, tuple) else (value,)
-            types = ["*" + TYPES[x.dtype] if torch.is_tensor(x) else {int: "i32", float: "fp32"}[type(x)] for x in parts]
+            types = ["*" + TYPES[x.dtype] if torch.is_tensor(x) else {int: "i32", float: "fp32"}[type(x)]
+                     for x in parts]
             signature[p.name] = tuple(types) if isinstance(value, tuple) else types[0]
             for j, x in enumerate(parts):
                 if torch.is_tensor(x) or (isinstance(x, int) and x % 16 == 0):

@@ -205,7 +205,7 @@ def test_residue_of_rounding_is_not_blown_up_and_the_advantage_is_clamped():
     assert value.abs().max() < 1e-3 and report["sync"]["flat"] == 1
     value, _ = advantages(scores(sync=[0.0] * 63 + [1.0]), {"sync": 1.0}, Settings(group=64), 1)
     assert value.max() == 5 and value[0, 0] == pytest.approx(-math.sqrt(1 / 63), rel=1e-4)
-    value, _ = advantages(scores(hinge=[0.0, 0, 0, -1e-4]), {"hinge": 1.0}, Settings(group=4), 1, floors={"hinge": 1e-3})
+    value, _ = advantages(scores(hinge=[0, 0, 0, -1e-4]), {"hinge": 1.0}, Settings(group=4), 1, floors={"hinge": 1e-3})
     assert value.abs().max() < 0.1                                   # a tiny violation, in its own unit
 
 
@@ -217,8 +217,8 @@ def test_a_reward_that_is_not_a_number_is_named():
 
 
 def test_credit_per_chunk_looks_forward_only():
-    """reward to go of 1 2 6 is 9/3 8/2 6, with a discount of 1/2 it is 3.5/1.75 5/1.5 6; what happened before a chunk is
-    no part of its credit, and components without a place in time count for the whole video."""
+    """reward to go of 1 2 6 is 9/3 8/2 6, with a discount of 1/2 it is 3.5/1.75 5/1.5 6; what happened before a chunk
+    is no part of its credit, and components without a place in time count for the whole video."""
     assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]]), 1), torch.tensor([[3., 4, 6]]))
     assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]]), 0.5), torch.tensor([[2, 10 / 3, 6]]))
     made = scores(seam=[0., 0], sync=[1., 3])

@@ -13,9 +13,9 @@ import reward
 from data import FPS, Clip, MediaError, render_talker, write_video
 from model import warp
 from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Hints, Judge,
-                    Material, PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, among_rivals, apart, battery,
-                    correlation, exam, good_material, heard_loss, lessons, likeness, mouths, prompt, rating_loss,
-                    save_judge, seen_loss, spans, spoil, straying, teach, temporal, tiny_judge)
+                    Material, PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, among_rivals, apart,
+                    battery, correlation, exam, good_material, heard_loss, lessons, likeness, mouths, prompt,
+                    rating_loss, save_judge, seen_loss, spans, spoil, straying, teach, temporal, tiny_judge)
 
 # transformers 5.17 counts tokens with np.arange(tensor), which NumPy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning",
@@ -243,7 +243,7 @@ def test_rivals_share_window_sound_and_fault_and_differ_in_what_was_generated(go
     """Six versions of each clip, here the same mouth at six brightnesses: what is left to differ is the version."""
     frames = good.frames[:3].repeat_interleave(6, 0)
     frames = frames // torch.arange(1, 7).repeat(3).view(-1, 1, 1, 1, 1).byte()
-    rows = [field[:3].repeat_interleave(6, 0) for field in (good.audio, good.called, good.shown, good.lively, good.fault)]
+    rows = [x[:3].repeat_interleave(6, 0) for x in (good.audio, good.called, good.shown, good.lively, good.fault)]
     generated = Material(frames, *rows)
     truth = lessons(good, generated, 16, 5)
     assert truth.rivals == 4
@@ -357,7 +357,7 @@ def score(real, frames, audio, names, weights=REGULARISERS, judge=None, **option
 
 
 def test_temporal_measures_equal_hand_computed_values():
-    """Brightness n / 100: .08 over 8 frames, no second or third difference; a jump of .03 at each border: seam log 3."""
+    """Brightness n / 100: .08 over 8 frames, no second or third difference; a jump of .03 at a border: seam log 3."""
     frames = torch.zeros(1, 12, 3, 16, 16)
     steady = frames + torch.arange(12.0)[None, :, None, None, None] / 100
     measured = temporal(steady, steady[:, 0], 4)
@@ -483,7 +483,7 @@ def test_long_videos_are_judged_in_windows_and_earn_their_mean(real):
 
 
 def test_the_course_of_lips_is_the_correlation_of_what_the_judge_sees_and_hears_and_says_when_they_part(real):
-    """Read out in windows of 20 frames, joined: over the video correlation - 1; the chunk where they part earns least."""
+    """Read out in windows of 20 frames, joined: over the video correlation - 1; where they part a chunk earns least."""
     torch.manual_seed(0)
     heard = torch.randn(48)
     seen = 3 * heard + 2

@@ -235,7 +235,7 @@ def learned_codec(frames, steps: int = 60):
     torch.manual_seed(0)
     codec = m.LearnedCodec(Config(size=32, space_channels=24, channels=48, codec="learned"))
     optimizer, losses = torch.optim.AdamW(codec.net.parameters(), lr=4e-3), []
-    for step in range(steps):                                        # with warm-up, decay and clip, as train.train_codec
+    for step in range(steps):                                       # with warm-up, decay and clip, as train.train_codec
         optimizer.param_groups[0]["lr"] = 4e-3 * min((step + 1) / 15, 1.5 * (1 - step / steps), 1)
         losses.append(codec.loss(*frames[:, [0, -1]].unbind(1)))
         optimizer.zero_grad(), losses[-1].backward()

@@ -241,7 +241,7 @@ def test_the_reward_of_a_chunk_is_minus_the_distance_of_the_five_frames_around_e
     v, a = net.visual(frames).double(), net.sound(audio).double()
     for b in range(2):
         apart = [math.dist(v[b, i].tolist(), a[b, i].tolist()) for i in range(26)]
-        of = [apart[min(max(f - 2, 0), 25)] for f in [*range(30), 29, 29]]                   # the last chunk is filled up
+        of = [apart[min(max(f - 2, 0), 25)] for f in [*range(30), 29, 29]]                   # the last is filled up
         chunks = [-sum(of[k:k + 4]) / 4 for k in range(0, 32, 4)]
         assert scores.per_chunk["sync"][b].tolist() == pytest.approx(chunks, abs=1e-5)
         assert scores.components["sync"][b].item() == pytest.approx(sum(chunks) / 8, abs=1e-5)
