@@ -530,11 +530,12 @@ def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
 
 def held_out_score(metrics: dict[str, Tensor]) -> float:
     """What chooses the checkpoint, by metrics that no reward contains: the correlation of the mouth with the true one;
-    10% too much or too little motion, of the mouth or of all, costs 0.01 of it, of the head, which sways as it likes,
-    half as much. (Not the distance to the true frames: a head that stands still is nearest to one that moves.)"""
+    10% too much or too little motion, of the mouth or of all, costs 0.01 of it, 10% too much of the head half as much.
+    (A head sways as it likes, and how little differs from look to look more than lips do. Nor is it the distance to the
+    true frames: a head that stands still is nearest to one that moves.)"""
     mouth = metrics["lip_sync"] if "lip_sync" in metrics else metrics["mouth_own"]
-    off = {name: abs(math.log(max(metrics[name].mean().item(), 1e-6))) for name in ("amplitude", "motion", "head")}
-    return mouth.mean().item() - 0.1 * (off["amplitude"] + off["motion"]) - 0.05 * off["head"]
+    off = {name: math.log(max(metrics[name].mean().item(), 1e-6)) for name in ("amplitude", "motion", "head")}
+    return mouth.mean().item() - 0.1 * (abs(off["amplitude"]) + abs(off["motion"])) - 0.05 * max(off["head"], 0)
 
 
 def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argparse.Namespace,

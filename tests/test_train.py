@@ -525,6 +525,16 @@ def test_what_an_earlier_run_left_in_the_folder_is_not_taken_up(post_run, cache,
                                                      for p in (tmp_path / "again").rglob("*")}
 
 
+def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_too_little():
+    """By hand: lip_sync less .1 |log| of amplitude and motion; a head costs .05 log where it goes too far alone."""
+    score = lambda **metrics: train.held_out_score({k: torch.tensor(v) for k, v in metrics.items()})
+    right = dict(amplitude=[1.0, 1.0], motion=[0.5, 1.5], head=[0.9, 0.5])
+    assert score(lip_sync=[0.9, 0.7], **right) == pytest.approx(0.8)
+    assert score(mouth_own=[0.6], **right | {"amplitude": [0.5]}) == pytest.approx(0.6 - 0.1 * math.log(2))
+    assert score(mouth_own=[0.6], **right | {"motion": [2.0]}) == pytest.approx(0.6 - 0.1 * math.log(2))
+    assert score(mouth_own=[0.6], **right | {"head": [2.0, 2.0]}) == pytest.approx(0.6 - 0.05 * math.log(2))
+
+
 def test_patience_ends_a_post_training_that_helps_nobody_and_the_best_is_kept(run, judge, tmp_path, monkeypatch):
     """Held-out scores 0.5, 0.9, 0.8, 0.7 ... at updates 0, 1, 2, ...: stop two updates after the best, keep it."""
     looks = iter([0.5, 0.9, 0.8, 0.7, 0.6])
