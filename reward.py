@@ -400,7 +400,7 @@ class RemoteJudge:
 STILL_SCALES = 1, 2, 4                               # pixels are averaged over squares of this side
 STILL_DEVIATION = 0.02                               # grey levels of 1 by which a place may stray and count as still
 REACH = 8                                            # frames, a third of a second, over which activity is measured
-HEAD_PYRAMID = (16, 3), (32, 2)                      # every second head is measured, coarsely: a tenth of the cost
+HEAD_PYRAMID = (16, 3), (32, 2)                      # every second head is measured, coarsely: a seventh of the time
 HEAD_AT_REST = 0.005                                 # of 2, the picture's side: a head that is nearer has not moved
 TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
 AT_ONCE = 8                                          # clips at once: bounds the memory
@@ -493,6 +493,13 @@ def temporal(frames: Tensor, portrait: Tensor, chunk_frames: int) -> dict[str, T
             "seam": torch.cat([torch.zeros_like(seam[:, :1]), seam[:, 1:]], 1)}
 
 
+def some_videos(clips: Sequence[Clip], chunk_frames: int, most: int = 64) -> list[Tensor]:
+    """Choose clips spread over a set: each (1, F, 3, S, S) in [0, 1], whole chunks long."""
+    chosen = torch.linspace(0, len(clips) - 1, min(most, len(clips))).long().tolist()
+    frames = [clips[i].frames for i in chosen]
+    return [f[None, : len(f) // chunk_frames * chunk_frames] / 255 for f in frames]
+
+
 @dataclass
 class RealClips:
     """What real clips of the same set show: the measure that regularisers hold generated ones against."""
@@ -504,25 +511,29 @@ class RealClips:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, clips: Sequence[Clip], chunk_frames: int, likeness=likeness, codec=None,
-                most: int = 64) -> "RealClips":
-        """Measure clips spread over the set, at the size that will be compared with them.
-
-        Args: codec: of a generator, with `encode` and `decode`. How things move in the clips as it shows them counts as
-        real, too: a camera's noise is lost in it (on GRID .6 of log jerk), and only shaking heads could make up for it.
-        """
-        chosen = [clips[i] for i in torch.linspace(0, len(clips) - 1, min(most, len(clips))).long().tolist()]
-        videos = [clip.frames[None, : len(clip.frames) // chunk_frames * chunk_frames] / 255 for clip in chosen]
+    def measure(cls, clips: Sequence[Clip], chunk_frames: int, likeness=likeness) -> "RealClips":
+        """Measure clips spread over the set, at the size that will be compared with them."""
+        videos = some_videos(clips, chunk_frames)
         stray = torch.stack([(v - v[:, :1]).abs().mean((0, 1, 2)) for v in videos]).mean(0)
         still = torch.exp(-stray / STILL_DEVIATION)
         mean = lambda values: torch.cat([v.flatten() for v in values]).mean().item()
-        seen = [[temporal(v, v[:, 0], chunk_frames) for v in videos]]
-        if codec is not None:
-            carried = lambda v: codec.decode(v[:, 0], codec.encode(v)).cpu()
-            seen.append([temporal(carried(v.to(codec.scale.device)), v[:, 0], chunk_frames) for v in videos])
-        means = {name: [mean(m[name] for m in kind) for kind in seen] for name in seen[0][0]}
+        motion = [temporal(v, v[:, 0], chunk_frames) for v in videos]
+        means = {name: mean(m[name] for m in motion) for name in motion[0]}
         return cls(still, mean(straying(v, v[:, 0], still) for v in videos),
-                   mean(likeness(v, v[:, 0]) for v in videos), {k: (min(m), max(m)) for k, m in means.items()})
+                   mean(likeness(v, v[:, 0]) for v in videos), {name: (value, value) for name, value in means.items()})
+
+    @torch.no_grad()
+    def widen(self, clips: Sequence[Clip], chunk_frames: int, codec) -> None:
+        """Take how things move in the same clips as a generator's codec shows them for real, too: a camera's noise is
+        lost in it (on GRID .6 of log jerk), and only shaking heads could make up for it."""
+        device = codec.scale.device
+        motion = []
+        for v in some_videos(clips, chunk_frames):
+            shown = codec.decode(v[:, 0].to(device), codec.encode(v.to(device))).cpu()
+            motion.append(temporal(shown, v[:, 0], chunk_frames))
+        for name, (low, high) in self.temporal.items():
+            value = torch.cat([m[name].flatten() for m in motion]).mean().item()
+            self.temporal[name] = min(low, value), max(high, value)
 
 
 # ---------------------------------------------------------------- the sync network
@@ -811,7 +822,7 @@ class Reward:
 
     def resemble(self, clips: Sequence[Clip], codec) -> None:
         """Hold what is generated against real clips as they are and as the generator's codec shows them."""
-        self.real = RealClips.measure(clips, self.chunk_frames, self.likeness, codec)
+        self.real.widen(clips, self.chunk_frames, codec)
 
     def localised(self, frames: Tensor, audio: Tensor, portrait: Tensor) -> dict[str, Tensor]:
         """Measure what needs no judge: name -> (B, K), on the CPU. All but the temporal measures are final."""
