@@ -59,7 +59,7 @@ from tqdm import tqdm, trange
 
 from data import (FPS, LOOK_AHEAD, LOOK_BACK, MEL_DIM, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting,
                   folder_clips, load_clip, load_portrait, loading, log_mel, normalise_loudness, one_line, pixels,
-                  reading_weights, replacing, sounds, synthetic_clips, video_uri, whole_model, write_speech,
+                  reading_weights, replacing, sounds, video_uri, whole_model, write_speech,
                   write_weights, writing)
 from model import estimate_pose, load_generator, pixel_grid, unwarp, warp
 
@@ -2053,6 +2053,7 @@ def table(reward: Reward, columns: dict[str, Scores]) -> str:
 def score_videos(args: argparse.Namespace) -> None:
     """Score videos one by one: the components and the total, and, apart, what no reward uses."""
     clips = [load_clip(path, args.size, args.crop) for path in args.video]
+    from extras.talkers import synthetic_clips
     real = folder_clips(args.data, args.size, 3.0, args.crop)[0] if args.data else synthetic_clips(64, args.size, 2.0)
     reward, sync = make_reward(args, real, args.chunk_frames), load_sync(args.sync)
     for clip in clips:
@@ -2069,6 +2070,7 @@ def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Seq
     """Return clips to learn from, and held-out ones, at the embedded judge's size."""
     if args.data:
         return folder_clips(args.data, TINY_SIDE, 3.0, args.crop)
+    from extras.talkers import synthetic_clips
     seconds = MATERIAL_FRAMES / FPS
     return (synthetic_clips(count, TINY_SIDE, seconds, args.seed),
             synthetic_clips(64, TINY_SIDE, seconds, HELD_OUT_SEED + args.seed))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import reward
 from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, hear, load_portrait,
-                  load_speech, one_line, pixels, replacing, sounds, synthetic_clips, video_uri, write_video, writing)
+                  load_speech, one_line, pixels, replacing, sounds, video_uri, write_video, writing)
 from model import SAMPLING_STEPS, Generator, estimate_pose, load_generator, ode_step, unwarp
 
 
@@ -170,6 +170,7 @@ def study_clips(args: argparse.Namespace, models: Sequence[Generator]) -> tuple[
     if args.data:
         clips = [c for c in folder_clips(args.data, sizes[0], seconds, args.crop)[1] if len(c.frames) >= frames]
     else:
+        from extras.talkers import synthetic_clips
         clips = synthetic_clips(args.clips, sizes[0], seconds, reward.HELD_OUT_SEED + args.seed)
     if not clips or not frames:
         raise MediaError(args.data or "--max-seconds", f"gives no held-out clip of {max(frames, chunk)} frames")

@@ -62,7 +62,8 @@ from tqdm import tqdm
 
 import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, fitting, folder_clips, hear,
-                  one_line, pixels, replacing, sounds, synthetic_clips, write_speech, write_video, writing)
+                  one_line, pixels, replacing, sounds, write_speech, write_video, writing)
+from extras.talkers import synthetic_clips
 from model import (PRESETS, SAMPLING_STEPS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step,
                    save_generator, trunk_shape)
 from reward import DEFAULT_SYNC, Reward, Scores, frechet, load_sync, make_reward, reward_flags, table, to_bytes

@@ -18,6 +18,7 @@ import torch.nn.functional as nnf
 from PIL import Image
 
 import data
+from extras import talkers as drawn_talkers
 
 ROOT = Path(__file__).resolve().parents[1]
 EDGE = ROOT.parent / "shared" / "data" / "edge"
@@ -216,17 +217,17 @@ def talkers(monkeypatch) -> list[int]:
     """Replaces the renderer; the list receives the index of each talker that is really rendered."""
     rendered: list[int] = []
 
-    def render(index, seed, size, frames):
+    def render(index, seed, size, frames, faults=None):
         rendered.append(index)
         return fake_talker(index, seed, size, frames)
 
-    monkeypatch.setattr(data, "render_talker", render)
+    monkeypatch.setattr(drawn_talkers, "render_talker", render)
     return rendered
 
 
 def test_clips_come_back_as_they_were_and_writing_to_one_harms_nothing(tmp_path, talkers):
     """Reading is zero-copy from the file; a change in memory never reaches the disk."""
-    clips = data.synthetic_clips(3, 8, seconds=1, seed=5, first=10, cache=tmp_path)
+    clips = drawn_talkers.synthetic_clips(3, 8, seconds=1, seed=5, first=10, cache=tmp_path)
     assert clips.names == ["talker10", "talker11", "talker12"] and [c.name for c in clips[1:]] == clips.names[1:]
     want = fake_talker(11, 5, 8, 25)
     clips[1].frames.zero_()
@@ -236,18 +237,19 @@ def test_clips_come_back_as_they_were_and_writing_to_one_harms_nothing(tmp_path,
 
 
 def test_the_same_recipe_is_read_back_and_any_other_is_made_anew(tmp_path, talkers, monkeypatch):
-    """The key holds all that shapes the clips: count, size, seconds, seed, first and the renderer's source."""
+    """The key holds all that shapes the clips: count, size, seconds, seed, first, world and the renderer's source."""
     recipe = dict(count=2, size=8, seconds=1, seed=0, first=0, cache=tmp_path)
-    data.synthetic_clips(**recipe)
-    data.synthetic_clips(**recipe)
+    drawn_talkers.synthetic_clips(**recipe)
+    drawn_talkers.synthetic_clips(**recipe)
     assert talkers == [0, 1]
-    for change in (dict(count=1), dict(size=9), dict(seconds=2), dict(seed=1), dict(first=1)):
+    for change in (dict(count=1), dict(size=9), dict(seconds=2), dict(seed=1), dict(first=1), dict(world="found")):
         talkers.clear()
-        data.synthetic_clips(**(recipe | change))
+        drawn_talkers.synthetic_clips(**(recipe | change))
         assert talkers, change
     talkers.clear()
-    monkeypatch.setattr(data, "_renderer_source", lambda: "an edited renderer")
-    data.synthetic_clips(**recipe)
+    (edited := tmp_path / "talkers.py").write_text("an edited renderer")
+    monkeypatch.setattr(drawn_talkers, "__file__", str(edited))
+    drawn_talkers.synthetic_clips(**recipe)
     assert talkers
 
 
@@ -267,32 +269,32 @@ def test_what_a_killed_run_left_is_removed_and_a_living_run_is_left_alone(tmp_pa
         (folder / "0.safetensors").write_bytes(b"half")
     day_ago = time.time() - 25 * 3600
     os.utime(dead, (day_ago, day_ago))
-    data.synthetic_clips(1, 8, seconds=1, cache=tmp_path)
+    drawn_talkers.synthetic_clips(1, 8, seconds=1, cache=tmp_path)
     assert alive.exists() and not dead.exists()
 
 
 def test_a_run_that_fails_leaves_no_folder(tmp_path, monkeypatch):
-    def render(index, seed, size, frames):
+    def render(index, seed, size, frames, faults=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "render_talker", render)
+    monkeypatch.setattr(drawn_talkers, "render_talker", render)
     with pytest.raises(KeyboardInterrupt):
-        data.synthetic_clips(2, 8, cache=tmp_path)
+        drawn_talkers.synthetic_clips(2, 8, cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_of_two_runs_at_once_both_get_the_same_whole_cache(tmp_path, talkers, monkeypatch):
     """The loser of the race throws its own away: here the winner appears while the loser is still rendering."""
-    render = data.render_talker
+    render = drawn_talkers.render_talker
 
-    def slow(index, seed, size, frames):
+    def slow(index, seed, size, frames, faults=None):
         if index == 0 and len(talkers) == 0:
             talkers.append(-1)
-            data.synthetic_clips(2, 8, seconds=1, cache=tmp_path)      # the other run, finishing first
+            drawn_talkers.synthetic_clips(2, 8, seconds=1, cache=tmp_path)      # the other run, finishing first
         return render(index, seed, size, frames)
 
-    monkeypatch.setattr(data, "render_talker", slow)
-    clips = data.synthetic_clips(2, 8, seconds=1, cache=tmp_path)
+    monkeypatch.setattr(drawn_talkers, "render_talker", slow)
+    clips = drawn_talkers.synthetic_clips(2, 8, seconds=1, cache=tmp_path)
     assert talkers == [-1, 0, 1, 0, 1]                                 # both rendered, one cache is left
     assert [folder.name for folder in tmp_path.iterdir()] == [clips.folder.name] and len(clips) == 2
 
@@ -499,91 +501,6 @@ def test_a_batch_is_its_rows_and_short_audio_is_zero_padded():
     torch.testing.assert_close(batch[1], data.log_mel(audio[1], 10))
     padded = torch.cat([audio, torch.zeros(3, 20000)], 1)
     assert torch.equal(batch, data.log_mel(padded, 10))
-
-
-# ---- Synthetic talkers -----------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def drawn() -> list[data.Clip]:
-    """Thirty-two talkers of two seconds, 64 pixels."""
-    return [data.render_talker(i, 5, 64, 50) for i in range(32)]
-
-
-def test_a_talker_is_the_same_each_time_and_another_with_another_index_or_seed():
-    a, again, index, seed = (data.render_talker(i, s, 32, 10) for i, s in ((3, 7), (3, 7), (4, 7), (3, 8)))
-    assert torch.equal(a.frames, again.frames) and torch.equal(a.audio, again.audio)
-    for other in (index, seed):
-        assert (a.frames.float() - other.frames.float()).abs().mean() > 4
-        assert not torch.equal(a.audio, other.audio)
-
-
-def test_a_talker_has_640_samples_per_frame_and_one_truth_per_frame():
-    clip = data.render_talker(0, 0, 48, 13)
-    assert clip.frames.shape == (13, 3, 48, 48) and clip.frames.dtype == torch.uint8
-    assert clip.audio.shape == (13 * 640,) and clip.audio.dtype == torch.float32
-    assert all(clip.truth[k].shape == (13,) for k in ("opening", "width", "blink", "brow"))
-    assert clip.truth["head"].shape == (13, 4) and all(x.isfinite().all() for x in clip.truth.values())
-
-
-def test_size_changes_neither_the_speech_nor_the_truth_nor_what_is_depicted():
-    """A picture of 128 averaged over 2x2 pixels is the picture of 64, to the width of an edge."""
-    small, large = data.render_talker(2, 0, 64, 6), data.render_talker(2, 0, 128, 6)
-    assert torch.equal(small.audio, large.audio)
-    assert all(torch.equal(small.truth[k], large.truth[k]) for k in small.truth)
-    gap = (nnf.avg_pool2d(large.frames.float(), 2) - small.frames.float()).abs()
-    stranger = (data.render_talker(3, 0, 64, 6).frames.float() - small.frames.float()).abs()
-    assert gap.mean() < 2 and stranger.mean() > 8 * gap.mean()
-
-
-def test_the_first_frame_is_a_portrait_at_rest(drawn):
-    """Head upright in its place, lips closed, eyes open."""
-    for clip in drawn:
-        assert (clip.truth["head"][0] == 0).all() and clip.truth["opening"][0] == 0
-        assert (clip.truth["blink"][:2] == 0).all()
-
-
-def test_the_mouth_rests_in_silence_and_opens_in_speech(drawn):
-    """Where the 280 ms around a frame are no louder than room noise, lips are closed."""
-    speaking, resting = [], []
-    for clip in drawn:
-        rms = clip.audio.view(-1, 640).square().mean(1).sqrt()
-        quiet = nnf.max_pool1d(rms[None], 7, 1, 3)[0] < 0.003
-        assert (clip.truth["opening"][quiet] == 0).all()
-        speaking.append(clip.truth["opening"][rms > 0.05])
-        resting.append(quiet.sum())
-    assert sum(resting) > 40 and torch.cat(speaking).mean() > 0.02
-
-
-def test_a_talker_is_as_loud_as_loaded_speech_and_pauses_in_the_noise_of_a_room(drawn):
-    """Loudness is already normal, so what a generator hears in training is what `load_speech` gives it later."""
-    for clip in drawn:
-        torch.testing.assert_close(clip.audio, data.normalise_loudness(clip.audio), atol=1e-3, rtol=1e-3)
-        rms = clip.audio.view(-1, 160).square().mean(1).sqrt()
-        assert 1e-4 < rms.min() < 0.002
-
-
-def test_the_head_sways_at_natural_size_and_faces_differ(drawn):
-    head = torch.cat([clip.truth["head"] for clip in drawn]).std(0)
-    for std, low, high in zip(head, (0.012, 0.012, 0.024, 0.007), (0.018, 0.018, 0.037, 0.013)):
-        assert low < std < high
-    portraits = torch.stack([clip.frames[0].float() for clip in drawn])
-    assert torch.pdist(portraits.flatten(1)).min() / portraits[0].numel() ** 0.5 > 8
-
-
-def test_half_a_minute_is_as_cheap_per_second_as_two_seconds():
-    def cost(index, frames):
-        start = time.process_time()
-        clip = data.render_talker(index, 0, 64, frames)
-        return time.process_time() - start, clip
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    short = min(cost(i, 50)[0] for i in range(8))
-    taken, long = cost(0, 750)
-    torch.set_num_threads(threads)
-    assert short < 0.2, f"{1e3 * short:.0f} ms of CPU for two seconds"          # about 30 ms on an idle core
-    assert taken / 750 < 1.5 * short / 50
-    assert (long.truth["blink"] > 0.5).any() and (long.truth["opening"][-250:] > 0.01).any()
 
 
 # ---- Writing video ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import reward
-from data import FPS, Clip, MediaError, render_talker, write_video
+from data import FPS, Clip, MediaError, write_video
+from extras.talkers import render_talker
 from model import warp
 from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Hints, Judge,
                     Material, PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, among_rivals, apart,
@@ -614,7 +615,7 @@ def test_pretrained_features_compare_frames_with_the_portrait(tmp_path, batch):
 
 def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, monkeypatch, clips):
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reward, "synthetic_clips", lambda *a, **k: clips)
+    monkeypatch.setattr("extras.talkers.synthetic_clips", lambda *a, **k: clips)
     write_video(tmp_path / "v.mp4", clips[0].frames, clips[0].audio)
     reward.main(["--video", str(tmp_path / "v.mp4")])
     said = capsys.readouterr().out
@@ -641,7 +642,7 @@ def test_people_s_ratings_give_a_table_and_a_calibration(tmp_path, capsys, clips
     (["--validate-judge", "--judge", "nothing/at/all"], "cannot be loaded as a judge"),
 ])
 def test_what_cannot_be_done_is_one_line(flags, said, clips, monkeypatch, tmp_path):
-    monkeypatch.setattr(reward, "synthetic_clips", lambda *a, **k: clips)
+    monkeypatch.setattr("extras.talkers.synthetic_clips", lambda *a, **k: clips)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(MediaError, match=said):
         reward.main(flags)

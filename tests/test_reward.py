@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from data import LIP_LEAD, Clip, render_talker
+from data import Clip
+from extras.talkers import LIP_LEAD, render_talker
 from model import estimate_pose, warp
 from reward import (correlation, head_motion, jerk, lip_sync_correlation, motion, mouth_axis,
                     mouth_boxes, mouth_opening_from_pixels, psnr, seam, shifted_correlation, still_psnr, sync_offset)

@@ -9,7 +9,8 @@ import torch
 
 import reward
 import sample
-from data import MediaError, load_clip, render_talker
+from data import MediaError, load_clip
+from extras.talkers import render_talker
 from model import Config, Generator, save_generator
 from reward import clopper_pearson, tally
 

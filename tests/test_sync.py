@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from data import Clip, MediaError, render_talker
+from data import Clip, MediaError
+from extras.talkers import render_talker
 import reward
 from reward import (DEFAULT_SYNC, REWARD_SYNC, RealClips, Reward, SyncNetwork, Weights, frechet, identity_cosine,
                     info_nce, load_sync, offset_curve, save_sync, sync_loss, sync_metrics, train_sync)

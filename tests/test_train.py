@@ -19,7 +19,8 @@ from PIL import Image
 import reward
 import sample
 import train
-from data import SAMPLES_PER_FRAME, MediaError, fitting, load_speech, render_talker, write_video
+from data import SAMPLES_PER_FRAME, MediaError, fitting, load_speech, write_video
+from extras.talkers import render_talker
 from model import load_generator
 
 TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
