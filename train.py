@@ -175,7 +175,7 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
         train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop)
     else:
         size, seed = args.config.size, HELD_OUT_SEED + args.seed
-        train = synthetic_clips(args.clips, size, args.seconds, args.seed)
+        train = synthetic_clips(args.clips, size, args.seconds, args.seed, world=args.world)
         held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
         if watch:
             held_out += synthetic_clips(watch, size, args.seconds, seed, first=args.validate_clips)
@@ -784,6 +784,8 @@ def pretraining_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
     g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
     g.add_argument("--clips", type=int, help="how many synthetic talkers to train on (by preset)")
+    g.add_argument("--world", choices=("found", "flawless"), default="found", help="synthetic talkers to train on: as "
+                   "recordings are found, with their faults, or flawless (%(default)s)")
     g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="training steps (by preset)")
