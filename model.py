@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import MEL_DIM, MediaError, pretrained, pretrained_config, reading_weights, write_weights
+from data import MEL_DIM, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
@@ -646,44 +646,6 @@ class Generator(nn.Module):
                 x = step(x, velocity, sigma, next_sigma, chunk)
             past = [twice(self.video_in(x))]
             yield x, self.codec.decode(portrait, x[:, None])
-
-
-# ---------------------------------------------------------------- a trunk that was a language model
-#
-# A Block is a layer of Qwen3: the same norms, the same halves in the rotation, 1 + gate = 1 at the start. Rotary
-# frequencies are Qwen3's too, only dealt out over time, row and column: where all three are the token's index, the
-# trunk under a causal mask is the language model, to the bit of the arithmetic (tests/test_trunk.py).
-
-QWEN3_SHAPE = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-               "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_width": "intermediate_size",
-               "norm_eps": "rms_norm_eps"}                                    # Config's fields: Qwen3Config's
-QWEN3_LAYER = {"attention_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
-               "v": "self_attn.v_proj", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
-               "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj",
-               "up": "mlp.up_proj", "down": "mlp.down_proj"}                  # a Block's parts: a Qwen3 layer's
-
-
-def trunk_shape(name: str) -> dict:
-    """Read the fields of Config that a Qwen3 model fixes, from a folder or the hub. Raises: MediaError if it cannot."""
-    c = pretrained_config(name, ["qwen3"], "a language model")
-    if c.attention_bias or c.hidden_act != "silu" or c.rope_parameters["rope_type"] != "default":
-        raise MediaError(name, f"has attention_bias {c.attention_bias}, hidden_act {c.hidden_act} and rope_type "
-                               f"{c.rope_parameters['rope_type']}; the trunk has no bias, silu and the default rope")
-    return {ours: getattr(c, theirs) for ours, theirs in QWEN3_SHAPE.items()} | {
-        "rope_base": float(c.rope_parameters["rope_theta"])}
-
-
-@torch.no_grad()
-def load_trunk(model: Generator, name: str) -> None:
-    """Give a generator of its shape the layers and the last norm of a Qwen3 model. Raises: ValueError for another."""
-    wrong = {k: v for k, v in trunk_shape(name).items() if getattr(model.config, k) != v}
-    if wrong:
-        raise ValueError(f"{name} has {wrong}, which the generator has not")
-    weights = pretrained(name, ["qwen3"], "a language model").state_dict()
-    model.norm.weight.copy_(weights["norm.weight"])
-    for i, block in enumerate(model.blocks):
-        for ours, theirs in QWEN3_LAYER.items():
-            block.get_submodule(ours).weight.copy_(weights[f"layers.{i}.{theirs}.weight"])
 
 
 # ---------------------------------------------------------------- saving, loading, presets

@@ -61,11 +61,12 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, fitting, folder_clips, hear,
-                  one_line, pixels, replacing, sounds, write_speech, write_video, writing)
+from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, first_line, fitting, folder_clips, hear, one_line, pixels,
+                  replacing, sounds, write_speech, write_video, writing)
+from extras.pretrained import encoder_width, load_trunk, trunk_shape
 from extras.talkers import synthetic_clips
-from model import (PRESETS, SAMPLING_STEPS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step,
-                   save_generator, trunk_shape)
+from model import (PRESETS, SAMPLING_STEPS, Config, Generator, LearnedCodec, load_generator, ode_step,
+                   save_generator)
 from reward import DEFAULT_SYNC, Reward, Scores, frechet, load_sync, make_reward, reward_flags, table, to_bytes
 from sample import (check_numbers, crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary,
                     with_interval)
