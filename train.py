@@ -66,10 +66,10 @@ from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, first_line, fitting,
 from extras.learned_codec import train_codec
 from extras.pretrained import encoder_width, load_trunk, trunk_shape
 from extras.talkers import synthetic_clips
-from model import (PRESETS, SAMPLING_STEPS, Config, Generator, load_generator, ode_step, save_generator)
-from reward import DEFAULT_SYNC, Reward, Scores, frechet, load_sync, make_reward, reward_flags, table, to_bytes
-from sample import (check_numbers, crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary,
-                    with_interval)
+from model import PRESETS, SAMPLING_STEPS, Config, Generator, load_generator, ode_step, save_generator
+from reward import DEFAULT_SYNC, Reward, Scores, load_sync, make_reward, reward_flags, table, to_bytes
+from sample import (check_numbers, crop_argument, device_argument, evaluate, frechet, generator, imitate,
+                    seeded_noise, summary, with_interval)
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
