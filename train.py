@@ -61,14 +61,15 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, fitting, folder_clips, hear,
-                  one_line, pixels, replacing, sounds, write_speech, write_video, writing)
+from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, first_line, fitting, folder_clips, hear, one_line, pixels,
+                  replacing, sounds, write_speech, write_video, writing)
+from extras.learned_codec import train_codec
+from extras.pretrained import encoder_width, load_trunk, trunk_shape
 from extras.talkers import synthetic_clips
-from model import (PRESETS, SAMPLING_STEPS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step,
-                   save_generator, trunk_shape)
-from reward import DEFAULT_SYNC, Reward, Scores, frechet, load_sync, make_reward, reward_flags, table, to_bytes
-from sample import (check_numbers, crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary,
-                    with_interval)
+from model import PRESETS, SAMPLING_STEPS, Config, Generator, load_generator, ode_step, save_generator
+from reward import DEFAULT_SYNC, Reward, Scores, load_sync, make_reward, reward_flags, table, to_bytes
+from sample import (check_numbers, crop_argument, device_argument, evaluate, frechet, generator, imitate,
+                    seeded_noise, summary, with_interval)
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
@@ -84,8 +85,6 @@ POST_WARMUP = 10                   # updates: Adam's first steps, of few gradien
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any pretraining step
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"       # of Config: these follow from flags of their own
 CODEC_CLIPS = 256                  # enough to fit the codec's components
-CODEC_BATCH, CODEC_LR = 24, 4e-3   # of the learned codec's network: frames per step, rate of AdamW
-CODEC_STREAM = 700_000_000         # where the random numbers of its steps begin, beyond all others
 SIGMA_BINS = 5
 PRETRAINED, POST_TRAINED, CONTROL = "pretrained", "post-trained", "control"          # the arms of the report
 
@@ -190,40 +189,6 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
         raise MediaError(args.data, "has one held-out clip, and post-training wants one more to watch; add files")
     reported = long[1][: len(long[1]) - watch]
     return long[0], reported[: args.validate_clips], long[1][len(reported):]
-
-
-def codec_loss(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace, step: int) -> Tensor:
-    """Draw the frames of a step of the codec's stage, each of a clip of its own, and carry the portraits there."""
-    rng = generator(args.seed, CODEC_STREAM + step)
-    rows = torch.randint(len(clips), (CODEC_BATCH,), generator=rng).tolist()
-    times = torch.randint(1, args.frames, (CODEC_BATCH,), generator=rng).tolist()
-    pairs = torch.stack([clips[row].frames[[0, time]] for row, time in zip(rows, times)]).to(args.device) / 255
-    return codec.loss(*pairs.unbind(1))
-
-
-def train_codec(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace, log: "Log | None" = None) -> None:
-    """Train the network of a learned codec: warm up, hold, decay to zero over the last two thirds."""
-    optimizer = torch.optim.AdamW(codec.requires_grad_(True).net.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    bar, losses, start = tqdm(range(args.codec_steps), "codec", unit="step"), [], time.process_time()
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = CODEC_LR * min((step + 1) / 30, 1.5 * (1 - step / args.codec_steps), 1)
-        optimizer.zero_grad()
-        loss = codec_loss(codec, clips, args, step)
-        loss.backward()
-        clip_grad_norm_(codec.net.parameters(), args.grad_clip)
-        optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise MediaError(args.out, f"the codec's loss is {losses[-1]} at its step {step + 1}; look at the clips, "
-                                       "or use --codec linear")
-        if log:                                               # kernels/bench.py has none
-            log(stage="codec", codec_step=step + 1, loss=losses[-1])
-        bar.set_postfix(loss=f"{losses[-1]:.4f}")
-    optimizer.zero_grad()                                     # or they would count in the norm of the trunk's gradients
-    codec.requires_grad_(False)
-    few = max(1, min(50, len(losses) // 4))
-    print(f"codec: {len(losses)} steps, loss of the first and last {few}: {np.mean(losses[:few]):.4f}, "
-          f"{np.mean(losses[-few:]):.4f}; {time.process_time() - start:.0f} s of CPU time")
 
 
 def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace, log: "Log | None" = None) -> None:

@@ -1,16 +1,21 @@
-"""What reward.py promises of its metrics: the pixel oracle against truth, loudness and blur; the rest by hand."""
+"""What sample.py promises of its metrics: the pixel oracle against truth, loudness and blur; the rest by hand."""
+
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
 
-from data import Clip
+import sample
+from data import Clip, MediaError, write_video
 from extras.talkers import LIP_LEAD, render_talker
 from model import estimate_pose, warp
-from reward import (correlation, head_motion, jerk, lip_sync_correlation, motion, mouth_axis,
-                    mouth_boxes, mouth_opening_from_pixels, psnr, seam, shifted_correlation, still_psnr, sync_offset)
-from sample import evaluate
+from reward import COMPONENTS
+from sample import (correlation, evaluate, frechet, head_motion, jerk, lip_sync_correlation, motion, mouth_axis,
+                    mouth_boxes, mouth_opening_from_pixels, psnr, seam, shifted_correlation, still_psnr, sync_metrics,
+                    sync_offset)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def test_the_oracle_reads_the_true_opening_from_pixels_even_when_blurred(clips):
 
 
 def test_the_oracle_says_nothing_for_a_frozen_face_and_little_for_another_mouth(clips):
-    a, b = clips[0], clips[1]
+    a = clips[0]
     frozen = a.frames[:1].expand_as(a.frames)
     assert lip_sync_correlation(frozen, a.truth) == 0 and mouth_opening_from_pixels(frozen, a.truth).std() < 1e-6
     assert lip_sync_correlation(a.frames.flip(0), a.truth) < 0.6
@@ -175,3 +180,94 @@ def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(
     swung = torch.stack([warp(portrait[None].repeat(48, 1, 1, 1), pose) for portrait in true[:, 0]])
     scale = torch.stack([head_motion(estimate_pose(video[None])[0]) for video in true]).mean()
     torch.testing.assert_close(evaluate(swung, few, 4)["head"] * scale, pose[:, 0].std().expand(4), rtol=0.1, atol=0)
+
+
+# ---------------------------------------------------------------- the metrics of a sync network
+
+def fabricated(visual: torch.Tensor, sound: torch.Tensor) -> SimpleNamespace:
+    """A network that has made up its mind: it returns these embeddings (B, W, D) whatever it is shown."""
+    return SimpleNamespace(visual=lambda frames: visual, sound=lambda audio: sound)
+
+
+def test_metrics_are_those_of_a_float64_loop_over_shifts_and_windows():
+    """D_k = mean_i |v_i - a_(i+k)| over the i with both; least, median - least, -argmin and D_0."""
+    torch.manual_seed(0)
+    v, a = nnf.normalize(torch.randn(2, 3, 24, 8), dim=-1)
+    found = sync_metrics(fabricated(v, a), None, None)
+    for b in range(3):
+        curve = {}
+        for k in range(-15, 16):
+            both = [i for i in range(24) if 0 <= i + k < 24]
+            distances = [math.dist(v[b, i].double().tolist(), a[b, i + k].double().tolist()) for i in both]
+            curve[k] = sum(distances) / len(both)
+        least, middle = min(curve.values()), sorted(curve.values())[15]
+        expected = {"sync_distance": least, "sync_confidence": middle - least, "sync_own": curve[0],
+                    "sync_offset": -min(curve, key=curve.get)}
+        for name, value in expected.items():
+            assert found[name][b].item() == pytest.approx(value, abs=1e-5), name
+
+
+@pytest.mark.parametrize("late", [-7, 0, 4, 15])
+def test_offset_is_positive_when_the_picture_comes_after_its_sound(late):
+    """Orthogonal moments: what is heard in window i is seen in window i + late. Then D is 0 there and sqrt 2 elsewhere,
+    by hand, so distance 0, confidence sqrt 2, offset `late`."""
+    moments = torch.eye(80)[None]
+    seen, heard = moments[:, 20 - late : 50 - late], moments[:, 20:50]
+    found = sync_metrics(fabricated(seen, heard), None, None)
+    assert found["sync_offset"].item() == late
+    assert found["sync_distance"].item() == 0
+    assert found["sync_confidence"].item() == pytest.approx(math.sqrt(2))
+    assert found["sync_own"].item() == pytest.approx(math.sqrt(2) if late else 0)
+
+
+def test_frechet_of_diagonal_gaussians_is_the_closed_form():
+    """With covariances diag(s^2), diag(t^2) and means m apart it is |m|^2 + sum (s - t)^2, and 0 for equal sets."""
+    torch.manual_seed(1)
+    x = torch.randn(500, 4, dtype=torch.float64)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T                 # exactly zero mean, unit covariance
+    s, t, m = torch.rand(3, 4, dtype=torch.float64) + 0.5
+    torch.testing.assert_close(frechet(x * s, x * t + m), m.square().sum() + (s - t).square().sum())
+    assert abs(frechet(x, x.flip(0)).item()) < 1e-9
+
+
+def test_frechet_of_any_gaussians_agrees_with_the_eigenvalues_of_the_product():
+    """tr (A^1/2 B A^1/2)^1/2 = sum sqrt eig(A B), here by an eigensolver that knows no symmetry; also either way round,
+    and where there are fewer samples than dimensions."""
+    torch.manual_seed(2)
+    for n in 300, 5:
+        a, b = torch.randn(n, 6) @ torch.randn(6, 6), torch.randn(n, 6) @ torch.randn(6, 6) + 1
+        A, B = a.double().T.cov(), b.double().T.cov()
+        cross = torch.linalg.eigvals(A @ B).real.clamp_min(0).sqrt().sum()
+        want = (a.double().mean(0) - b.double().mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
+        torch.testing.assert_close(frechet(a, b), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(frechet(a, b), frechet(b, a), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, monkeypatch, clips):
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("extras.talkers.synthetic_clips", lambda *a, **k: clips)
+    write_video(tmp_path / "v.mp4", clips[0].frames, clips[0].audio)
+    sample.main(["--score", str(tmp_path / "v.mp4")])
+    said = capsys.readouterr().out
+    before, _, after = said.partition("held out, no part of the reward:")
+    assert all(name in before for name in (*COMPONENTS, "total")) and "sync_confidence" in after
+
+
+def test_a_clip_that_cannot_be_scored_is_named(tmp_path):
+    write_video(tmp_path / "mute.mp4", torch.zeros(30, 3, 64, 64, dtype=torch.uint8), torch.zeros(30 * 640))
+    with pytest.raises(MediaError, match="mute.mp4: is silent"):
+        sample.main(["--score", str(tmp_path / "mute.mp4")])
+    with pytest.raises(MediaError, match="nothing.mp4: does not exist"):
+        sample.main(["--score", "nothing.mp4"])
+
+
+@pytest.mark.parametrize("flag", [
+    ["--size", "8"], ["--size", "1e3"], ["--weights", "beauty=1"], ["--weights", "seam=-1"], ["--weights", "seam"],
+    ["--judge-order", "random"], ["--seed", "9999999999999999999"]])
+def test_bad_flags_of_a_score_end_with_a_usage_line(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--score", "v.mp4", *flag])
+    assert end.value.code == 2 and flag[0] in capsys.readouterr().err
