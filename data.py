@@ -136,6 +136,12 @@ def sounds(clips: Sequence[Clip], frames: int) -> Tensor:
     return torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
 
 
+def with_interval(values: Tensor) -> str:
+    """Write the mean of (B,) values ± its 95% confidence interval, nan of a single value."""
+    half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{values.mean().item():.3f}±{half:.3f}"
+
+
 # ---- Reading media ---------------------------------------------------------------------------------------------------
 
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y"]

@@ -19,6 +19,7 @@ B clips, F frames, K chunks, S pixels per side.
 
 import argparse
 import base64
+import hashlib
 import http.client
 import json
 import math
@@ -32,7 +33,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -46,7 +47,6 @@ from tqdm import trange
 
 from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting, loading,
                   log_mel, reading_weights, video_uri, whole_model, write_speech, write_weights)
-from model import estimate_pose
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -75,7 +75,7 @@ RUBRIC = {
 THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
             "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 MIN_MASS = 0.5                                       # below it, most of the answer is not a rating
-STIR = 0.3                                           # deviations of a mouth: less is rest
+NO_JUDGE = "use an instruction-tuned model that answers at once, in a dtype it was made for"
 DEFAULT_JUDGE = Path(__file__).parent / "assets" / "judge"
 
 
@@ -97,7 +97,6 @@ class Ratings:
 
     score: Tensor                                    # (B, 3) expected rating, 1..5
     mass: Tensor                                     # (B, 3) probability that the answer is a digit 1..5 at all
-    courses: Tensor | None = None                    # (B, F, 2) the mouth that it sees and the one that it hears
 
 
 def expected_rating(p: Tensor) -> Ratings:
@@ -112,9 +111,8 @@ def expected_rating(p: Tensor) -> Ratings:
     return Ratings(score.mean(-1), mass.amin(-1))
 
 
-def course(mouth: Tensor) -> Tensor:
-    """Take mean and deviation, if it is STIR or more, off a mouth (..., F)."""
-    return (mouth - mouth.mean(-1, keepdim=True)) / mouth.std(-1, correction=0, keepdim=True).clamp_min(STIR)
+class JudgeError(MediaError):
+    """A judge that cannot be asked, or does not rate: what was reached is to be saved, and can be resumed."""
 
 
 def check_ratings(ratings: Ratings, names: Sequence[str]) -> Ratings:
@@ -147,9 +145,6 @@ class Judge:
         self.model, self.processor, self.rubric, self.side, self.window = model, processor, rubric, side, window
         self.orders, self.batch, self.device, self.offload = tuple(orders), batch, device, offload
         self.digits = [processor.tokenizer.encode(d, add_special_tokens=False)[-1] for d in "12345"]
-        self.readouts, self.towers = None, {}        # what its towers said of the clips that were read last
-        model.visual.register_forward_hook(lambda *call: self.towers.update(sight=call[-1].pooler_output))
-        model.audio_tower.register_forward_hook(lambda *call: self.towers.update(sound=call[-1].last_hidden_state))
         # Only the next token counts: without this, a clip of 3000 tokens would give 3000 rows of 150,000 logits.
         model.lm_head.register_forward_pre_hook(lambda head, inputs: (inputs[0][:, -1:],))
         if not offload:
@@ -175,24 +170,13 @@ class Judge:
             usual = settings.pop("dtype", "float32" if device == "cpu" else "bfloat16")
             model = whole_model(getattr(transformers, THINKERS[kind]), name, dtype=dtype or usual)
             processor = transformers.AutoProcessor.from_pretrained(name, local_files_only=local)
-            judge = cls(model, processor, device=device, **settings)
-            if (readouts := Path(name) / "readouts.safetensors").exists():
-                judge.read_out_by(load_file(readouts))
-        return judge
+            return cls(model, processor, device=device, **settings)
 
-    def read_out_by(self, readouts: dict[str, Tensor]) -> None:
-        """Let `rate` also say, frame by frame, which mouth it sees and which it hears: linear readouts of its towers.
-
-        Args: readouts: sight.weight (2, 4 w) and sound.weight (2, w) for towers of width w, with biases (see Hints).
-        """
-        self.readouts = {k: v.float().to(self.device) for k, v in readouts.items()}
-
-    def courses(self, clips: int, frames: int) -> Tensor:
-        """Read out (B, F, 2), the mouth seen and the mouth heard, of the clips that were read last."""
-        out = {name: nnf.linear(seen.float().view(clips, -1, self.readouts[f"{name}.weight"].shape[1]),
-                                self.readouts[f"{name}.weight"], self.readouts[f"{name}.bias"])
-               for name, seen in self.towers.items()}
-        return torch.stack([out["sight"].flatten(1)[:, :frames], out["sound"][:, :frames, 0]], -1).cpu()
+    @property
+    def fingerprint(self) -> str:
+        """What its ratings depend on, for a cache of them."""
+        sums = [f"{name} {weight.float().sum().item()}" for name, weight in self.model.state_dict().items()]
+        return hashlib.sha256(json.dumps([sums, self.rubric, self.side, self.window, self.orders]).encode()).hexdigest()
 
     def questions(self) -> tuple[str, list[str]]:
         """Return the text up to the end of the clip, and, for each aspect and order, the text that follows."""
@@ -238,18 +222,14 @@ class Judge:
         Returns: Ratings on the CPU, fp32. Raises: MediaError, naming the clip, where the answer is no rating.
         """
         self.model.to(self.device)
-        p, courses = [], []
+        p = []
         for i in range(0, len(frames), self.batch):
             pictures = to_bytes(frames[i:i + self.batch].detach()).cpu()
             logits = self.logits(pictures, audio[i:i + self.batch].detach().cpu().float())
             p.append(logits.float().softmax(-1)[..., self.digits].cpu())
-            if self.readouts:
-                courses.append(self.courses(len(pictures), frames.shape[1]))
         if self.offload:
             self.model.to("cpu")
-        ratings = check_ratings(expected_rating(torch.cat(p).unflatten(1, (len(ASPECTS), -1))), names)
-        ratings.courses = torch.cat(courses) if courses else None
-        return ratings
+        return check_ratings(expected_rating(torch.cat(p).unflatten(1, (len(ASPECTS), -1))), names)
 
 
 # ---------------------------------------------------------------- the judge behind an endpoint
@@ -391,8 +371,6 @@ class RemoteJudge:
 STILL_SCALES = 1, 2, 4                               # pixels are averaged over squares of this side
 STILL_DEVIATION = 0.02                               # grey levels of 1 by which a place may stray and count as still
 REACH = 8                                            # frames, a third of a second, over which activity is measured
-HEAD_PYRAMID = (16, 3), (32, 2)                      # every second head is measured, coarsely: a seventh of the time
-HEAD_AT_REST = 0.005                                 # of 2, the picture's side: a head that is nearer has not moved
 TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
 AT_ONCE = 8                                          # clips at once: bounds the memory
 
@@ -460,71 +438,65 @@ class PretrainedLikeness:
         return (seen * self.features(portrait)[:, None]).sum(-1)
 
 
-def temporal(frames: Tensor, portrait: Tensor, chunk_frames: int) -> dict[str, Tensor]:
-    """Measure motion per chunk, as logarithms: name -> (B, K).
+def temporal(frames: Tensor, chunk_frames: int) -> dict[str, Tensor]:
+    """Measure motion per chunk, as logarithms: name -> (B, K). Args: frames (B, F, 3, S, S) in [0, 1].
 
-    Args: frames (B, F, 3, S, S), portrait (B, 3, S, S), in [0, 1].
-
-    drift       mean distance of the head to its place on the portrait, 2 is the picture's side: a head that wanders off
-    activity    mean change over a third of a second, in grey levels of 1: how far things move; flicker adds nothing
-    jerk        mean third difference: trembling
-    flicker     mean second difference of areas of S/8: light that trembles
-    seam        change across the border to the chunk before over change inside; 0 in the first chunk
+    activity      mean change over a third of a second, in grey levels of 1: how far things move
+    smoothness    mean third difference: trembling
+    seams         change across the border to the chunk before over change inside; 0 in the first chunk
     """
-    cut = lambda d: in_chunks(d.abs().mean((2, 3, 4)), frames.shape[1], chunk_frames) + 1e-4     # (B, K, T)
-    areas = nnf.adaptive_avg_pool2d(frames.flatten(0, 1), 8).unflatten(0, frames.shape[:2])
-    pose = estimate_pose(torch.cat([portrait[:, None], frames[:, ::2]], 1), pyramid=HEAD_PYRAMID)[:, 1:]
-    away = pose[..., [0, 3]].norm(dim=-1).repeat_interleave(2, 1)[:, :frames.shape[1]]           # (B, F)
-    away = in_chunks(away, frames.shape[1], chunk_frames).mean(2)
+    def cut(difference):
+        return in_chunks(difference.abs().mean((2, 3, 4)), frames.shape[1], chunk_frames) + 1e-4      # (B, K, T)
+
     change = cut(frames.diff(dim=1))
-    reach = frames[:, REACH:] - frames[:, :-REACH]
-    seam = (change[:, :, 0] / change[:, :, 1:].mean(2)).log()
-    return {"drift": (away + HEAD_AT_REST).log(), "activity": cut(reach).mean(2).log(),
-            "jerk": cut(frames.diff(n=3, dim=1)).mean(2).log(), "flicker": cut(areas.diff(n=2, dim=1)).mean(2).log(),
-            "seam": torch.cat([torch.zeros_like(seam[:, :1]), seam[:, 1:]], 1)}
-
-
-def some_videos(clips: Sequence[Clip], chunk_frames: int, most: int = 64) -> list[Tensor]:
-    """Choose clips spread over a set: each (1, F, 3, S, S) in [0, 1], whole chunks long."""
-    chosen = torch.linspace(0, len(clips) - 1, min(most, len(clips))).long().tolist()
-    frames = [clips[i].frames for i in chosen]
-    return [f[None, : len(f) // chunk_frames * chunk_frames] / 255 for f in frames]
+    seams = (change[:, :, 0] / change[:, :, 1:].mean(2)).log()
+    return {"activity": cut(frames[:, REACH:] - frames[:, :-REACH]).mean(2).log(),
+            "smoothness": cut(frames.diff(n=3, dim=1)).mean(2).log(),
+            "seams": torch.cat([torch.zeros_like(seams[:, :1]), seams[:, 1:]], 1)}
 
 
 @dataclass
-class RealClips:
-    """What real clips of the same set show: the measure that regularisers hold generated ones against."""
+class Exemplars:
+    """What good clips show: the measure that regularisers hold generated ones against.
 
-    still: Tensor                                    # (S, S) in 0..1, high where real clips do not move
+    Data as found tremble and mumble. So the judge picks, aspect by aspect: the liveliest clips say how much should
+    move, the smoothest how smoothly, and how still a background and how like its portrait a face should be.
+    """
+
+    still: Tensor                                    # (S, S) in 0..1, high where these clips do not move
     straying: float                                  # their own distance to their first frame, where still
     likeness: float                                  # and likeness to it
     temporal: dict[str, tuple[float, float]]         # mean of each of `temporal`, from and to
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, clips: Sequence[Clip], chunk_frames: int, likeness=likeness) -> "RealClips":
-        """Measure clips spread over the set, at the size that will be compared with them."""
-        videos = some_videos(clips, chunk_frames)
-        stray = torch.stack([(v - v[:, :1]).abs().mean((0, 1, 2)) for v in videos]).mean(0)
-        still = torch.exp(-stray / STILL_DEVIATION)
-        mean = lambda values: torch.cat([v.flatten() for v in values]).mean().item()
-        motion = [temporal(v, v[:, 0], chunk_frames) for v in videos]
-        means = {name: mean(m[name] for m in motion) for name in motion[0]}
-        return cls(still, mean(straying(v, v[:, 0], still) for v in videos),
-                   mean(likeness(v, v[:, 0]) for v in videos), {name: (value, value) for name, value in means.items()})
+    def measure(cls, lively: Sequence[Clip], smooth: Sequence[Clip], chunk_frames: int, likeness=likeness,
+                codec=None) -> "Exemplars":
+        """Measure clips at the size that will be compared with them.
 
-    @torch.no_grad()
-    def widen(self, clips: Sequence[Clip], chunk_frames: int, codec) -> None:
-        """Take how things move in the same clips as a generator's codec shows them for real, too: a camera's noise is
-        lost in it (on GRID .6 of log jerk), and only shaking heads could make up for it."""
-        device = codec.scale.device
-        motion = []
-        for v in some_videos(clips, chunk_frames):
-            shown = codec.decode(v[:, 0].to(device), codec.encode(v.to(device))).cpu()
-            motion.append(temporal(shown, v[:, 0], chunk_frames))
-        for name, (low, high) in self.temporal.items():
-            value = torch.cat([m[name].flatten() for m in motion]).mean().item()
-            self.temporal[name] = min(low, value), max(high, value)
+        With the generator's codec, whatever lies between a clip and the codec's view of it is as good as filmed: a
+        camera's noise is lost in it (on GRID .6 of log jerk), and only shaking heads could make up for it.
+        """
+        def videos(clips):
+            return [clip.frames[None, : len(clip.frames) // chunk_frames * chunk_frames] / 255 for clip in clips]
+
+        def seen(video):
+            device = codec.scale.device
+            return codec.decode(video[:, 0].to(device), codec.encode(video.to(device))).cpu()
+
+        def mean(values):
+            return torch.cat([v.flatten() for v in values]).mean().item()
+
+        filmed = {name: videos(clips) for name, clips in (("smooth", smooth), ("lively", lively))}
+        stray = torch.stack([(v - v[:, :1]).abs().mean((0, 1, 2)) for v in filmed["smooth"]]).mean(0)
+        still = torch.exp(-stray / STILL_DEVIATION)
+        ranges = {}
+        for name, of in (("activity", "lively"), ("smoothness", "smooth"), ("seams", "smooth")):
+            views = [filmed[of]] + ([[seen(v) for v in filmed[of]]] if codec is not None else [])
+            means = [mean(temporal(v, chunk_frames)[name] for v in view) for view in views]
+            ranges[name] = min(means), max(means)
+        return cls(still, mean(straying(v, v[:, 0], still) for v in filmed["smooth"]),
+                   mean(likeness(v, v[:, 0]) for v in filmed["smooth"]), ranges)
 
 
 # ---------------------------------------------------------------- the sync network
@@ -691,46 +663,28 @@ def load_sync(folder: str | Path) -> SyncNetwork:
 # ---------------------------------------------------------------- the composite reward
 
 @dataclass(frozen=True)
-class Weights:
-    """What each component counts for in the total. 0 switches it off; a judge is only asked if an aspect counts."""
+class Component:
+    """A part of the reward. Of all, more is better; regularisers reach 0 where the exemplars are."""
 
-    lip_sync: float = 1.0
-    expressiveness: float = 0.1
-    motion: float = 0.25
-    lip_course: float = 3.0
-    lip_range: float = 0.5
-    sync: float = 2.0
-    still: float = 0.25
-    identity: float = 0.25
-    drift: float = 0.5
-    activity: float = 0.5
-    jerk: float = 0.5
-    flicker: float = 0.25
-    seam: float = 1.0
+    weight: float                                    # in the total; 0 switches it off
+    floor: float       # least deviation in a group to divide by: less cannot be seen, and a z-score would blow it up
+    scale: str
+    meaning: str
 
 
-# Name -> range, unit and meaning. Of all, more is better; the regularisers reach 0 where real clips are.
 COMPONENTS = {
-    "lip_sync": ("1..5", "rating", "judge: do the lips follow the sound"),
-    "expressiveness": ("1..5", "rating", "judge: how lively"),
-    "motion": ("1..5", "rating", "judge: how natural and clean"),
-    "lip_course": ("-2..0", "correlation - 1", "embedded judge: of the mouth it sees with the mouth it hears"),
-    "lip_range": ("..0", "log ratio", "embedded judge: how far it sees the mouth move against how far it hears it"),
-    "sync": ("-2..0", "distance", "the reward's sync network: of lips and sound, moment by moment"),
-    "still": ("-1..0", "grey level", "background's distance to the portrait, beyond that of real clips"),
-    "identity": ("-1..0", "similarity", "likeness to the portrait, as far as below that of real clips"),
-    "drift": ("..0", "log ratio", "the head's distance to its place on the portrait against real clips, more or less"),
-    "activity": ("..0", "log ratio", "range of motion against real clips, more or less"),
-    "jerk": ("..0", "log ratio", "trembling against real clips, more or less"),
-    "flicker": ("..0", "log ratio", "trembling light against real clips, more or less"),
-    "seam": ("..0", "log ratio", "jumps at chunk borders against real clips, more or less"),
+    "judge_lip_sync": Component(1.0, 0.02, "1..5", "rating: do the lips follow the sound"),
+    "judge_expressiveness": Component(0.5, 0.05, "1..5", "rating: how lively"),
+    "judge_motion": Component(1.0, 0.05, "1..5", "rating: how natural and clean"),
+    "sync": Component(3.0, 0.005, "-2..0", "distance of lips and sound, moment by moment, by the reward's sync network"),
+    "background": Component(0.25, 0.003, "-1..0", "distance to the portrait's, beyond the exemplars', in grey levels"),
+    "identity": Component(0.25, 0.01, "-1..0", "likeness to the portrait, as far as below the exemplars'"),
+    "activity": Component(0.5, 0.05, "..0", "log ratio of the range of motion to the exemplars', more or less"),
+    "smoothness": Component(1.0, 0.03, "..0", "log ratio of trembling to the exemplars', more or less"),
+    "seams": Component(1.0, 0.03, "..0", "log ratio of jumps at chunk borders to the exemplars', more or less"),
 }
-# Deviations within a group that are not worth learning from: less cannot be seen, and a z-score would blow it up.
-FLOORS = {"lip_sync": 0.02, "expressiveness": 0.05, "motion": 0.05, "lip_course": 0.005, "lip_range": 0.03,
-          "sync": 0.005, "still": 0.003, "identity": 0.01, "drift": 0.05, "activity": 0.05, "jerk": 0.03,
-          "flicker": 0.03, "seam": 0.03}
-READ_OUT = "lip_course", "lip_range"                 # what needs a judge with readouts
-JUDGED = *ASPECTS, *READ_OUT                         # what needs a judge at all
+WEIGHTS = {name: component.weight for name, component in COMPONENTS.items()}
+JUDGED = [f"judge_{aspect}" for aspect in ASPECTS]   # what needs a judge
 
 
 @dataclass
@@ -752,28 +706,35 @@ def spans(frames: int, width: int | None) -> list[tuple[int, int]]:
     return [(start, start + width) for start in starts]
 
 
+def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Rate clips (B, F, 3, S, S) in [0, 1] with sound (B, F * 640), long ones in spans whose ratings are averaged.
+
+    Returns: score (B, 3); mass (B, 3), the least of the spans.
+    """
+    samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
+    with fitting("the judge", "lower --judge-batch, or --judge-size"):
+        ratings = [judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names)
+                   for a, b in spans(frames.shape[1], judge.window)]
+    return torch.stack([r.score for r in ratings]).mean(0), torch.stack([r.mass for r in ratings]).amin(0)
+
+
 class Reward:
     """The composite reward: a judge's ratings and the regularisers, each named, and their weighted sum.
 
-    Args:    judge: anything with `rate(frames, audio, names)` and `window`; None if no aspect has a weight.
-             real: of the clips that generated ones shall resemble; calibration: aspect -> knots, from `align`.
+    Args:    judge: anything with `rate(frames, audio, names)` and `window`; None: ratings are left out.
+             exemplars: what good clips show; weights: name -> weight, for COMPONENTS that shall have another.
+             calibration: aspect -> knots, from extras/people.py.
              likeness: how frames are compared with the portrait, `likeness` or a PretrainedLikeness.
-             sync: the reward's own SyncNetwork; without one the component is left out.
+             sync: the reward's own SyncNetwork; None: the component is left out.
     """
 
-    def __init__(self, judge, real: RealClips, weights: Weights = Weights(), chunk_frames: int = 4,
+    def __init__(self, judge, exemplars: Exemplars, weights: dict[str, float] | None = None, chunk_frames: int = 4,
                  calibration: dict | None = None, likeness=likeness, sync: SyncNetwork | None = None):
-        self.judge, self.real, self.chunk_frames, self.likeness = judge, real, chunk_frames, likeness
-        self.sync = sync
-        self.weights, self.calibration = {k: w for k, w in asdict(weights).items() if w}, calibration or {}
-        if judge is not None and not getattr(judge, "readouts", None):
-            for name in READ_OUT:                                # most judges say a digit, and nothing frame by frame
-                self.weights.pop(name, None)
-        if sync is None:
-            self.weights.pop("sync", None)
-        self.floors = {name: FLOORS[name] for name in self.weights}
-        if judge is None and set(JUDGED) & set(self.weights):
-            raise ValueError("the weights count a judge's ratings, but there is no judge")
+        self.judge, self.exemplars, self.chunk_frames = judge, exemplars, chunk_frames
+        self.calibration, self.likeness, self.sync = calibration or {}, likeness, sync
+        absent = (JUDGED if judge is None else []) + (["sync"] if sync is None else [])
+        self.weights = {k: w for k, w in (WEIGHTS | (weights or {})).items() if w and k not in absent}
+        self.floors = {name: COMPONENTS[name].floor for name in self.weights}
 
     @torch.no_grad()
     def __call__(self, frames: Tensor, audio: Tensor, portrait: Tensor, names: Sequence[str],
@@ -781,8 +742,8 @@ class Reward:
         """Score clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names, for messages.
-                 per_chunk: also say when, of what is localised in time: the regularisers, sync and lip_course, which
-                 are means over chunks. A rating is of the whole.
+                 per_chunk: also say when, of what is localised in time: the regularisers and sync, which are means
+                 over chunks. A rating is of the whole.
         Raises:  MediaError, naming the clip, where the judge fails or a component is not a number.
         """
         if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
@@ -790,19 +751,14 @@ class Reward:
                              f"got {tuple(frames.shape)} and {tuple(audio.shape)}")
         parts = [self.localised(*part) for part in zip(*(x.float().split(AT_ONCE) for x in (frames, audio, portrait)))]
         chunks, mass = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, None
-        for name, (low, high) in self.real.temporal.items():     # beyond real clips' range, by the video's average
+        for name, (low, high) in self.exemplars.temporal.items():    # beyond their range, by the video's average
             mean = chunks[name].mean(1, keepdim=True)
             nearest = mean.clamp(low, high)
             chunks[name] = -(chunks[name] - nearest) * (mean - nearest).sign()
         components = {name: values.mean(1) for name, values in chunks.items()}
         if set(JUDGED) & set(self.weights):
-            score, mass, courses = self.rate(frames, audio, names)
-            components |= dict(zip(ASPECTS, score.T))
-            if courses is not None:
-                chunks["lip_course"] = self.lip_course(courses)
-                components["lip_course"] = chunks["lip_course"].mean(1)
-                seen, heard = courses.std(1).clamp_min(STIR).unbind(-1)
-                components["lip_range"] = -(seen / heard).log().abs()
+            score, mass = self.rate(frames, audio, names)
+            components |= dict(zip(JUDGED, score.T))
         components = {name: components[name] for name in self.weights if name in components}
         for name, values in components.items():
             if not values.isfinite().all():
@@ -811,50 +767,29 @@ class Reward:
         total = sum(self.weights[name] * values for name, values in components.items())
         return Scores(total, components, {k: v for k, v in chunks.items() if per_chunk and k in self.weights}, mass)
 
-    def resemble(self, clips: Sequence[Clip], codec) -> None:
-        """Hold what is generated against real clips as they are and as the generator's codec shows them."""
-        self.real.widen(clips, self.chunk_frames, codec)
-
     def localised(self, frames: Tensor, audio: Tensor, portrait: Tensor) -> dict[str, Tensor]:
         """Measure what needs no judge: name -> (B, K), on the CPU. All but the temporal measures are final."""
         cut = lambda values: in_chunks(values, frames.shape[1], self.chunk_frames).mean(2)
-        portrait, still = portrait.to(frames.device), self.real.still.to(frames.device)
+        portrait, still = portrait.to(frames.device), self.exemplars.still.to(frames.device)
         if still.shape[-1] != frames.shape[-1]:
             still = nnf.interpolate(still[None, None], frames.shape[-2:], mode="bilinear")[0, 0]
-        stray = cut(straying(frames, portrait, still)) - self.real.straying
-        alike = cut(self.likeness(frames, portrait)) - self.real.likeness
-        chunks = {"still": -stray.clamp_min(0), "identity": alike.clamp_max(0),
-                  **temporal(frames, portrait, self.chunk_frames)}
+        stray = cut(straying(frames, portrait, still)) - self.exemplars.straying
+        alike = cut(self.likeness(frames, portrait)) - self.exemplars.likeness
+        chunks = {"background": -stray.clamp_min(0), "identity": alike.clamp_max(0),
+                  **temporal(frames, self.chunk_frames)}
         if "sync" in self.weights:                               # the five frames around each one, seen and heard
             device = next(self.sync.parameters()).device
             apart = (self.sync.visual(frames.to(device)) - self.sync.sound(audio.to(device))).norm(dim=-1)
             chunks["sync"] = -cut(nnf.pad(apart[:, None], (SYNC_FRAMES // 2, SYNC_FRAMES // 2), "replicate")[:, 0])
         return {name: values.cpu() for name, values in chunks.items()}
 
-    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Judge every clip, long ones in spans.
-
-        Returns: score (B, 3), calibrated; mass (B, 3); courses (B, F, 2), or None.
-        """
-        samples, parts = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)), spans(frames.shape[1], self.judge.window)
-        with fitting("the judge", "lower --judge-batch, or --judge-size"):
-            ratings = [self.judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names) for a, b in parts]
-        score = torch.stack([r.score for r in ratings])          # (spans, B, 3)
+    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Judge every clip. Returns: score (B, 3), calibrated; mass (B, 3)."""
+        score, mass = rate_whole(self.judge, frames, audio, names)
         for i, aspect in enumerate(ASPECTS):
             if aspect in self.calibration:
-                score[..., i] = calibrate(score[..., i], self.calibration[aspect])
-        courses = None
-        if ratings[0].courses is not None:                       # where spans overlap, the later one counts
-            courses = torch.zeros(*frames.shape[:2], 2)
-            for r, (a, b) in zip(ratings, parts):
-                courses[:, a:b] = r.courses
-        return score.mean(0), torch.stack([r.mass for r in ratings]).amin(0), courses
-
-    def lip_course(self, courses: Tensor) -> Tensor:
-        """Say when the mouth seen leaves the mouth heard, (B, F, 2) -> (B, K): -(seen - heard)^2 / 2, each of mean 0
-        and deviation 1 over the video, so that the mean over a video is their correlation - 1."""
-        gap = course(courses.mT).diff(dim=1)[:, 0].square() / 2                              # (B, F)
-        return -in_chunks(gap, gap.shape[1], self.chunk_frames).mean(2)
+                score[:, i] = calibrate(score[:, i], self.calibration[aspect])
+        return score, mass
 
 
 # ---------------------------------------------------------------- the scale of people, as extras/people.py fitted it
@@ -899,13 +834,12 @@ REWARD_SYNC = Path(__file__).parent / "assets" / "reward_sync"        # and this
 
 
 def weights_argument(text: str) -> dict[str, float]:
-    """Read 'lip_sync=1,seam=0.5' into {name: weight}."""
+    """Read 'judge_lip_sync=1,seams=0.5' into {name: weight}."""
     try:
         weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
-        Weights(**weights)                           # a TypeError for names that it lacks
-        if not all(0 <= weight < 1e9 for weight in weights.values()):
+        if not weights.keys() <= COMPONENTS.keys() or not all(0 <= weight < 1e9 for weight in weights.values()):
             raise ValueError
-    except (ValueError, TypeError):
+    except ValueError:
         raise argparse.ArgumentTypeError(f"want name=weight,... with weights of 0 or more and names among "
                                          f"{', '.join(COMPONENTS)}; got {text!r}") from None
     return weights
@@ -939,7 +873,7 @@ def reward_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--reward-sync", metavar="DIR", help="a sync network for the reward, of reward.py --train-sync with a --seed "
          "other than that of --sync, which measures; or none (the one for drawn talkers; with --data none)")
     flag("--weights", type=weights_argument, default={}, metavar="NAME=W,...",
-         help="of components: " + ", ".join(f"{k} {w:g}" for k, w in asdict(Weights()).items()))
+         help="of components: " + ", ".join(f"{k} {w:g}" for k, w in WEIGHTS.items()))
     return names
 
 
@@ -962,28 +896,34 @@ def make_judge(args: argparse.Namespace):
                       offload=args.judge_offload, **size)
 
 
-def make_reward(args: argparse.Namespace, real: Sequence[Clip], chunk_frames: int) -> Reward:
-    """Make the reward that the flags define, for clips like the real ones."""
-    judge = make_judge(args)
-    weights = Weights(**args.weights if judge else args.weights | dict.fromkeys(JUDGED, 0.0))
+def make_reward(args: argparse.Namespace, judge, lively: Sequence[Clip], smooth: Sequence[Clip], chunk_frames: int,
+                codec=None) -> Reward:
+    """Make the reward that the flags define, from a judge or None and the exemplars (see Exemplars.measure)."""
     alike = PretrainedLikeness(args.perceptual, args.device) if args.perceptual else likeness
+    exemplars = Exemplars.measure(lively, smooth, chunk_frames, alike, codec)
     calibration = load_calibration(args.calibration) if args.calibration else None
+    return Reward(judge, exemplars, args.weights, chunk_frames, calibration, alike, reward_sync(args))
+
+
+def reward_sync(args: argparse.Namespace) -> SyncNetwork | None:
+    """Load the reward's sync network. Raises: MediaError where it is broken, or the one that measures."""
     name = args.reward_sync or ("none" if args.data else str(REWARD_SYNC))
-    if name != "none" and args.sync and Path(name).resolve() == Path(args.sync).resolve():
+    if name == "none":
+        return None
+    if args.sync and Path(name).resolve() == Path(args.sync).resolve():
         raise MediaError(name, "is the sync network of --sync, which measures what the reward does; teach the reward "
-                               "another: python reward.py --train-sync --seed 1")
-    sync = None if name == "none" else load_sync(name).to(args.device)
-    return Reward(judge, RealClips.measure(real, chunk_frames, alike), weights, chunk_frames, calibration, alike, sync)
+                               "another: python -m extras.school sync --seed 1")
+    return load_sync(name).to(args.device)
 
 
 def table(reward: Reward, columns: dict[str, Scores]) -> str:
     """Write components and totals, means over clips, one column each."""
-    lines = [f"{'':16}" + "".join(f"{name:>14}" for name in columns) + "   weight  range  unit, meaning"]
+    lines = [f"{'':22}" + "".join(f"{name:>14}" for name in columns) + "   weight  range  meaning"]
     for name, weight in reward.weights.items():
         values = "".join(f"{scores.components[name].mean().item():14.3f}" for scores in columns.values())
-        scale, *meaning = COMPONENTS.get(name, ("",))                                # a reward of your own has others
-        lines.append(f"{name:16}{values}{weight:9.2f}  {scale:6} {', '.join(meaning)}")
-    lines.append(f"{'total':16}" + "".join(f"{scores.total.mean().item():14.3f}" for scores in columns.values())
+        own = COMPONENTS.get(name, Component(weight, 0, "", ""))                     # a reward of your own has others
+        lines.append(f"{name:22}{values}{weight:9.2f}  {own.scale:6} {own.meaning}")
+    lines.append(f"{'total':22}" + "".join(f"{scores.total.mean().item():14.3f}" for scores in columns.values())
                  + "           sum of weight * component: more is better")
     if masses := [s.mass for s in columns.values() if getattr(s, "mass", None) is not None]:
         lines.append(f"the judge answers with digits, probability {min(m.min().item() for m in masses):.3f} or more")

@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (FPS, LATENCY, MEL_DIM, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, folder_clips, hear, load_clip,
-                  load_portrait, load_speech, log_mel, one_line, pixels, sounds, write_video)
+                  load_portrait, load_speech, log_mel, one_line, pixels, sounds, with_interval, write_video)
 from model import SAMPLING_STEPS, Generator, estimate_pose, load_generator, ode_step, unwarp
-from reward import DEFAULT_SYNC, SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork, load_sync, make_reward, reward_flags, table
+from reward import DEFAULT_SYNC, SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork, load_sync, make_judge, make_reward, reward_flags, table
 
 
 def generator(seed: int, index: int, device="cpu") -> torch.Generator:
@@ -363,12 +363,6 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
     return {name: torch.stack(tuple(v)) for name, v in values.items()}
 
 
-def with_interval(values: Tensor) -> str:
-    """Write the mean of (B,) values ± its 95% confidence interval, nan of a single value."""
-    half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{values.mean().item():.3f}±{half:.3f}"
-
-
 def summary(metrics: dict[str, Tensor]) -> str:
     """Write metrics, name -> (B,), as means with 95% confidence intervals; on a second line what needs no truth."""
     apart = [f"{k} {with_interval(v)}" for k, v in metrics.items() if k in NEED_NO_TRUTH]
@@ -398,7 +392,7 @@ def score_videos(args: argparse.Namespace) -> None:
     from extras.talkers import synthetic_clips       # the one place of this file that needs an extra
     clips = [load_clip(path, args.size, args.crop) for path in args.score]
     real = folder_clips(args.data, args.size, 3.0, args.crop)[0] if args.data else synthetic_clips(64, args.size, 2.0)
-    reward, sync = make_reward(args, real, args.chunk_frames), load_sync(args.sync)
+    reward, sync = make_reward(args, make_judge(args), real, real, args.chunk_frames), load_sync(args.sync)
     for clip in clips:
         portrait = load_portrait(args.portrait, args.size) if args.portrait else clip.frames[0]
         frames, portrait = clip.frames[None] / 255, portrait[None] / 255

@@ -27,12 +27,13 @@ from tqdm import tqdm
 from data import FPS, Clip, MediaError, normalise_loudness, pixels, sounds
 from grpo import Settings, drawing_step, stochastic_steps
 from model import estimate_pose, load_generator, pixel_grid, unwarp, warp
-from reward import course, to_bytes
+from reward import to_bytes
 from sample import evaluate, imitate, mouth_axis, mouth_boxes, mouth_opening_from_pixels, seeded_noise
 
 MATERIAL_FRAMES = 64                                 # of a clip; lessons are windows of it, so sound can be shifted
 LESSON_FRAMES = 16, 48                               # shortest and longest lesson
 SHIFT = 6                                            # frames by which sound is moved at most
+STIR = 0.3                                           # deviations of a mouth: less is rest
 MOUTH_SHARE = 0.65                                   # of the mouth in liveliness
 VERSIONS, RIVALS = 6, 4                              # ways to show a clip that generators imitate; and of a lesson
 
@@ -67,6 +68,11 @@ def mouths(clips: Sequence[Clip], frames: int) -> Tensor:
         boxes = mouth_boxes(clip.frames[:frames] / 255 for clip in clips)
         mouth = boxes @ mouth_axis(boxes[:200], sounds(clips[:200], frames))
     return (mouth - mouth.mean()) / mouth.std()
+
+
+def course(mouth: Tensor) -> Tensor:
+    """Take mean and deviation, if it is STIR or more, off a mouth (..., F)."""
+    return (mouth - mouth.mean(-1, keepdim=True)) / mouth.std(-1, correction=0, keepdim=True).clamp_min(STIR)
 
 
 def apart(shown: Tensor, called: Tensor) -> Tensor:

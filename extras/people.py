@@ -29,7 +29,7 @@ import reward
 from data import FPS, Clip, MediaError, folder_clips, load_clip, one_line, replacing, sounds, video_uri, writing
 from extras.talkers import synthetic_clips
 from model import SAMPLING_STEPS, Generator, load_generator
-from reward import ASPECTS, Reward, read_json, to_bytes
+from reward import ASPECTS, read_json, to_bytes
 from sample import check_numbers, crop_argument, device_argument, generator, imitate
 
 # ---------------------------------------------------------------- agreement with people
@@ -173,18 +173,13 @@ def align(judge_scores: dict[tuple[str, str], float], rows: list[tuple[str, str,
     return "\n".join(lines + notes)
 
 
-def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Tensor:
-    """Rate clips (B, F, 3, S, S) in [0, 1] with sound (B, F * 640), long ones in spans. Returns: (B, 3)."""
-    return Reward(judge, None).rate(frames, audio, names)[0]
-
-
 def align_judge(args: argparse.Namespace) -> None:
     """Rate every video that people rated, compare, and fit the calibration. Paths are relative to the table."""
     rows, scores = read_ratings(args.ratings), {}    # a calibration fits raw ratings
     judge = reward.make_judge(args)
     for video in tqdm(dict.fromkeys(video for video, _, _ in rows), "rating", leave=False):
         clip = load_clip(args.ratings.parent / video, args.size, args.crop)
-        rated = rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])[0]
+        rated = reward.rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])[0][0]
         scores |= {(video, aspect): score for aspect, score in zip(ASPECTS, rated.tolist())}
     print(align(scores, rows, args.out))
 
@@ -287,7 +282,7 @@ def study(args: argparse.Namespace) -> None:
     videos = {run: imitate(model, clips, frames, args.steps, args.guidance, args.seed)
               for run, model in zip("ab", models)}
     names = [clip.name for clip in clips]
-    ratings = {run: rate_whole(judge, v, audio, names).tolist() for run, v in videos.items()} if judge else {}
+    ratings = {run: reward.rate_whole(judge, v, audio, names)[0].tolist() for run, v in videos.items()} if judge else {}
     swapped = torch.randperm(len(clips), generator=generator(args.seed, 1)) % 2 == 1
     pairs, key = [], {}
     for i, clip in enumerate(tqdm(clips, "pairs", leave=False)):

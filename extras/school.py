@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
 
@@ -128,22 +127,25 @@ class Hints(nn.Module):
     and which faults there are; the audio tower, how open the sound wants the mouth, and how loud it is; the second
     layer, at the audio tokens, for both mouths, which forces it to fetch the picture of the same instant; the third for
     the square of their difference, whose mean is the distance, and, at the video tokens, for the faults again. They are
-    thrown away after training, but for those of the mouth in the two towers (Judge.read_out_by).
+    thrown away after training.
     """
 
     def __init__(self, judge: Judge):
         super().__init__()
-        w, self.towers, self.seen, model = TINY_WIDTH, judge.towers, {}, judge.model
+        w, self.towers, self.seen, model = TINY_WIDTH, {}, {}, judge.model
         self.tokens = model.config.video_token_id, model.config.audio_token_id
         self.sight, self.look, self.sound, self.both, self.gap = (
             nn.Linear(*n) for n in ((4 * w, 2), (4 * w, 2), (w, 2), (w, 2), (w, 1)))
         self.faults, self.faults_again = nn.Linear(8 * w, len(FAULTS)), nn.Linear(2 * w, len(FAULTS))
         for readout in self.children():                          # at zero they ask nothing yet: a judge that is
             nn.init.zeros_(readout.weight)                       # taught on is not upset by random questions
-        if judge.readouts:
-            self.load_state_dict(judge.readouts, strict=False)
-        self.hooks = [model.register_forward_pre_hook(self.keep_ids, with_kwargs=True)] + [
-            model.model.layers[i].register_forward_hook(self.keep(name)) for i, name in ((1, "second"), (2, "third"))]
+        self.hooks = [                                           # what the towers say of the clips that they read last
+            model.visual.register_forward_hook(lambda *call: self.towers.update(sight=call[-1].pooler_output)),
+            model.audio_tower.register_forward_hook(
+                lambda *call: self.towers.update(sound=call[-1].last_hidden_state)),
+            model.register_forward_pre_hook(self.keep_ids, with_kwargs=True)]
+        self.hooks += [model.model.layers[i].register_forward_hook(self.keep(name))
+                       for i, name in ((1, "second"), (2, "third"))]
 
     def keep_ids(self, model, args, inputs) -> None:
         self.reading = "input_features" in inputs                # the clip, not the questions that follow it
@@ -206,7 +208,7 @@ def seen_loss(judge: Judge, hints: Hints, good: Material, generated: Material | 
     shown = torch.stack([material.shown[row, t] for material, row, t in at])
     inputs = judge.processor.video_processor(pairs[None], do_sample_frames=False, return_tensors="pt")
     judge.model.visual(inputs["pixel_values_videos"], inputs["video_grid_thw"])
-    error = hints.sight(judge.towers["sight"].view(len(at), -1)) - shown
+    error = hints.sight(hints.towers["sight"].view(len(at), -1)) - shown
     loss = error.square().mean()
     if generated:
         loss = loss + RIVAL_MOUTHS * among_rivals(error[TOWER_PAIRS:], VERSIONS).square().mean()
@@ -223,7 +225,7 @@ def heard_loss(judge: Judge, hints: Hints, good: Material, rng: torch.Generator)
         list(good.audio[rows, start:start + frames].flatten(1).numpy()), sampling_rate=SAMPLE_RATE,
         return_attention_mask=True, return_tensors="pt")
     judge.model.get_audio_features(inputs["input_features"], inputs["attention_mask"])
-    heard = hints.sound(judge.towers["sound"].view(len(rows), frames, -1))[..., 0]
+    heard = hints.sound(hints.towers["sound"].view(len(rows), frames, -1))[..., 0]
     return (heard - good.called[rows, start:start + frames]).square().mean()
 
 
@@ -275,21 +277,17 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
     judge.orders = (False,)
     for hook in hints.hooks:
         hook.remove()
-    judge.read_out_by({k: v.detach().clone() for k, v in hints.state_dict().items() if k[:5] in ("sight", "sound")})
     model.eval().requires_grad_(False)
 
 
 def save_judge(judge: Judge, folder: Path, card: str) -> None:
-    """Write the judge as transformers does; beside it readouts, judge.json (rubric, pixels, window, dtype: what counts
+    """Write the judge as transformers does; beside it judge.json (rubric, pixels, window, dtype: what counts
     are differences that bf16 would round away) and the card."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "readouts.safetensors").unlink(missing_ok=True)        # of an earlier judge there
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         judge.model.half().save_pretrained(temporary)
         judge.model.float()
         judge.processor.save_pretrained(temporary)
-        if judge.readouts:
-            save_file({k: v.half().cpu() for k, v in judge.readouts.items()}, Path(temporary, "readouts.safetensors"))
         own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
         Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
         Path(temporary, "README.md").write_text(card)
