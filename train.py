@@ -42,7 +42,7 @@ import shlex
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,7 +66,8 @@ from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first
 from extras.talkers import synthetic_clips
 from model import (PRESETS, SAMPLING_STEPS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step,
                    save_generator, trunk_shape)
-from reward import DEFAULT_SYNC, Reward, Scores, frechet, load_sync, make_reward, reward_flags, table, to_bytes
+from reward import (DEFAULT_SYNC, NO_JUDGE, JudgeError, Reward, Scores, frechet, load_sync, make_reward, reward_flags,
+                    table, to_bytes)
 from sample import (check_numbers, crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary,
                     with_interval)
 
@@ -81,6 +82,7 @@ TRAINING = {
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
+UNRATED_OVER, MOST_UNRATED = 10, 0.1       # updates over which a judge may leave less than this share of videos unrated
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any pretraining step
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"       # of Config: these follow from flags of their own
 CODEC_CLIPS = 256                  # enough to fit the codec's components
@@ -139,6 +141,19 @@ def in_step(model: Generator, unused: bool = False) -> torch.nn.Module:
     if world() == 1:
         return model
     return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise a MediaError that ends this block in one process in all of them, so that the first can save."""
+    failed = None
+    try:
+        yield
+    except MediaError as error:
+        failed = error
+    for error in everyone(failed):
+        if error:
+            raise error
 
 
 @contextmanager
@@ -377,6 +392,7 @@ class PostTraining:
         self.average = snapshot(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.post_lr, betas=(0.9, 0.95), weight_decay=0)
         self.update, self.worse, self.cpu_seconds, self.checked = 0, 0, 0.0, False
+        self.unrated = deque(maxlen=UNRATED_OVER)                  # videos without a rating, of the last updates
         self.best = {"update": 0, "score": -math.inf, "weights": self.average}
 
     @property
@@ -388,7 +404,7 @@ class PostTraining:
         """Make one update: roll out, judge, and take a gradient step on each part of the rollouts.
 
         The first part is on-policy, its ratios are 1; on the later ones they are not, and the clip is at work.
-        Returns: what to log.
+        Returns: what to log. Raises: MediaError where the reward fails; nothing has changed then.
         """
         args, device, clock = self.args, self.args.device, [time.perf_counter()]
         rng = generator(args.seed, POST_STREAM + self.update)
@@ -403,6 +419,10 @@ class PostTraining:
         scores = self.score(rollout, [clips[i] for i in rows[mine()]])
         advantage, components = grpo.advantages(scores, self.reward.weights, self.settings, rollout.latents.shape[1],
                                                 self.reward.floors)
+        self.unrated.append(components["total"]["unrated"])
+        if sum(self.unrated) >= MOST_UNRATED * UNRATED_OVER * len(advantage):
+            raise JudgeError("the judge", f"left {sum(self.unrated)} videos unrated in {len(self.unrated)} updates of "
+                                          f"{len(advantage)} videos; {NO_JUDGE}")
         advantage = advantage.unflatten(0, (-1, self.settings.group))[mine()].flatten(0, 1)
         clock.append(time.perf_counter())
         self.optimizer.param_groups[0]["lr"] = args.post_lr * min(
@@ -414,7 +434,7 @@ class PostTraining:
         blend(self.average, self.model, min(args.post_ema, self.update / (self.update + 10)))
         clock.append(time.perf_counter())
         seconds = [round(b - a, 3) for a, b in zip(clock, clock[1:])]
-        return {"reward": scores.total.mean().item(), "components": components, "sigma": steps[0][0], "parts": parts,
+        return {"reward": scores.total.nanmean().item(), "components": components, "sigma": steps[0][0], "parts": parts,
                 "seconds_for": dict(zip(("rollout", "reward", "update"), seconds))}
 
     @torch.no_grad()
@@ -423,7 +443,8 @@ class PostTraining:
         group = self.settings.group
         audio = sounds(prompts, rollout.frames.shape[1]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
-        scores = self.reward(rollout.frames, audio, rollout.portrait, names, per_chunk=self.settings.credit == "chunk")
+        with failing_together():
+            scores = self.reward(rollout.frames, audio, rollout.portrait, names, self.settings.credit == "chunk")
 
         def join(parts):
             return rearrange(list(parts), "w (p g) ... -> (p w g) ...", g=group)
@@ -687,6 +708,8 @@ def facts(entries: list[dict]) -> str:
             *((f"minutes of {stage}", f"{seconds / 60:.1f}") for stage, seconds in spent.items())]
     for stage in updates[0]["seconds_for"] if updates else ():
         rows.append((f"seconds an update, {stage}", f"{np.mean([e['seconds_for'][stage] for e in updates]):.2f}"))
+    if updates:
+        rows.append(("unrated videos", f"{sum(e['components']['total'].get('unrated', 0) for e in updates)}"))
     for e in having(entries, "watched")[-1:]:
         rows.append(("kept", f"update {e['best']} of {e['update']}"))
     for e in having(entries, "control_steps")[-1:]:
@@ -852,7 +875,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     nothing = argparse.Namespace(**dict.fromkeys(vars(args)))                   # instead of the defaults
     given = {name for name, value in vars(p.parse_args(argv, nothing)).items() if value is not None}
     if args.resume:
-        args = resumed(p, args, given, args.resume, {"resume", "device", "micro_batch", "judge_batch"})
+        args = resumed(p, args, given, args.resume, {"resume", "device", "micro_batch", "judge_batch", "judge_timeout",
+                                                      "judge_patience"})
         check_shares(p, args)
         return args
     if args.pretrained:
@@ -950,7 +974,8 @@ def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str
     try:
         saved = json.loads((run / "config.json").read_text())
         new = {k: getattr(args, k) for k in free}
-        for name in {"validate_clips", "sampling_steps", "micro_batch", "judge_batch"} - given:
+        for name in {"validate_clips", "sampling_steps", "micro_batch", "judge_batch", "judge_timeout",
+                     "judge_patience"} - given:
             new.pop(name, None)                                   # as many as the run had, unless asked otherwise
         known = {k: v for k, v in vars(args).items() if not hasattr(Config, k)}     # flags that an older run lacks
         old = argparse.Namespace(**known | saved["training"] | new)
@@ -1028,7 +1053,13 @@ def post_train(post: PostTraining, data: Latents, clips: list[Clip], watched: li
             print(f"{len(watched)} watched clips before post-training:\n{summary(look())}")
         bar = tqdm(None, "post-training", initial=post.update, total=args.updates, unit="update")
         while not post.finished:
-            entry = post.advance(data, clips)
+            try:
+                entry = post.advance(data, clips)
+            except MediaError:
+                post.cpu_seconds = time.process_time() - start
+                post.save(args.out)
+                bar.close()
+                raise
             if not all(math.isfinite(part["loss"] + part["grad_norm"]) for part in entry["parts"]):
                 raise MediaError(args.out, f"the loss is {entry['parts'][-1]['loss']} at update {post.update}; "
                                            "lower --post-lr")
@@ -1163,10 +1194,13 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def interruptible(args: argparse.Namespace, start: float) -> Iterator[None]:
-    """End at Ctrl-C with a line that says how to go on: from a checkpoint, if this run has left one."""
+    """End at Ctrl-C, or where the judge is away, with a line that says how to go on: from a checkpoint, if this run
+    has left one."""
     began = time.time() - (time.perf_counter() - start)
     try:
         yield
+    except JudgeError as error:
+        sys.exit(f"error: {error}; then go on with: python train.py --resume {args.out}")
     except KeyboardInterrupt:
         state = args.out / "state.pt"
         kept = args.resume or state.exists() and state.stat().st_mtime >= began
