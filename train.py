@@ -1058,6 +1058,7 @@ def post_train(post: PostTraining, data: Latents, clips: list[Clip], watched: li
             except MediaError:
                 post.cpu_seconds = time.process_time() - start
                 post.save(args.out)
+                everyone(None)                             # torchrun ends all as soon as one has ended
                 bar.close()
                 raise
             if not all(math.isfinite(part["loss"] + part["grad_norm"]) for part in entry["parts"]):
