@@ -1,6 +1,5 @@
 """What reward.py promises of a judge's agreement with people."""
 
-import json
 import math
 from itertools import combinations, product
 
