@@ -1102,7 +1102,7 @@ def describe(stage: FlowMatching, held_out: list[Clip], log: "Log", argv: list[s
               for p, z in zip(coded.portrait, coded.clean)]
     codec = held_out_metrics(torch.cat(videos), held_out, args)
     parameters = sum(p.numel() for p in model.parameters())
-    log(config=asdict(args.config), training=flags(args), parameters=parameters, codec=means(codec),
+    log(config=asdict(args.config), seed=args.seed, parameters=parameters, codec=means(codec),
         command=shlex.join(["python", "train.py", *argv]), hardware=hardware(args.device, world()))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(stage.data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "

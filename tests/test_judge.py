@@ -148,6 +148,9 @@ def test_the_rating_is_the_expectation_over_the_digits(omni, batch, monkeypatch)
     ratings = judge.rate(*batch)
     torch.testing.assert_close(ratings.score, torch.full((4, 3), 3.3 / 0.8))
     torch.testing.assert_close(ratings.mass, torch.full((4, 3), 0.8))
+    logits[1, 2, judge.digits[2]] = logits[1, 2, judge.digits[4]] = -40              # mass 1/3: no rating
+    score = judge.rate(*batch).score
+    assert score.isnan().nonzero().tolist() == [[1, 2]]
 
 
 def test_what_is_no_judge_is_named_in_one_line(tmp_path):
@@ -309,9 +312,13 @@ class Fixed:
 
     window = 20
 
+    def __init__(self, unrated=None):
+        self.unrated = [] if unrated is None else [unrated]
+
     def rate(self, frames, audio, names):
         self.asked = names
         score = 1 + 4 * frames.mean((1, 2, 3, 4))
+        score[self.unrated] = math.nan
         return Ratings(torch.stack([score, score, score], 1), torch.ones(len(frames), 3))
 
 
@@ -389,6 +396,8 @@ def test_what_is_not_a_number_names_the_clip(real, batch):
     broken[2, 5, 0, 3, 3] = math.nan
     with pytest.raises(MediaError, match=f"{names[2]}: its .* is nan"):
         Reward(None, real, REGULARISERS)(broken, audio, frames[:, 0], names)
+    scores = Reward(Fixed(unrated=2), real)(frames, audio, frames[:, 0], names)      # but a rating may be missing
+    assert scores.total.isnan().tolist() == scores.components["motion"].isnan().tolist() == [False, False, True, False]
     with pytest.raises(ValueError, match="640 samples"):
         Reward(None, real, REGULARISERS)(frames, audio[:, :-1], frames[:, 0], names)
     with pytest.raises(ValueError, match="there is no judge"):
