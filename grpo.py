@@ -89,7 +89,7 @@ class Settings:
     clip: float = setting(1e-4, "how far a ratio may leave 1, of mean log-probabilities")
     kl: str = setting("velocity", "to the reference: squared velocity difference, or the closed form",
                       "velocity", "closed")
-    kl_weight: float = setting(0.1, "of the KL; 0: no reference is computed")
+    kl_weight: float = setting(0.03, "of the KL; 0: no reference is computed")
 
     def __post_init__(self):
         for f in fields(self):

@@ -79,7 +79,7 @@ from sample import (check_numbers, crop_argument, device_argument, evaluate, fre
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
-    "tiny": dict(steps=3000, curate_steps=800, updates=60, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4,
+    "tiny": dict(steps=3000, curate_steps=1000, updates=60, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4,
                  micro_batch=8, codec_steps=900, checkpointing=False),
     "small": dict(steps=40_000, curate_steps=5000, updates=80, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8,
                   micro_batch=4, codec_steps=5000, checkpointing=False),
@@ -845,7 +845,7 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--parts", type=int, default=2, help="gradient steps per update, each on a part of its rollouts; with one the "
          "clip is never met (%(default)s)")
     flag("--micro-batch", type=int, help="rollouts per backward pass (by preset)")
-    flag("--post-lr", type=float, default=3e-4, help="of AdamW, which falls to zero by the last update (%(default)s)")
+    flag("--post-lr", type=float, default=6e-4, help="of AdamW, which falls to zero by the last update (%(default)s)")
     flag("--post-ema", type=float, default=0.95, help="decay of the moving average of the policy (%(default)s)")
     flag("--looks", type=int, default=4, help="at the watched clips, in each stage after pretraining (%(default)s)")
     flag("--watch-clips", type=int, default=48, help="held-out clips that choose the checkpoint (%(default)s)")
