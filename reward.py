@@ -18,21 +18,11 @@ B clips, F frames, K chunks, S pixels per side.
 """
 
 import argparse
-import base64
 import hashlib
-import http.client
 import json
 import math
-import os
-import random
 import sys
-import tempfile
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -43,10 +33,10 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting, loading,
-                  log_mel, reading_weights, video_uri, whole_model, write_speech, write_weights)
+                  log_mel, reading_weights, whole_model, write_weights)
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -75,7 +65,8 @@ RUBRIC = {
 THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
             "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 MIN_MASS = 0.5                                       # below it, most of the answer is not a rating
-NO_JUDGE = "use an instruction-tuned model that answers at once, in a dtype it was made for"
+NO_JUDGE = ("use an instruction-tuned model that answers at once, in a dtype it was made for, and, behind an "
+            "endpoint, a server that supports logprobs")
 DEFAULT_JUDGE = Path(__file__).parent / "assets" / "judge"
 
 
@@ -95,7 +86,7 @@ def prompt(aspect: str, descending: bool = False, rubric: dict = RUBRIC) -> str:
 class Ratings:
     """What a judge says of B clips, aspects in the order of ASPECTS."""
 
-    score: Tensor                                    # (B, 3) expected rating, 1..5
+    score: Tensor                                    # (B, 3) expected rating, 1..5; NaN: the answer was none
     mass: Tensor                                     # (B, 3) probability that the answer is a digit 1..5 at all
 
 
@@ -115,14 +106,21 @@ class JudgeError(MediaError):
     """A judge that cannot be asked, or does not rate: what was reached is to be saved, and can be resumed."""
 
 
-def check_ratings(ratings: Ratings, names: Sequence[str]) -> Ratings:
-    """Return the ratings, or raise MediaError where one is no number or hardly any of the answer is a digit."""
-    for name, scores, masses in zip(names, ratings.score.tolist(), ratings.mass.tolist()):
-        for aspect, score, mass in zip(ASPECTS, scores, masses):
-            if not (mass >= MIN_MASS and 1 <= score <= 5):                           # not a number is refused, too
-                raise MediaError(name, f"the judge does not rate its {aspect}: the digits 1..5 have probability "
-                                       f"{mass:.2g}, the rating is {score:.2g}; use an instruction-tuned model that "
-                                       "does not think aloud, in a dtype it was made for")
+def drop_unrated(ratings: Ratings, names: Sequence[str]) -> Ratings:
+    """Make a score NaN where it is no number or hardly any of the answer is a digit.
+
+    Raises: JudgeError where no clip is rated: such a model is no judge.
+    """
+    unrated = ~(ratings.mass >= MIN_MASS) | ~ratings.score.isfinite()                # (B, 3)
+    if unrated.any():
+        clip, aspect = unrated.nonzero()[0].tolist()
+        said = (f"the judge does not rate its {ASPECTS[aspect]}: the digits 1..5 have probability "
+                f"{ratings.mass[clip, aspect]:.2g}")
+        if unrated.any(1).all():
+            raise JudgeError(names[clip], f"{said}; {NO_JUDGE}")
+        tqdm.write(f"note: {names[clip]}: {said}; {unrated.any(1).sum()} of {len(names)} clips are unrated",
+                   file=sys.stderr)
+    ratings.score = ratings.score.masked_fill(unrated, math.nan)
     return ratings
 
 
@@ -219,7 +217,7 @@ class Judge:
         """Rate clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); B names, for messages.
-        Returns: Ratings on the CPU, fp32. Raises: MediaError, naming the clip, where the answer is no rating.
+        Returns: Ratings on the CPU, fp32. Raises: JudgeError where no clip is rated.
         """
         self.model.to(self.device)
         p = []
@@ -229,138 +227,7 @@ class Judge:
             p.append(logits.float().softmax(-1)[..., self.digits].cpu())
         if self.offload:
             self.model.to("cpu")
-        return check_ratings(expected_rating(torch.cat(p).unflatten(1, (len(ASPECTS), -1))), names)
-
-
-# ---------------------------------------------------------------- the judge behind an endpoint
-
-BACKOFF, LONGEST_PAUSE = 0.5, 60.0                   # seconds before the first retry, and before any
-
-# What vLLM needs to see and hear a clip as it is (chat_utils.py, qwen2_5_omni_thinker.py). It takes the sound out of
-# the mp4 only if the *request* says use_audio_in_video (vllm#36319; the server's own flag does not, vllm#47788), and
-# an input_audio part beside it would be a second sound. It keeps 32 frames of a video unless told to keep all, and
-# takes two frames for a whole second unless told otherwise: once for positions, once for weaving in the sound.
-VLLM = {"mm_processor_kwargs": {"use_audio_in_video": True, "fps": FPS, "second_per_grid_ts": [2 / FPS]},
-        "media_io_kwargs": {"video": {"num_frames": -1}}}
-
-
-def _gist(answer: bytes) -> str:
-    """Return what a server said on one line: its error message, else the beginning of the answer."""
-    with suppress(ValueError, LookupError, TypeError, AttributeError):
-        answer = json.loads(answer)["error"]["message"].encode()
-    return " ".join(answer.decode(errors="replace").split())[:200] or "nothing"
-
-
-def digit_probabilities(answer: bytes) -> Tensor:
-    """Read p (5,) of the digits 1..5 from a chat completion: the top log-probabilities of its first token.
-
-    Tokens that differ in white space alone are one digit. Raises: ValueError for anything else than such an answer.
-    """
-    try:
-        p = [0.0] * 5
-        for token in json.loads(answer)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-            if (digit := token["token"].strip()) in tuple("12345"):
-                p[int(digit) - 1] += math.exp(token["logprob"])
-    except (LookupError, TypeError, AttributeError, OverflowError, ValueError):
-        raise ValueError("no log-probabilities") from None
-    if not sum(p) <= 1.01:                           # not a number is also refused
-        raise ValueError("no probabilities")
-    return torch.tensor(p)
-
-
-class RemoteJudge:
-    """A multimodal language model that rates clips behind an OpenAI-compatible endpoint, such as vLLM's.
-
-        vllm serve Qwen/Qwen2.5-Omni-7B                        # of April 2026 or later
-        RemoteJudge("http://localhost:8000/v1", "Qwen/Qwen2.5-Omni-7B").rate(frames, audio, names)
-
-    One worker asks all prompts of one clip in turn, media first: the server finds the clip in its prefix cache.
-
-    Args:    timeout: seconds of silence after which a request has failed; retries: of a request that may succeed
-             later; at_once: requests under way; key: of the endpoint, else OPENAI_API_KEY; interleave: send VLLM's
-             fields. Turn it off for a server that ignores them, as it would judge without sound: it then gets a wav
-             after the video, which says less about lips than sound woven into the pictures. orders: as of Judge.
-    """
-
-    def __init__(self, url: str, model: str, timeout: float = 120.0, retries: int = 4, at_once: int = 4,
-                 key: str | None = None, interleave: bool = True, orders: Sequence[bool] = (False,)):
-        if not url.startswith(("http://", "https://")):
-            raise MediaError(url, "is not the address of a judge; pass one like http://localhost:8000/v1")
-        self.url, self.model, self.interleave = f"{url.rstrip('/')}/chat/completions", model, interleave
-        self.timeout, self.retries, self.at_once, self.orders, self.window = timeout, retries, at_once, orders, None
-        self.key = (key or os.environ.get("OPENAI_API_KEY", "")).strip()              # files of keys end in a newline
-
-    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Ratings:
-        """Rate clips as `Judge.rate` does. Raises: MediaError when a request fails for good or its answer is no rating;
-        no other request is then started."""
-        if audio.shape != (len(names), frames.shape[1] * SAMPLES_PER_FRAME) or len(frames) != len(names):
-            raise ValueError(f"clips disagree: {frames.shape=} {audio.shape=} {len(names)=}")
-        stop, pool = threading.Event(), ThreadPoolExecutor(self.at_once)
-        try:
-            jobs = [pool.submit(self._rate_clip, *clip, stop) for clip in zip(frames, audio, names)]
-            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                job.result()                         # raises what went wrong, if anything did
-            ratings = [job.result() for job in jobs]
-            return Ratings(torch.cat([r.score for r in ratings]), torch.cat([r.mass for r in ratings]))
-        finally:
-            stop.set()                               # after an error or Ctrl-C: wait for nobody
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _rate_clip(self, frames: Tensor, audio: Tensor, name: str, stop: threading.Event) -> Ratings | None:
-        """Ask all questions about one clip; none once another clip has failed."""
-        try:
-            media, p = self._media(frames, audio), []
-            for aspect, order in product(ASPECTS, self.orders):
-                if stop.is_set():
-                    return None
-                content = [*media, {"type": "text", "text": prompt(aspect, order)}]
-                body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": 1,
-                        "temperature": 0, "logprobs": True, "top_logprobs": 20, **(VLLM if self.interleave else {})}
-                answer = self._post(json.dumps(body).encode(), name, stop)
-                try:
-                    p.append(digit_probabilities(answer))
-                except ValueError as error:
-                    raise MediaError(name, f"{self.url} answered with {error} of a first token but: {_gist(answer)}; "
-                                           "use a server that supports logprobs and top_logprobs") from None
-            p = torch.stack(p).view(1, len(ASPECTS), -1, 5)                          # (1, aspects, orders, digits)
-            return check_ratings(expected_rating(p), [name])
-        except Exception:
-            stop.set()
-            raise
-
-    def _media(self, frames: Tensor, audio: Tensor) -> list[dict]:
-        """Encode a clip as the parts of a message: an mp4 with its sound, and the sound alone if not interleaved."""
-        video = {"type": "video_url", "video_url": {"url": video_uri(to_bytes(frames.detach()).cpu(), audio)}}
-        if self.interleave:
-            return [video]
-        with tempfile.TemporaryDirectory() as folder:
-            write_speech(wav := Path(folder, "clip.wav"), audio.detach().cpu())
-            sound = base64.b64encode(wav.read_bytes()).decode()
-        return [video, {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}}]
-
-    def _post(self, body: bytes, name: str, stop: threading.Event) -> bytes:
-        """Send a request, again after time-outs, lost connections, HTTP 429 and 5xx. Returns: the answer's body."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        for attempt in range(self.retries + 1):
-            # Jitter keeps the workers from coming back together; SystemRandom leaves every seed alone.
-            pause = BACKOFF * 2**attempt * random.SystemRandom().uniform(0.5, 1)
-            try:
-                request = urllib.request.Request(self.url, body, headers)
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return answer.read()
-            except urllib.error.HTTPError as error:
-                said = f"HTTP {error.code}"
-                with error, suppress(OSError, http.client.HTTPException):             # its words may be cut off
-                    said += f": {_gist(error.read())}"
-                if error.code != 429 and error.code < 500:
-                    raise MediaError(name, f"{self.url} refuses it ({said}); check model, key and server") from None
-                if (after := error.headers.get("Retry-After", "")).isdecimal():       # seconds; a date is left aside
-                    pause = max(pause, int(after))
-            except (OSError, http.client.HTTPException) as error:
-                said = str(getattr(error, "reason", error)) or type(error).__name__
-            if attempt == self.retries or stop.wait(min(pause, LONGEST_PAUSE)):
-                raise MediaError(name, f"{self.url} failed {attempt + 1} times (last: {said}); "
-                                       "check that the server runs, or allow more time or retries")
+        return drop_unrated(expected_rating(torch.cat(p).unflatten(1, (len(ASPECTS), -1))), names)
 
 
 # ---------------------------------------------------------------- regularisers: what needs no judge
@@ -744,7 +611,8 @@ class Reward:
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names, for messages.
                  per_chunk: also say when, of what is localised in time: the regularisers and sync, which are means
                  over chunks. A rating is of the whole.
-        Raises:  MediaError, naming the clip, where the judge fails or a component is not a number.
+        Returns: Scores; NaN where the judge gave no rating.
+        Raises:  JudgeError where the judge fails; MediaError, naming the clip, where another component is not a number.
         """
         if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
             raise ValueError(f"want more than {REACH} frames and {SAMPLES_PER_FRAME} samples for each: "
@@ -761,7 +629,7 @@ class Reward:
             components |= dict(zip(JUDGED, score.T))
         components = {name: components[name] for name in self.weights if name in components}
         for name, values in components.items():
-            if not values.isfinite().all():
+            if name not in JUDGED and not values.isfinite().all():
                 bad = (~values.isfinite()).nonzero()[0].item()
                 raise MediaError(names[bad], f"its {name} is {values[bad]}; look at the frames that were generated")
         total = sum(self.weights[name] * values for name, values in components.items())
@@ -853,6 +721,10 @@ def judge_flags(p: argparse.ArgumentParser) -> list[str]:
          "Qwen/Qwen2.5-Omni-3B, which is then downloaded; none: no judge (the embedded one)")
     flag("--judge-url", metavar="URL", help="ask an OpenAI-compatible endpoint, http://host:port/v1, instead")
     flag("--judge-model", metavar="NAME", help="the model's name at that endpoint")
+    flag("--judge-timeout", type=float, default=120.0, metavar="SECONDS", help="of its silence after which a request "
+         "is sent again (%(default)g)")
+    flag("--judge-patience", type=float, default=180.0, metavar="SECONDS", help="for which an endpoint that is down or "
+         "busy is waited for; then the run is saved and stops (%(default)g)")
     flag("--judge-dtype", choices=("float32", "bfloat16", "float16"), help="(its own, else float32 on a CPU and "
          "bfloat16 elsewhere)")
     flag("--judge-size", type=int, metavar="S", help="pixels per side at which it sees frames (its own)")
@@ -885,7 +757,9 @@ def make_judge(args: argparse.Namespace):
     if args.judge_url:
         if not args.judge_model:
             raise MediaError("--judge-url", "needs --judge-model, the name under which the server knows the model")
-        return RemoteJudge(args.judge_url, args.judge_model, at_once=args.judge_batch, orders=orders)
+        from extras.endpoint import RemoteJudge      # here alone: it needs the openai client
+        return RemoteJudge(args.judge_url, args.judge_model, args.judge_timeout, args.judge_patience, args.judge_batch,
+                           orders=orders)
     if args.judge == "none":
         return None
     size = {} if args.judge_size is None else {"side": args.judge_size}
@@ -920,11 +794,13 @@ def table(reward: Reward, columns: dict[str, Scores]) -> str:
     """Write components and totals, means over clips, one column each."""
     lines = [f"{'':22}" + "".join(f"{name:>14}" for name in columns) + "   weight  range  meaning"]
     for name, weight in reward.weights.items():
-        values = "".join(f"{scores.components[name].mean().item():14.3f}" for scores in columns.values())
+        values = "".join(f"{scores.components[name].nanmean().item():14.3f}" for scores in columns.values())
         own = COMPONENTS.get(name, Component(weight, 0, "", ""))                     # a reward of your own has others
         lines.append(f"{name:22}{values}{weight:9.2f}  {own.scale:6} {own.meaning}")
-    lines.append(f"{'total':22}" + "".join(f"{scores.total.mean().item():14.3f}" for scores in columns.values())
+    lines.append(f"{'total':22}" + "".join(f"{scores.total.nanmean().item():14.3f}" for scores in columns.values())
                  + "           sum of weight * component: more is better")
+    if unrated := sum(scores.total.isnan().sum().item() for scores in columns.values()):
+        lines.append(f"unrated videos, in no mean of ratings and totals: {unrated}")
     if masses := [s.mass for s in columns.values() if getattr(s, "mass", None) is not None]:
         lines.append(f"the judge answers with digits, probability {min(m.min().item() for m in masses):.3f} or more")
     return "\n".join(lines)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
-from scipy import linalg
 from torch import Tensor
 from tqdm import tqdm
 
@@ -263,7 +262,7 @@ def identity_cosine(net: SyncNetwork, frames: Tensor, portrait: Tensor) -> Tenso
 def frechet(a: Tensor, b: Tensor) -> Tensor:
     """Return the Frechet distance between Gaussians fitted to two sets of features (Dowson & Landau 1982; FID's):
 
-        |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a^1/2 cov_b cov_a^1/2)^1/2)
+        |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^1/2)
 
     Used on `net.visual(frames).flatten(0, 1)`, so it compares mouths in motion. Few samples make it too large, the more
     so as neighbouring windows overlap: compare sets of one size only, of many more windows than dimensions.
@@ -274,7 +273,7 @@ def frechet(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"want two sets of features (2 or more, D), got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
-    cross = linalg.sqrtm((cov_a @ cov_b).numpy()).real.trace()
+    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()       # the trace of the root
     return (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
 

@@ -87,6 +87,7 @@ TRAINING = {
                  prompts=8, micro_batch=1, codec_steps=20_000, checkpointing=True),
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
+WATCHED = 100_000                  # the first of the talkers that are watched, beyond any that are reported
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any training step
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"       # of Config: these follow from flags of their own
@@ -200,7 +201,7 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
         train = synthetic_clips(args.clips, size, args.seconds, args.seed, world=args.world)
         held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
         if watch:
-            held_out += synthetic_clips(watch, size, args.seconds, seed, first=args.validate_clips)
+            held_out += synthetic_clips(watch, size, args.seconds, seed, first=WATCHED)
     long = [[clip for clip in clips if len(clip.frames) >= args.frames] for clips in (train, held_out)]
     if not all(long):
         raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(long[0])} to train on, "
@@ -1102,7 +1103,7 @@ def describe(stage: FlowMatching, held_out: list[Clip], log: "Log", argv: list[s
               for p, z in zip(coded.portrait, coded.clean)]
     codec = held_out_metrics(torch.cat(videos), held_out, args)
     parameters = sum(p.numel() for p in model.parameters())
-    log(config=asdict(args.config), training=flags(args), parameters=parameters, codec=means(codec),
+    log(config=asdict(args.config), seed=args.seed, parameters=parameters, codec=means(codec),
         command=shlex.join(["python", "train.py", *argv]), hardware=hardware(args.device, world()))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(stage.data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "

@@ -128,9 +128,9 @@ def facts(entries: list[dict]) -> str:
         goes_on = e["seconds"] >= before["seconds"]
         spent[stage] += e["seconds"] - before["seconds"] * goes_on
         before = e
-    last, flags = sessions[-1], sessions[-1]["training"]
+    last = sessions[-1]
     rows = [("hardware", " / ".join(dict.fromkeys(s["hardware"] for s in having(sessions, "hardware")))),
-            ("seed", f"{flags['seed']}"),
+            ("seed", f"{last['seed']}"),
             ("generator", f"{last['parameters'] / 1e6:.2f} M parameters, {last['config']['size']} pixels"),
             ("minutes", f"{sum(spent.values()) / 60:.1f}"),
             *((f"minutes of {stage}", f"{seconds / 60:.1f}") for stage, seconds in spent.items())]

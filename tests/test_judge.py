@@ -147,6 +147,9 @@ def test_the_rating_is_the_expectation_over_the_digits(omni, batch, monkeypatch)
     ratings = judge.rate(*batch)
     torch.testing.assert_close(ratings.score, torch.full((4, 3), 3.3 / 0.8))
     torch.testing.assert_close(ratings.mass, torch.full((4, 3), 0.8))
+    logits[1, 2, judge.digits[2]] = logits[1, 2, judge.digits[4]] = -40              # mass 1/3: no rating
+    score = judge.rate(*batch).score
+    assert score.isnan().nonzero().tolist() == [[1, 2]]
 
 
 def test_what_is_no_judge_is_named_in_one_line(tmp_path):
@@ -305,8 +308,12 @@ class Fixed:
 
     window = 20
 
+    def __init__(self, unrated=None):
+        self.unrated = [] if unrated is None else [unrated]
+
     def rate(self, frames, audio, names):
         score = 1 + 4 * frames.mean((1, 2, 3, 4))
+        score[self.unrated] = math.nan
         return Ratings(torch.stack([score, score, score], 1), torch.ones(len(frames), 3))
 
 
@@ -358,6 +365,9 @@ def test_what_is_not_a_number_names_the_clip(exemplars, batch):
     broken[2, 5, 0, 3, 3] = math.nan
     with pytest.raises(MediaError, match=f"{names[2]}: its .* is nan"):
         Reward(None, exemplars)(broken, audio, frames[:, 0], names)
+    scores = Reward(Fixed(unrated=2), exemplars)(frames, audio, frames[:, 0], names)  # but a rating may be missing
+    assert scores.total.isnan().tolist() == [False, False, True, False]
+    assert torch.equal(scores.components["judge_motion"].isnan(), scores.total.isnan())
     with pytest.raises(ValueError, match="640 samples"):
         Reward(None, exemplars)(frames, audio[:, :-1], frames[:, 0], names)
 
