@@ -13,8 +13,8 @@ from data import FPS, Clip, MediaError
 from extras.lessons import FAULTS, blur, spoil
 from extras.school import CHAT, SPECIAL, TINY_RUBRIC, save_judge, tiny_judge
 from extras.talkers import render_talker
-from reward import (ASPECTS, COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, PretrainedLikeness, Ratings, Reward, likeness,
-                    prompt, spans, straying, temporal)
+from reward import (ASPECTS, COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, PretrainedLikeness, Ratings, Reward,
+                    likeness, prompt, spans, straying, temporal)
 from sample import correlation
 
 

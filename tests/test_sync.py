@@ -8,8 +8,8 @@ import torch.nn.functional as nnf
 
 from data import Clip, MediaError
 from extras.talkers import render_talker
-from reward import (DEFAULT_SYNC, REWARD_SYNC, WEIGHTS, Exemplars, Reward, SyncNetwork, info_nce, load_sync, reward_sync,
-                    save_sync, sync_loss, train_sync)
+from reward import (DEFAULT_SYNC, REWARD_SYNC, WEIGHTS, Exemplars, Reward, SyncNetwork, info_nce, load_sync,
+                    reward_sync, save_sync, sync_loss, train_sync)
 from sample import frechet, identity_cosine, offset_curve, parse_arguments, sync_metrics
 
 
