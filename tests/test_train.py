@@ -793,26 +793,3 @@ def test_flags_choose_the_reward(cache):
     assert make(args).weights == weights | {"background": 2.0}
     alone = make(train.parse_arguments([*TINY, "--reward-sync", "none"]))
     assert alone.sync is None and "sync" not in alone.weights
-
-
-def test_a_reward_of_your_own_is_a_component_like_the_others(run, tmp_path, monkeypatch):
-    """README's example: it is logged, and counts in the advantage."""
-    text = (Path(train.__file__).parent / "README.md").read_text()
-    example = text.split("import reward, train")[1].split("reward.Reward = Mine")[0]
-    names = {"reward": reward, "train": train}
-    monkeypatch.setattr(reward, "Reward", reward.Reward)                             # undone after the test
-    exec(example, names)
-    reward.Reward = names["Mine"]
-    update, = first_updates(run, tmp_path, "--updates", "1", "--curate", "0")
-    assert update["components"]["warmth"]["group_std"] > 0
-
-
-def test_a_judge_of_your_own_picks_and_rewards(run, tmp_path, monkeypatch):
-    """README's example: it rates the training clips, and its ratings are components."""
-    text = (Path(train.__file__).parent / "README.md").read_text()
-    example = text.split("import reward, torch, train")[1].split("if __name__")[0]
-    monkeypatch.setattr(train, "make_judge", train.make_judge)                       # undone after the test
-    exec(example, {"reward": reward, "torch": torch, "train": train})
-    update, = first_updates(run, tmp_path, "--updates", "1")
-    assert update["components"]["judge_motion"]["group_std"] > 0
-    assert "curated" in {e["arm"] for e in logged(tmp_path) if "arm" in e}
