@@ -159,11 +159,11 @@ def move(rng: np.random.Generator, who: dict, phone: np.ndarray, stress: np.ndar
 
 # name: (share of clips that have it, least and most strength, unit; where the rate is from)
 FAULTS = {
-    "offset": (0.82, 1, 7, "frames by which lips are late, a third of the clips: early; half of VFHQ is 'often out of "
+    "offset": (0.88, 1, 7, "frames by which lips are late, a third of the clips: early; half of VFHQ is 'often out of "
                "sync' (ditto-talkinghead issue 83), LatentSync keeps clips within 6 frames"),
-    "mumble": (0.75, 0.10, 0.50, "share of the lips' and brows' range that is lost, and half as much of the head's; "
+    "mumble": (0.75, 0.10, 0.60, "share of the lips' and brows' range that is lost, and half as much of the head's; "
                "our choice"),
-    "tremble": (0.70, 0.10, 0.70, "of a camera that jumps, frame by frame, by 1% of the picture and 0.7 degrees "
+    "tremble": (0.70, 0.10, 0.80, "of a camera that jumps, frame by frame, by 1% of the picture and 0.7 degrees "
                 "(deviations); our choice"),
     "dubbed": (0.04, 1, 1, "the sound is another's; our choice"),
     "compressed": (0.30, 0.20, 1.00, "from JPEG quality 90 down to 30; our choice, and no fault that the judge was taught"),
