@@ -14,6 +14,7 @@ Every file that cannot be used raises `MediaError`: one line that names the file
 import base64
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 import torchaudio
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save
@@ -60,6 +61,7 @@ LOG_FLOOR = 1e-3                                     # mel power below this is r
 LOG_MEAN, LOG_STD = -4.1, 3.3                        # of log(mel + LOG_FLOOR), GRID and synthetic talkers mixed
 
 KINDS = "mp4, mov, mkv, webm, avi, mpg, mpeg, m4v"   # of video files, by suffix
+LARGEST_PICTURE = 100e6                              # pixels that are decoded: 400 MB
 MIN_FRAMES = FPS                                     # a clip lasts at least a second
 BLANK_STD = 4.0                                      # of 255: 11 of 900 GRID clips start as a plain grey field
 HELD_OUT = 0.1                                       # share of the files that training never sees
@@ -190,14 +192,30 @@ def load_speech(path: str | Path, max_seconds: float | None = None) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Turn upright any picture, flatten transparency over white, and scale 16 and 32 bit greys to 8."""
-    image = ImageOps.exif_transpose(image)
+    """Turn upright any picture, scale 16 and 32 bit greys to 8, bring its colours to sRGB by the profile that it
+    carries, and flatten transparency over white."""
+    image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
     if image.mode[0] in "IF":                        # Pillow would cut these off at 255 instead of scaling them
         grey = np.asarray(image, np.float32)
         full = 65535 if image.mode[0] == "I" else max(1, grey.max())
         image = Image.fromarray((grey * (255 / full)).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    alpha = image.convert("RGBA").getchannel("A")
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    if profile:
+        with suppress(OSError, ImageCms.PyCMSError): # damaged, or made for other channels: as if there were none
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), alpha)
+
+
+def _no_picture(path: str | Path, error: Exception) -> str:
+    """Say what is wrong with a file that Pillow cannot read, and what to do."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1"):
+            return "is HEIC, which cannot be read here; export it as JPEG (iPhone: Camera, Formats, Most Compatible)"
+    reason = (getattr(error, "strerror", None) or "is not a picture, or is truncated").lower()
+    return f"{reason}; name a picture, or export it again as PNG or JPEG"
 
 
 def load_portrait(path: str | Path, size: int, crop: tuple[int, int, int] | None = None) -> Tensor:
@@ -205,23 +223,32 @@ def load_portrait(path: str | Path, size: int, crop: tuple[int, int, int] | None
 
     Args: crop: (x, y, side) in pixels of the upright picture. Returns: (3, size, size) uint8 RGB.
     """
+    Image.MAX_IMAGE_PIXELS = None                    # LARGEST_PICTURE instead, as a JPEG is scaled while it is decoded
     try:
         with Image.open(path) as image:
+            width, height = image.size
+            if width * height > LARGEST_PICTURE and image.format != "JPEG":
+                raise MediaError(path, f"{width}x{height} are too many pixels; scale it down, or export it as JPEG")
+            many = (crop[2] if crop else min(image.size)) / (4 * size)
+            if many > 1 and image.mode in ("L", "RGB", "RGBA", "CMYK"):
+                image.thumbnail((width / many, height / many))
+            if image.getexif().get(0x0112, 1) > 4:   # turned by a right angle
+                width, height = height, width
             image = _to_rgb(image)
+    except (MediaError, MemoryError):
+        raise
     except Exception as error:                       # Pillow's readers raise nearly anything on damaged files
-        reason = (getattr(error, "strerror", None) or "is not a picture, or is truncated").lower()
-        raise MediaError(path, f"{reason}; name a picture, or export it again as PNG or JPEG") from None
-    width, height = image.size
-    side = min(width, height)
-    x, y, side = crop or ((width - side) // 2, (height - side) // 2, side)
+        raise MediaError(path, _no_picture(path, error)) from None
+    x, y, side = crop or ((width - min(width, height)) // 2, (height - min(width, height)) // 2, min(width, height))
     if side < 32:
         raise MediaError(path, f"{side} pixels are too few for a face; use at least 32, better {size}")
     if not (0 <= x <= width - side and 0 <= y <= height - side):
         raise MediaError(path, f"crop {x},{y},{side} leaves the picture of {width}x{height}; choose it inside")
     if crop is None and max(width, height) > 4 * side:
         raise MediaError(path, f"{width}x{height} is a strip, not a portrait; crop it to a square around the face")
-    image = image.resize((size, size), Image.LANCZOS, box=(x, y, x + side, y + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    across, down = image.width / width, image.height / height                        # below 1 if it was scaled down
+    box = x * across, y * down, (x + side) * across, (y + side) * down
+    return torch.from_numpy(np.array(image.resize((size, size), Image.LANCZOS, box))).permute(2, 0, 1).contiguous()
 
 
 # ---- Speech as the generator hears it --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ All files are made on the fly with ffmpeg and Pillow. The picture that they show
 column a frame, so that a decoded frame says which one it is.
 """
 
+import io
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 from extras import talkers as drawn_talkers
@@ -383,6 +384,60 @@ def test_unusable_portraits_are_errors_that_name_the_file(tmp_path):
             data.load_portrait(tmp_path / name, 64)
         message = str(caught.value)
         assert reason in message and message.startswith(str(tmp_path / name)) and "\n" not in message
+
+
+def profile_of(*primaries: tuple[float, float, float]) -> bytes:
+    """The sRGB profile with other primaries, each (X, Y, Z)."""
+    raw = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for at in range(132, 132 + 12 * int.from_bytes(raw[128:132], "big"), 12):         # the table of tags
+        tag, start = raw[at : at + 4], int.from_bytes(raw[at + 4 : at + 8], "big") + 8
+        if tag in (b"rXYZ", b"gXYZ", b"bXYZ"):
+            xyz = primaries[b"rgb".index(tag[0])]
+            raw[start : start + 12] = b"".join(round(x * 65536).to_bytes(4, "big", signed=True) for x in xyz)
+    return bytes(raw)
+
+
+DISPLAY_P3 = (0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)
+
+
+@pytest.mark.parametrize("mode, alpha", [("RGB", 255), ("RGBA", 255), ("P", 255), ("RGBA", 0)])
+def test_a_photo_of_a_wide_gamut_shows_its_colours_in_srgb(tmp_path, mode, alpha):
+    """Red 220, 40, 40 as a phone stores it, in Display P3, comes back as 220, 40, 40, and the transparent as white."""
+    p3 = ImageCms.ImageCmsProfile(io.BytesIO(profile_of(*DISPLAY_P3)))
+    red = Image.new("RGB", (64, 64), (220, 40, 40))
+    photo = ImageCms.profileToProfile(red, ImageCms.createProfile("sRGB"), p3, outputMode="RGB").convert(mode)
+    if mode == "RGBA":
+        photo.putalpha(alpha)
+    photo.save(tmp_path / "a.png", icc_profile=p3.tobytes())
+    want = torch.tensor([220, 40, 40]) if alpha else torch.tensor([255, 255, 255])
+    assert (data.load_portrait(tmp_path / "a.png", 32)[:, 5, 5] - want).abs().max() <= 2
+
+
+@pytest.mark.parametrize("profile", [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()])
+def test_a_profile_that_does_not_fit_is_as_if_there_were_none(tmp_path, profile):
+    Image.fromarray(colours(64, 64)).save(tmp_path / "a.png", icc_profile=profile)
+    assert torch.equal(data.load_portrait(tmp_path / "a.png", 64).permute(1, 2, 0), torch.from_numpy(colours(64, 64)))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_huge_photo_is_scaled_down_while_it_is_read(tmp_path, orientation):
+    """A crop of a JPEG of 25 megapixels is the same place and colour as in the same scene at a hundredth of that."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, times in (("small", 1), ("large", 10)):
+        Image.fromarray(colours(600, 420)).resize((600 * times, 420 * times)).save(
+            tmp_path / f"{name}.jpg", exif=exif, quality=95)
+    small = data.load_portrait(tmp_path / "small.jpg", 60, (100, 200, 180)).float()
+    large = data.load_portrait(tmp_path / "large.jpg", 60, (1000, 2000, 1800)).float()
+    assert (small - large).abs().mean() < 2
+
+
+def test_what_is_too_large_or_too_new_for_pillow_is_told_what_to_do(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "200_megapixels.png")
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    for name, words in (("200_megapixels.png", "20000x10000 are too many"), ("phone.jpg", "is HEIC.*export it as JPEG")):
+        with pytest.raises(data.MediaError, match=words):
+            data.load_portrait(tmp_path / name, 64)
 
 
 # ---- Speech ----------------------------------------------------------------------------------------------------------
