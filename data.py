@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,8 @@ def one_line(stopped: str, smaller: str) -> Iterator[None]:
     Args:    stopped: what to say after Ctrl-C; smaller: what to do where memory does not suffice.
     """
     number = os.environ.get("RANK", "0")             # of the process, under torchrun
+    with suppress(AttributeError):                   # names and signs that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with fitting("this", smaller):
             yield
@@ -184,13 +187,20 @@ class Track:
     rate: int                                        # Hz
     channels: int = 1
     channel: int = 0                                 # the one that is heard, from 1; 0: the mean of all
+    tracks: int = 1                                  # of the file
     seconds: float | None = None                     # of its start that are used, if not all
+
+    def note(self) -> str:
+        """Say what is heard, where that is not all there is."""
+        channel = f"channel {self.channel} of {self.channels}" if self.channel else ""
+        track = f"sound track {self.number} of {self.tracks}" if self.tracks > 1 else ""
+        return f"hears {' of '.join(filter(None, (channel, track)))}" if channel or track else ""
 
 
 def _tracks(path: Path, streams: str) -> list[Track]:
     """List the sound tracks that can be decoded, the default ones first. Raises: MediaError if there are none."""
     found = re.findall(r"^ *Stream #0:(\d+)[^:]*: Audio: (\w+)(?:.*, (\d+) Hz, (?!0 ch))?(.*)", streams, re.M)
-    tracks = [(" (default)" not in rest, Track(path, int(stream), number, codec, int(rate)))
+    tracks = [(" (default)" not in rest, Track(path, int(stream), number, codec, int(rate), tracks=len(found)))
               for number, (stream, codec, rate, rest) in enumerate(found, 1) if codec != "none" and rate]
     if not tracks:
         raise MediaError(path, "has no audio track; use a file with sound")
@@ -274,7 +284,7 @@ def _loudness(sound: Tensor, path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def normalise_loudness(sound: Tensor, path: str | Path = "sound") -> Tensor:
-    """Bring speech to one loudness, rms ACTIVE_RMS, then clip to [-1, 1]: this touches only knocks on the microphone."""
+    """Bring speech to one loudness, rms ACTIVE_RMS, then clip to [-1, 1]: that touches only knocks."""
     offset, rms = _loudness(sound, path)
     return ((sound - offset) * (ACTIVE_RMS / rms)).clamp(-1, 1)
 
@@ -483,20 +493,21 @@ def hear(audio: Tensor, n_frames: int, encoder: str = "", device: str = "cpu",
 class Clips(Sequence):
     """The clips `rows` of a cache folder: `clips[i]` is a Clip, `clips[a:b]` are Clips.
 
-    safetensors maps a clip's file: pages are read when touched, and writing to a tensor never reaches the file.
+    safetensors maps a clip's file while the clip is held: pages are read when touched, and writing to a tensor never
+    reaches the file.
     """
 
-    def __init__(self, folder: str | Path, rows: Sequence[int] | None = None):
+    def __init__(self, folder: str | Path, rows: Sequence[int] | None = None, index: dict | None = None):
         self.folder = Path(folder)
-        self.index = json.loads((self.folder / "index.json").read_text())
-        self.rows = list(range(len(self.index["clips"])) if rows is None else rows)
+        self.index = index or json.loads((self.folder / "index.json").read_text())
+        self.rows = list(range(len(self.index["clips"]))) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int | slice) -> "Clip | Clips":
         if isinstance(i, slice):
-            return Clips(self.folder, self.rows[i])
+            return Clips(self.folder, self.rows[i], self.index)
         row = self.rows[i]
         truth = load_file(self.folder / f"{row}.safetensors")
         return Clip(self.index["clips"][row][0], truth.pop("frames"), truth.pop("audio"), truth or None)
@@ -504,6 +515,11 @@ class Clips(Sequence):
     @property
     def names(self) -> list[str]:
         return [self.index["clips"][row][0] for row in self.rows]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Frames of each clip, by the index: a hundred thousand files are more than a process may map at once."""
+        return [self.index["clips"][row][2] for row in self.rows]
 
 
 def write_clips(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) -> None:
@@ -513,7 +529,7 @@ def write_clips(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) -
         arrays = {"frames": frames, "audio": audio, **truth}
         arrays = {key: np.asarray(x, order="C") for key, x in arrays.items()}        # safetensors ignores strides
         save_arrays(arrays, folder / f"{len(index)}.safetensors")
-        index.append((name, source))
+        index.append((name, source, len(frames)))
         os.utime(folder)                             # a sign of life, see `cached`
     (folder / "index.json").write_text(json.dumps({"clips": index, "skipped": skipped}))
 
@@ -582,26 +598,35 @@ def load_clip(path: str | Path, size: int, crop: tuple[int, int, int] | None = N
         return Clip(str(path), torch.from_numpy(frames.copy()), torch.from_numpy(audio.copy()))
 
 
+def cores() -> int:
+    """Count the cores that this process may use, by its affinity and the quota of its container."""
+    with suppress(OSError, ValueError):              # no such file, or "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return max(1, min(len(os.sched_getaffinity(0)), quota // period))
+    return len(os.sched_getaffinity(0))
+
+
 def _decode_all(folder: Path, names: list[str], size: int, length: int, crop, parts: Path, skipped: dict) -> Iterator:
     """Decode files side by side (ffmpeg works, threads wait) and cut them, in order, into clips of `length` frames."""
     def attempt(i: int):
         try:
             return _decode(folder / names[i], size, crop, parts / f"{i}")
         except MediaError as error:
-            skipped[names[i]] = error.args[-1]
+            skipped[printable(names[i])] = error.args[-1]
             return (), ()
 
     parts.mkdir()
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(cores())
     try:
         results = pool.map(attempt, range(len(names)))
         for i, (frames, sound) in enumerate(tqdm(results, "decoding", len(names), unit="file")):
+            source = printable(names[i])
             for k, start in enumerate(range(0, len(frames) - MIN_FRAMES + 1, length)):
-                clip, first, name = frames[start : start + length], start * SAMPLES_PER_FRAME, f"{names[i]}#{k}"
+                clip, first, name = frames[start : start + length], start * SAMPLES_PER_FRAME, f"{source}#{k}"
                 if clip[0].std((1, 2)).max() < BLANK_STD:
                     skipped[name] = "begins with an empty picture, so it has no portrait; trim it"
                 else:
-                    yield name, names[i], clip, sound[first : first + len(clip) * SAMPLES_PER_FRAME], {}
+                    yield name, source, clip, sound[first : first + len(clip) * SAMPLES_PER_FRAME], {}
             for path in parts.glob(f"{i}.*"):
                 path.unlink()
     finally:
@@ -617,37 +642,95 @@ def _held_out(names: Iterable[str]) -> set[str]:
     return set(sorted(rank, key=rank.get)[: min(max(below, 1), len(rank) - 1)])
 
 
+def _split(sources: list[str]) -> tuple[set[int], str]:
+    """Choose the held-out clips by the files that they are from. Returns: their rows, and in words what they are.
+
+    Where that gives none or more than half, as with one long video of one person, the end of the longest is held out.
+    """
+    held_out = _held_out(set(sources))
+    rows = {row for row, source in enumerate(sources) if source in held_out}
+    if 0 < len(rows) <= len(sources) / 2:
+        return rows, f"{len(held_out)} held out"
+    longest = max(sources, key=sources.count)
+    count = min(max(math.ceil(HELD_OUT * len(sources)), min(2, len(sources) // 2)), len(sources) - 1)
+    rows = [row for row, source in enumerate(sources) if source == longest][-count:] if count else []
+    return set(rows), f"0 held out, but the last {count} clips of {longest}" if count else "0 held out"
+
+
+def printable(name: str) -> str:
+    """Spell a file's name in UTF-8, whatever its bytes are."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _videos(folder: Path, skipped: dict[str, str]) -> list[tuple[str, int, int]]:
+    """List each video under a folder once, with its size and time. Links are followed; what is hidden or the folder of
+    a run, which holds generated videos, is left out."""
+    seen, found = set(), []
+
+    def unreadable(error: OSError) -> None:
+        skipped[printable(os.path.relpath(error.filename, folder))] = f"cannot be read ({error.strerror.lower()})"
+
+    def is_new(status: os.stat_result) -> bool:
+        known = len(seen)
+        seen.add((status.st_dev, status.st_ino))
+        return len(seen) > known
+
+    for here, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        if "log.jsonl" in files:
+            skipped[printable(os.path.relpath(here, folder))] = "is the folder of a run; keep runs elsewhere"
+        if "log.jsonl" in files or not is_new(os.stat(here)):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for path in sorted(Path(here, name) for name in files if name[0] != "."):
+            if path.suffix[1:].lower() in KINDS.split(", "):
+                try:
+                    status = path.stat()
+                    if stat.S_ISREG(status.st_mode) and is_new(status):
+                        found.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+                except OSError as error:
+                    unreadable(error)
+    return sorted(found)
+
+
 def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: tuple[int, int, int] | None = None,
-                 cache: str | Path | None = None) -> tuple[Clips, Clips]:
+                 cache: str | Path | None = None, frames: int = MIN_FRAMES) -> tuple[Clips, Clips]:
     """Decode every video under `folder` once and return (training clips, held-out clips), split by file.
 
     A long file becomes consecutive clips of `seconds`, the last at least one second. Files that cannot be used are
     listed with the reason; if none can, MediaError is raised.
 
-    Args:    size: pixels of the square; crop: (x, y, side) in pixels of the upright picture, else its centre square.
+    Args:    size: pixels of the square; crop: (x, y, side) in pixels of the upright picture, else its centre square;
+             frames: the shortest clip that is of use.
     """
     if seconds < 1 or size < 1 or (crop and (min(crop) < 0 or crop[2] < 1)):
         raise ValueError(f"want seconds >= 1, size >= 1, crop x,y,side in the picture: {seconds=} {size=} {crop=}")
-    folder, length = Path(folder), round(seconds * FPS)
+    folder, length, left_out, skipped = Path(folder), round(seconds * FPS), {}, {}
     if not folder.is_dir():
         raise MediaError(folder, "is not a folder; name one that holds videos")
-    paths = [path for path in folder.rglob("*") if path.suffix[1:].lower() in KINDS.split(", ") and path.is_file()]
-    files = sorted((path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-                   for path in paths if not path.name.startswith("."))
-    names, skipped = [name for name, _, _ in files], {}
+    files = _videos(folder, left_out)
+    names = [name for name, _, _ in files]
     recipe = {"files": files, "size": size, "frames": length, "crop": crop}
     target = cached(cache, recipe, lambda to: write_clips(
         to, _decode_all(folder, names, size, length, crop, to / "parts", skipped), skipped))
-    index = json.loads((target / "index.json").read_text())
-    for name, reason in index["skipped"].items():    # told again on every run: the cache keeps what was left out
+    clips = Clips(target)
+    skipped = left_out | clips.index["skipped"]      # told again on every run: the cache keeps what was left out
+    for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")
-    if not index["clips"]:
+    if not clips:
         raise MediaError(folder, f"none of its {len(names)} videos can be used; put in {KINDS} with sound")
-    sources = [source for _, source in index["clips"]]
-    held_out = _held_out(set(sources))
-    print(f"{folder}: {len(set(sources))} files kept ({len(held_out)} held out), {len(index['skipped'])} skipped, "
-          f"{len(sources)} clips")
-    return tuple(Clips(target, [row for row, source in enumerate(sources) if (source in held_out) == held])
+    short = [name for name, held in zip(clips.names, clips.lengths) if held < frames]
+    rows = [row for row, held in enumerate(clips.lengths) if held >= frames]
+    if short:
+        print(f"{len(short)} clips are shorter than {frames / FPS:.2f} s and left out: {', '.join(short[:5])}"
+              f"{', ...' if short[5:] else ''}")
+    if not rows:
+        raise MediaError(folder, f"has no clip of {frames / FPS:.2f} s; add longer videos or lower --seconds")
+    sources = [clips.index["clips"][row][1] for row in rows]
+    held_out, words = _split(sources)
+    print(f"{printable(str(folder))}: {len(set(sources))} files kept ({words}), {len(skipped)} skipped, "
+          f"{len(rows)} clips")
+    return tuple(Clips(target, [row for i, row in enumerate(rows) if (i in held_out) == held], clips.index)
                  for held in (False, True))
 
 

@@ -2052,7 +2052,14 @@ def table(reward: Reward, columns: dict[str, Scores]) -> str:
 
 def score_videos(args: argparse.Namespace) -> None:
     """Score videos one by one: the components and the total, and, apart, what no reward uses."""
-    clips = [load_clip(path, args.size, args.crop) for path in args.video]
+    clips, broken = [], []
+    for path in args.video:
+        try:
+            clips.append(load_clip(path, args.size, args.crop))
+        except MediaError as error:
+            broken.append(str(error))
+    if broken and not clips:
+        raise MediaError("; ".join(broken))
     from extras.talkers import synthetic_clips
     real = folder_clips(args.data, args.size, 3.0, args.crop)[0] if args.data else synthetic_clips(64, args.size, 2.0)
     reward, sync = make_reward(args, real, args.chunk_frames), load_sync(args.sync)
@@ -2064,6 +2071,8 @@ def score_videos(args: argparse.Namespace) -> None:
         held_out = {k: v.item() for k, v in sync_metrics(sync, frames, clip.audio[None]).items()}
         held_out["identity"] = identity_cosine(sync, frames, portrait).mean().item()
         print("held out, no part of the reward:  " + "  ".join(f"{k} {v:.3f}" for k, v in held_out.items()))
+    if broken:
+        raise MediaError(f"{len(broken)} of {len(args.video)} videos could not be scored", "; ".join(broken))
 
 
 def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Sequence[Clip]]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import reward
-from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, hear, load_portrait,
-                  load_speech, one_line, pixels, replacing, sounds, video_uri, write_video, writing)
+from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, LogMel, MediaError, folder_clips, hear,
+                  load_portrait, one_line, pixels, read_speech, replacing, sounds, video_uri, write_video, writing)
 from model import SAMPLING_STEPS, Generator, estimate_pose, load_generator, ode_step, unwarp
 
 
@@ -144,7 +144,9 @@ def animate(model: Generator, portrait: Tensor, speech: Tensor, steps: int, guid
     """Yield the frames (3, S, S) uint8 of a portrait (3, S, S) uint8 speaking (T,) 16 kHz; ceil(T / 640) of them."""
     c, device = model.config, next(model.parameters()).device
     frames = math.ceil(len(speech) / SAMPLES_PER_FRAME)
-    mel = hear(speech, math.ceil(frames / c.chunk_frames) * c.chunk_frames, c.audio_encoder, device)[None].to(device)
+    whole = math.ceil(frames / c.chunk_frames) * c.chunk_frames
+    mel = (hear(speech, whole, c.audio_encoder, device)[None].to(device) if c.audio_encoder else
+           LogMel(speech, whole, device))
     noise = seeded_noise(seed, [0], (c.video_tokens, c.channels), device)
     left = frames
     for _, chunk in model.generate(portrait[None].to(device) / 255, mel, noise, steps, guidance):
@@ -168,7 +170,7 @@ def study_clips(args: argparse.Namespace, models: Sequence[Generator]) -> tuple[
     seconds, chunk = args.max_seconds or STUDY_SECONDS, math.lcm(*(model.config.chunk_frames for model in models))
     frames = round(seconds * FPS) // chunk * chunk
     if args.data:
-        clips = [c for c in folder_clips(args.data, sizes[0], seconds, args.crop)[1] if len(c.frames) >= frames]
+        clips = folder_clips(args.data, sizes[0], seconds, args.crop, frames=frames)[1]
     else:
         from extras.talkers import synthetic_clips
         clips = synthetic_clips(args.clips, sizes[0], seconds, reward.HELD_OUT_SEED + args.seed)
@@ -225,6 +227,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--image", help="the portrait: any picture, its centre square is used")
     p.add_argument("--crop", type=crop_argument, help="x,y,size: use this square of the picture, in pixels")
     p.add_argument("--audio", help="the speech: any file with sound that ffmpeg reads")
+    p.add_argument("--track", type=track_argument, metavar="TRACK[:CHANNEL]",
+                   help="which sound of that file, from 1 (default: what has speech in it)")
     p.add_argument("--out", required=True, help="the mp4 to write, or the folder of the study")
     g = p.add_argument_group("study", "instead of --checkpoint, --image and --audio")
     g.add_argument("--study", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs to be compared by people")
@@ -243,7 +247,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     one = args.checkpoint, args.image, args.audio
     if any(one) if args.study else not all(one):
         p.error("want either --checkpoint, --image and --audio, or --study")
-    if not args.study and Path(args.out).suffix != ".mp4":
+    if not args.study and Path(args.out).suffix.lower() != ".mp4":
         p.error(f"--out is the video to write, so let it end in .mp4: got {args.out}")
     return args
 
@@ -268,6 +272,14 @@ def crop_argument(text: str) -> tuple[int, int, int]:
     return x, y, size
 
 
+def track_argument(text: str) -> tuple[int, int]:
+    """Read 'TRACK' or 'TRACK:CHANNEL' into two numbers from 1, the second 0 where it is left open."""
+    track, _, channel = text.partition(":")
+    if not (track.isdecimal() and int(track) and (channel or "1").isdecimal() and int(channel or "1")):
+        raise argparse.ArgumentTypeError(f"want TRACK or TRACK:CHANNEL, such as 2 or 2:1, got {text!r}")
+    return int(track), int(channel or 0)
+
+
 def device_argument(text: str | None = None) -> str:
     """Check the name of a device by using it; without a name, choose CUDA where it is present."""
     text = text or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -283,13 +295,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.study:
         study(args)
         return
+    if (out := Path(args.out)).exists() and any(out.samefile(given) for given in (args.image, args.audio)):
+        raise MediaError(out, "is read and would be overwritten; choose another --out")
     model = load_generator(args.checkpoint).to(args.device).eval()
     portrait = load_portrait(args.image, model.config.size, args.crop)
-    speech = load_speech(args.audio, args.max_seconds)
+    speech, track = read_speech(args.audio, args.max_seconds, args.track)
+    if note := track.note():
+        print(f"{args.audio}: {note}; --track TRACK[:CHANNEL] chooses another")
     seconds = len(speech) / SAMPLE_RATE
     frames = animate(model, portrait, speech, args.steps, args.guidance, args.seed)
     start = time.perf_counter()
-    write_video(args.out, tqdm(frames, "frames", math.ceil(seconds * FPS), leave=False), speech)
+    write_video(args.out, tqdm(frames, "frames", math.ceil(seconds * FPS), leave=False), track)
     spent = time.perf_counter() - start
     latency = f"{1000 * (LATENCY + model.config.chunk_frames / FPS):.0f} ms of sound"
     if model.config.audio_encoder:
