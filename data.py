@@ -171,7 +171,7 @@ def _ffmpeg(path: Path, *arguments: str) -> str:
     if done.returncode and (arguments or "Input #0" not in said):
         if (full := os.strerror(errno.ENOSPC)) in said:              # no fault of the file
             raise OSError(errno.ENOSPC, full, str(path))
-        last_resort = said.splitlines()[0].split("] ")[-1]
+        last_resort = f"is damaged ({said.splitlines()[0].split('] ')[-1]}); convert it or copy it again"
         raise MediaError(path, next((words for sign, words in FFMPEG_WORDS.items() if sign in said), last_resort))
     return said
 
@@ -561,7 +561,7 @@ def cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None]
 def _srgb(streams: str) -> str:
     """Options of ffmpeg's scale that bring a video to sRGB: primaries to those of BT.709, high dynamic range to
     standard by its tone mapping. What is large and has no tag was meant as BT.709, as players have it, too."""
-    coding, height = re.findall(r": Video: (.*?), \d+x(\d+)", streams)[0] if ": Video: " in streams else ("", 0)
+    coding, height = next(iter(re.findall(r": Video: (.*?), \d+x(\d+)", streams)), ("", 0))
     transfer = ":out_transfer=bt709" if re.search("smpte2084|arib-std-b67", coding) else ""
     tagged = int(height) <= 576 or re.search(r"[(/ ](bt\d|smpte|gbr|fcc|ycgco|ictcp)", coding)
     return f"out_primaries=bt709{transfer}{'' if tagged else ':in_color_matrix=bt709'}"
