@@ -52,7 +52,7 @@ SAMPLES_PER_FRAME = SAMPLE_RATE // FPS               # 640: 40 ms
 ACTIVE_RMS = 0.1                                     # loudness of speech, pauses left out; full scale is 1
 SILENCE_PEAK = 1e-3                                  # -60 dB of full scale: nothing louder is silence
 KNOCK, BLOCK = 10, 320                               # a clap is loud in ten of such blocks of 20 ms at most
-CLEARLY = 3.0                                        # 10 dB: by so much another track or channel has more speech
+CLEARLY = 3.0                                        # 10 dB: so much more speech has the better channel
 AUDIO_SLACK = 5                                      # frames of sound a clip may lack (GRID: 75 frames, 2.98 s)
 
 HOP = 160                                            # 10 ms between spectra: four hops make a frame
@@ -160,8 +160,8 @@ IN_TIME = "aresample=async=1:first_pts=0"
 
 
 def _ffmpeg(path: Path, *arguments: str) -> str:
-    """Run ffmpeg on one input, without arguments only to list its streams. Returns: what it says, or raises MediaError
-    with plain words."""
+    """Run ffmpeg on one input, without arguments only to list its streams. Returns: what it says.
+    Raises: MediaError with plain words."""
     if not path.is_file() or not path.stat().st_size:
         state = "is a folder" if path.is_dir() else "is empty" if path.exists() else "does not exist"
         raise MediaError(path, f"{state}; name a file with sound or a picture")
@@ -176,7 +176,7 @@ def _ffmpeg(path: Path, *arguments: str) -> str:
     return said
 
 
-@dataclass
+@dataclass(frozen=True)
 class Track:
     """A sound track of a file, and what of it is heard."""
 
@@ -198,59 +198,64 @@ class Track:
 
 
 def _tracks(path: Path, streams: str) -> list[Track]:
-    """List the sound tracks that can be decoded, the default ones first. Raises: MediaError if there are none."""
+    """List the sound tracks that can be decoded, the default ones first. Raises: MediaError if there is none."""
     found = re.findall(r"^ *Stream #0:(\d+)[^:]*: Audio: (\w+)(?:.*, (\d+) Hz, (?!0 ch))?(.*)", streams, re.M)
-    tracks = [(" (default)" not in rest, Track(path, int(stream), number, codec, int(rate), tracks=len(found)))
-              for number, (stream, codec, rate, rest) in enumerate(found, 1) if codec != "none" and rate]
+    tracks = {Track(path, int(stream), number, codec, int(rate), tracks=len(found)): "(default)" in rest
+              for number, (stream, codec, rate, rest) in enumerate(found, 1) if codec != "none" and rate}
     if not tracks:
         raise MediaError(path, "has no audio track; use a file with sound")
-    return [track for _, track in sorted(tracks, key=lambda pair: pair[0])]
+    return sorted(tracks, key=tracks.get, reverse=True)
 
 
 def _decoding(tracks: list[Track], part: Path, *limit: str) -> list[str]:
-    """Arguments for ffmpeg: decode every channel of tracks at 16 kHz into part.NUMBER.au, which knows its channels."""
+    """Arguments for ffmpeg: decode tracks at 16 kHz into part.NUMBER.au, which tells its number of channels."""
     return [word for track in tracks for word in (
-        *limit, "-map", f"0:{track.stream}", "-af", IN_TIME, "-ar", str(SAMPLE_RATE), "-c:a", "pcm_f32be", "-f", "au",
-        f"file:{part}.{track.number}.au")]
+        *limit, "-map", f"0:{track.stream}", "-af", IN_TIME, "-ar", str(SAMPLE_RATE), "-c:a", "pcm_f32be",
+        "-f", "au", f"file:{part}.{track.number}.au")]
 
 
 def _swell(sound: np.ndarray) -> np.ndarray:
     """Measure how far loudness rises and falls, as it does in speech and hardly in hum, noise or silence.
 
-    Args: sound (T, C). Returns: (1 + C,), of the mean of all channels and of each, the deviation of the rms of 40 ms.
+    Args: sound (T, C). Returns: (1 + C,), the deviation of the rms of 40 ms: of all channels' mean, and of each.
     """
-    frames = sound[: len(sound) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME].reshape(-1, SAMPLES_PER_FRAME, sound.shape[1])
+    whole = len(sound) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
+    frames = sound[:whole].reshape(-1, SAMPLES_PER_FRAME, sound.shape[1])            # (F, 640, C)
     loudness = [np.concatenate([piece.mean(2, keepdims=True), piece], 2).std(1)
                 for piece in (frames[at : at + PIECE] for at in range(0, len(frames), PIECE))]
     return np.nan_to_num(np.concatenate(loudness).std(0)) if loudness else np.zeros(1 + sound.shape[1])
 
 
 def _hear(tracks: list[Track], part: Path, choice: tuple[int, int] | None = None) -> tuple[Tensor, Track]:
-    """Choose what has speech in it of decoded tracks: (T,) at one loudness, mapped from part.f32, and where it is from.
+    """Choose what has speech in it of decoded tracks.
 
-    That is the mean of all channels of the default track, if not another track or a single channel has clearly more:
-    inverted channels cancel out, and of twelve perhaps one has a microphone. Args: choice: (track, channel) by number.
+    That is the mean of all channels of the default track, if not another track or a single channel has clearly
+    more: inverted channels cancel out, and of twelve perhaps one has a microphone.
+
+    Args:    choice: (track, channel or 0), each from 1.
+    Returns: (T,) at one loudness, mapped from part.f32, and where it is from.
     """
     sounds = {}
     for track in tracks:
         with open(f"{part}.{track.number}.au", "rb") as file:
             start, channels = np.frombuffer(file.read(24), ">u4")[[1, 5]].tolist()
             length = (file.seek(0, os.SEEK_END) - start) // (4 * channels)
-            data = np.memmap(file, ">f4", "r", start, (length, channels)) if length else np.zeros((0, channels))
-        sounds[track.number] = data
+            shape = length, channels
+            sounds[track.number] = np.memmap(file, ">f4", "r", start, shape) if length else np.zeros(shape)
     swells = {number: _swell(sound) for number, sound in sounds.items()}
     number, channel = choice or (max(swells, key=lambda n: swells[n].max()), 0)
     if not choice and swells[number].max() <= CLEARLY * swells[tracks[0].number].max():
         number = tracks[0].number
     if number not in sounds or channel > sounds[number].shape[1]:
         has = ", ".join(f"track {n} with {sound.shape[1]} channels" for n, sound in sorted(sounds.items()))
-        raise MediaError(tracks[0].path, f"has no such sound; choose --track TRACK or TRACK:CHANNEL from {has}")
+        raise MediaError(tracks[0].path, f"has no such sound; choose --track TRACK[:CHANNEL] from {has}")
     if not channel and swells[number].max() > CLEARLY * swells[number][0]:
         channel = int(swells[number].argmax())
     sound, track = sounds[number], next(track for track in tracks if track.number == number)
     track = replace(track, channels=sound.shape[1], channel=channel)
     if len(sound) < SAMPLES_PER_FRAME:
-        raise MediaError(track.path, f"holds {1000 * len(sound) // SAMPLE_RATE} ms of sound; one frame needs 40 ms")
+        held = 1000 * len(sound) // SAMPLE_RATE
+        raise MediaError(track.path, f"holds {held} ms of sound; one frame needs 40 ms")
     mono = np.memmap(f"{part}.f32", np.float32, "w+", shape=len(sound))
     for at in range(0, len(sound), PIECE * SAMPLES_PER_FRAME):
         piece = sound[at : at + PIECE * SAMPLES_PER_FRAME]
@@ -265,18 +270,25 @@ def _hear(tracks: list[Track], part: Path, choice: tuple[int, int] | None = None
 def _loudness(sound: Tensor, path: str | Path) -> tuple[Tensor, Tensor]:
     """Measure the offset of a sound, and the rms of its speech: of the samples above -40 dB of the peak.
 
-    Leaving pauses out keeps a hesitant speaker from becoming louder than a fluent one. A clap is no speech: blocks that
-    are 12 dB above all but KNOCK others are left out as well. Raises: MediaError if there is nothing to hear.
+    Leaving pauses out keeps a hesitant speaker from becoming louder than a fluent one. A clap is no speech: blocks
+    that are 12 dB above all but KNOCK others are left out as well. Raises: MediaError if there is nothing to hear.
     """
-    offset, pieces = sound.mean(), sound.split(PIECE * SAMPLES_PER_FRAME)          # cheap recorders leave an offset
-    blocks = lambda piece: nnf.pad(piece - offset, (0, -len(piece) % BLOCK)).view(-1, BLOCK)
-    peaks = torch.cat([blocks(piece).abs().amax(1) for piece in pieces])
-    if not (len(peaks) and SILENCE_PEAK <= peaks.max() < math.inf):              # not a number is also refused
+    offset = sound.mean()                            # cheap recorders leave one
+    pieces = sound.split(PIECE * SAMPLES_PER_FRAME)  # an hour is measured in the memory of one
+
+    def blocks(piece: Tensor) -> Tensor:
+        return nnf.pad(piece - offset, (0, -len(piece) % BLOCK)).view(-1, BLOCK)
+
+    peaks = sound.new_empty(-(-len(sound) // BLOCK))
+    parts = list(zip(pieces, peaks.split(PIECE * SAMPLES_PER_FRAME // BLOCK)))
+    for piece, peak in parts:
+        peak.copy_(blocks(piece).abs().amax(1))
+    if not (len(peaks) and SILENCE_PEAK <= peaks.max() < math.inf):    # not a number is also refused
         raise MediaError(path, "is silent or damaged; use a recording in which someone speaks")
     loudest = peaks[peaks >= SILENCE_PEAK].sort(descending=True).values
     limit = 4 * loudest[min(KNOCK, len(loudest) // 4)]
     floor, energy, count = 0.01 * peaks[peaks <= limit].max(), 0.0, 0
-    for piece, peak in zip(pieces, peaks.split(PIECE * SAMPLES_PER_FRAME // BLOCK)):
+    for piece, peak in parts:
         level = blocks(piece)[peak <= limit]
         active = level[level.abs() > floor]
         energy, count = energy + active.square().sum(dtype=torch.float64), count + len(active)
@@ -291,8 +303,11 @@ def normalise_loudness(sound: Tensor, path: str | Path = "sound") -> Tensor:
 
 def read_speech(path: str | Path, max_seconds: float | None = None,
                 choice: tuple[int, int] | None = None) -> tuple[Tensor, Track]:
-    """Read the sound of any file that ffmpeg can decode: (T,) float32, 16 kHz mono at one loudness, T >= 640, mapped
-    from a file that is gone with it; and the track that it is from. Args: choice: (track, channel or 0), from 1."""
+    """Read the sound of any file that ffmpeg can decode.
+
+    Args:    choice: (track, channel or 0), each from 1; else what has speech in it.
+    Returns: (T,) float32, 16 kHz mono at one loudness, T >= 640, mapped from a file without a name; and its track.
+    """
     tracks = _tracks(Path(path), _ffmpeg(Path(path)))
     with tempfile.TemporaryDirectory() as folder:
         part, limit = Path(folder) / "speech", [] if max_seconds is None else ["-t", str(max_seconds)]
@@ -307,8 +322,8 @@ def load_speech(path: str | Path, max_seconds: float | None = None) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Turn upright any picture, scale 16 and 32 bit greys to 8, bring its colours to sRGB by the profile that it
-    carries, and flatten transparency over white."""
+    """Turn upright any picture, scale 16 and 32 bit greys to 8, bring its colours to sRGB by the profile that
+    it carries, and flatten transparency over white."""
     image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
     if image.mode[0] in "IF":                        # Pillow would cut these off at 255 instead of scaling them
         grey = np.asarray(image, np.float32)
@@ -318,9 +333,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("L" if image.mode == "LA" else "RGB")
     if profile:
-        with suppress(OSError, ImageCms.PyCMSError): # damaged, or made for other channels: as if there were none
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        with suppress(OSError, ImageCms.PyCMSError): # damaged, or for other channels: as if there were none
+            profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
     return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), alpha)
 
 
@@ -328,7 +343,7 @@ def _no_picture(path: str | Path, error: Exception) -> str:
     """Say what is wrong with a file that Pillow cannot read, and what to do."""
     with suppress(OSError), open(path, "rb") as file:
         if file.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1"):
-            return "is HEIC, which cannot be read here; export it as JPEG (iPhone: Camera, Formats, Most Compatible)"
+            return "is HEIC; export it as JPEG (iPhone: Settings, Camera, Formats, Most Compatible)"
     reason = (getattr(error, "strerror", None) or "is not a picture, or is truncated").lower()
     return f"{reason}; name a picture, or export it again as PNG or JPEG"
 
@@ -338,12 +353,12 @@ def load_portrait(path: str | Path, size: int, crop: tuple[int, int, int] | None
 
     Args: crop: (x, y, side) in pixels of the upright picture. Returns: (3, size, size) uint8 RGB.
     """
-    Image.MAX_IMAGE_PIXELS = None                    # LARGEST_PICTURE instead, as a JPEG is scaled while it is decoded
+    Image.MAX_IMAGE_PIXELS = None                    # LARGEST_PICTURE instead: a JPEG is scaled while decoded
     try:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > LARGEST_PICTURE and image.format != "JPEG":
-                raise MediaError(path, f"{width}x{height} are too many pixels; scale it down, or export it as JPEG")
+                raise MediaError(path, f"{width}x{height} are too many pixels; scale it down or export a JPEG")
             many = (crop[2] if crop else min(image.size)) / (4 * size)
             if many > 1 and image.mode in ("L", "RGB", "RGBA", "CMYK"):
                 image.thumbnail((width / many, height / many))
@@ -354,16 +369,18 @@ def load_portrait(path: str | Path, size: int, crop: tuple[int, int, int] | None
         raise
     except Exception as error:                       # Pillow's readers raise nearly anything on damaged files
         raise MediaError(path, _no_picture(path, error)) from None
-    x, y, side = crop or ((width - min(width, height)) // 2, (height - min(width, height)) // 2, min(width, height))
+    side = min(width, height)
+    x, y, side = crop or ((width - side) // 2, (height - side) // 2, side)
     if side < 32:
         raise MediaError(path, f"{side} pixels are too few for a face; use at least 32, better {size}")
     if not (0 <= x <= width - side and 0 <= y <= height - side):
         raise MediaError(path, f"crop {x},{y},{side} leaves the picture of {width}x{height}; choose it inside")
     if crop is None and max(width, height) > 4 * side:
         raise MediaError(path, f"{width}x{height} is a strip, not a portrait; crop it to a square around the face")
-    across, down = image.width / width, image.height / height                        # below 1 if it was scaled down
+    across, down = image.width / width, image.height / height          # below 1 if it was scaled down
     box = x * across, y * down, (x + side) * across, (y + side) * down
-    return torch.from_numpy(np.array(image.resize((size, size), Image.LANCZOS, box))).permute(2, 0, 1).contiguous()
+    image = image.resize((size, size), Image.LANCZOS, box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 # ---- Speech as the generator hears it --------------------------------------------------------------------------------
@@ -385,7 +402,7 @@ def log_mel(audio: Tensor, n_frames: int, start: int = 0) -> Tensor:
     Args:    audio (T,) or (B, T) float32; what is missing up to n_frames plus the look-ahead counts as zeros.
     Returns: (n_frames, MEL_DIM) or (B, n_frames, MEL_DIM) float32, about zero mean and unit variance on speech.
     """
-    if n_frames > PIECE:                                              # an hour's spectra at once would be 1.4 GB
+    if n_frames > PIECE:                                              # an hour at once would be 1.4 GB
         pieces = [(at, min(PIECE, n_frames - at)) for at in range(0, n_frames, PIECE)]
         return torch.cat([log_mel(audio, frames, start + at) for at, frames in pieces], -2)
     first = start * SAMPLES_PER_FRAME - (WINDOW - HOP + LOOK_BACK * HOP)
@@ -400,7 +417,7 @@ def log_mel(audio: Tensor, n_frames: int, start: int = 0) -> Tensor:
 
 @dataclass
 class LogMel:
-    """The `log_mel` of long speech (T,), made where it is read: x[:, a:b] is (1, b - a, MEL_DIM), as of a tensor."""
+    """The `log_mel` of long speech (T,), made where it is read: x[:, a:b] is (1, b - a, MEL_DIM)."""
 
     audio: Tensor
     n_frames: int
@@ -493,8 +510,8 @@ def hear(audio: Tensor, n_frames: int, encoder: str = "", device: str = "cpu",
 class Clips(Sequence):
     """The clips `rows` of a cache folder: `clips[i]` is a Clip, `clips[a:b]` are Clips.
 
-    safetensors maps a clip's file while the clip is held: pages are read when touched, and writing to a tensor never
-    reaches the file.
+    safetensors maps a clip's file while the clip is held: pages are read when touched, and writing to a tensor
+    never reaches the file.
     """
 
     def __init__(self, folder: str | Path, rows: Sequence[int] | None = None, index: dict | None = None):
@@ -518,7 +535,7 @@ class Clips(Sequence):
 
     @property
     def lengths(self) -> list[int]:
-        """Frames of each clip, by the index: a hundred thousand files are more than a process may map at once."""
+        """Frames of each clip, by the index: a hundred thousand files are more than a process may map."""
         return [self.index["clips"][row][2] for row in self.rows]
 
 
@@ -560,14 +577,15 @@ def cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None]
 
 def _srgb(streams: str) -> str:
     """Options of ffmpeg's scale that bring a video to sRGB: primaries to those of BT.709, high dynamic range to
-    standard by its tone mapping. What is large and has no tag was meant as BT.709, as players have it, too."""
+    standard by its tone mapping. What is large and has no tag was meant as BT.709: so players have it."""
     coding, height = next(iter(re.findall(r": Video: (.*?), \d+x(\d+)", streams)), ("", 0))
     transfer = ":out_transfer=bt709" if re.search("smpte2084|arib-std-b67", coding) else ""
     tagged = int(height) <= 576 or re.search(r"[(/ ](bt\d|smpte|gbr|fcc|ycgco|ictcp)", coding)
     return f"out_primaries=bt709{transfer}{'' if tagged else ':in_color_matrix=bt709'}"
 
 
-def _decode(path: Path, size: int, crop: tuple[int, int, int] | None, part: Path) -> tuple[np.ndarray, np.ndarray]:
+def _decode(path: Path, size: int, crop: tuple[int, int, int] | None,
+            part: Path) -> tuple[np.ndarray, np.ndarray]:
     """Decode one video file to frames (F, 3, S, S) uint8, mapped from `part`.rgb, and audio (F * 640,) float32."""
     x, y, side = crop or ("(iw-ow)/2", "(ih-oh)/2", "min(iw,ih)")
     # ffmpeg would move a crop that leaves the picture back inside: ask for an impossible width instead.
@@ -643,9 +661,10 @@ def _held_out(names: Iterable[str]) -> set[str]:
 
 
 def _split(sources: list[str]) -> tuple[set[int], str]:
-    """Choose the held-out clips by the files that they are from. Returns: their rows, and in words what they are.
+    """Choose the held-out clips by the files that they are from. Returns: their rows, and what they are in words.
 
-    Where that gives none or more than half, as with one long video of one person, the end of the longest is held out.
+    Where that gives none or more than half, as with one long video of one person, the longest file's end is held
+    out.
     """
     held_out = _held_out(set(sources))
     rows = {row for row, source in enumerate(sources) if source in held_out}
@@ -663,12 +682,13 @@ def printable(name: str) -> str:
 
 
 def _videos(folder: Path, skipped: dict[str, str]) -> list[tuple[str, int, int]]:
-    """List each video under a folder once, with its size and time. Links are followed; what is hidden or the folder of
-    a run, which holds generated videos, is left out."""
+    """List each video under a folder once, with its size and time. Links are followed; what is hidden or the
+    folder of a run, which holds generated videos, is left out."""
     seen, found = set(), []
 
     def unreadable(error: OSError) -> None:
-        skipped[printable(os.path.relpath(error.filename, folder))] = f"cannot be read ({error.strerror.lower()})"
+        name = printable(os.path.relpath(error.filename, folder))
+        skipped[name] = f"cannot be read ({error.strerror.lower()})"
 
     def is_new(status: os.stat_result) -> bool:
         known = len(seen)
@@ -687,7 +707,8 @@ def _videos(folder: Path, skipped: dict[str, str]) -> list[tuple[str, int, int]]
                 try:
                     status = path.stat()
                     if stat.S_ISREG(status.st_mode) and is_new(status):
-                        found.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+                        name = path.relative_to(folder).as_posix()
+                        found.append((name, status.st_size, status.st_mtime_ns))
                 except OSError as error:
                     unreadable(error)
     return sorted(found)
@@ -700,8 +721,8 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: tupl
     A long file becomes consecutive clips of `seconds`, the last at least one second. Files that cannot be used are
     listed with the reason; if none can, MediaError is raised.
 
-    Args:    size: pixels of the square; crop: (x, y, side) in pixels of the upright picture, else its centre square;
-             frames: the shortest clip that is of use.
+    Args:    size: pixels of the square; frames: the shortest clip that is of use;
+             crop: (x, y, side) in pixels of the upright picture, else its centre square.
     """
     if seconds < 1 or size < 1 or (crop and (min(crop) < 0 or crop[2] < 1)):
         raise ValueError(f"want seconds >= 1, size >= 1, crop x,y,side in the picture: {seconds=} {size=} {crop=}")
@@ -714,7 +735,7 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: tupl
     target = cached(cache, recipe, lambda to: write_clips(
         to, _decode_all(folder, names, size, length, crop, to / "parts", skipped), skipped))
     clips = Clips(target)
-    skipped = left_out | clips.index["skipped"]      # told again on every run: the cache keeps what was left out
+    skipped = left_out | clips.index["skipped"]      # told on every run: the cache keeps what was left out
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")
     if not clips:
@@ -825,22 +846,24 @@ def write_speech(path: Path, audio: Tensor) -> None:
         file.writeframes((audio.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
 
 
-COPIED = "aac", "mp3", "opus", "flac"                # sound that browsers play in an mp4, so it is not encoded anew
+COPIED = "aac", "mp3", "opus", "flac"                # browsers play them in an mp4: not encoded anew
 
 
 def _carrying(audio: Tensor | Track, folder: str) -> tuple[list[str], list[str]]:
-    """Arguments of ffmpeg's second input and of its output that carry sound into an mp4: that of a track as it is, or
-    encoded once at its own rate with its channels, or, where AAC knows no such channels, only what is heard of it."""
+    """Find arguments of ffmpeg's second input and of its output that carry sound into an mp4: a track's as it is,
+    or encoded once at its rate with its channels, or, where AAC knows no such channels, what is heard of it."""
     if isinstance(audio, Tensor):
         audio.detach().cpu().float().numpy().tofile(f"{folder}/audio.f32")
         return (["-f", "f32le", "-ar", str(SAMPLE_RATE), "-i", f"{folder}/audio.f32"],
                 ["-c:a", "aac", "-ar", "48000", "-b:a", "128k"])
     heard = [audio.channel - 1] if audio.channel else range(audio.channels)
     mix = "pan=mono|c0=" + "+".join(f"{1 / len(heard):.6f}*c{channel}" for channel in heard)
-    # AAC starts with 1024 samples that players shall skip: one that does not is late by half a frame at 48 kHz, by one
-    # and a half at 16.
-    encoded = ["-c:a", "aac", "-b:a", f"{128 * min(audio.channels, 8)}k", *(["-ar", "48000"] * (audio.rate < 32000))]
-    copied = [["-c:a", "copy"]] if audio.codec in COPIED and audio.seconds is None else []     # a limit cuts packets
+    # AAC starts with 1024 samples that players shall skip: one that does not is late by half a frame at 48 kHz,
+    # by one and a half at 16.
+    rate = ["-ar", "48000"] if audio.rate < 32000 else []
+    encoded = ["-c:a", "aac", "-b:a", f"{128 * min(audio.channels, 8)}k", *rate]
+    whole = audio.codec in COPIED and audio.seconds is None            # a limit would cut packets
+    copied = [["-c:a", "copy"]] if whole else []
     for way in (*copied, [*encoded, "-af", IN_TIME], [*encoded, "-af", f"{IN_TIME},{mix}"]):
         with suppress(MediaError):
             _ffmpeg(audio.path, "-map", f"0:{audio.stream}", "-t", "1", *way, f"{folder}/trial.mp4")
@@ -852,12 +875,12 @@ def _carrying(audio: Tensor | Track, folder: str) -> tuple[list[str], list[str]]
 def write_video(path: str | Path, frames: Iterable[Tensor], audio: Tensor | Track) -> None:
     """Write an mp4 that plays in browsers: H.264 4:2:0, every frame, and all of the sound.
 
-    Frames are streamed; the file appears under its name only when it is complete, and what could not be written is
-    refused before the first frame is asked for. An odd width or height grows by one repeated pixel, as 4:2:0 wants
-    pairs.
+    Frames are streamed; the file appears under its name only when it is complete, and what could not be written
+    is refused before the first frame is asked for. An odd width or height grows by one repeated pixel, as 4:2:0
+    wants pairs.
 
-    Args:    frames: (F, 3, H, W) uint8, or an iterator of (3, H, W); audio: (T,) float32 in [-1, 1] at 16 kHz, or a
-             track of a file, which is carried over as it is.
+    Args:    frames: (F, 3, H, W) uint8, or an iterator of (3, H, W);
+             audio: (T,) float32 in [-1, 1] at 16 kHz, or a track of a file.
     """
     path, frames = Path(path), iter(frames)
     try:

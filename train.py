@@ -241,7 +241,7 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
     for i in tqdm(range(0, len(clips), batch), "encoding", leave=False):
         latents.append(model.codec.encode(pixels(clips[i:i + batch], frames).to(device)).cpu())
     mel = torch.stack([hear(clip.audio, frames, model.config.audio_encoder, device) for clip in clips])
-    portrait = torch.stack([clip.frames[0].clone() for clip in clips])                  # or each would hold its map
+    portrait = torch.stack([clip.frames[0].clone() for clip in clips])       # a view would hold its file's map
     return Latents(portrait, mel, torch.cat(latents))
 
 

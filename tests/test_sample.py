@@ -16,6 +16,7 @@ from model import Config, Generator, save_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+ASCII = {"PYTHONIOENCODING": "ascii"}
 SPEECH = "aevalsrc='0.3*sin(2*PI*220*t)*abs(sin(2*PI*2*t))':s=48000:d=1.3"
 
 
@@ -65,13 +66,14 @@ def test_what_cannot_be_done_is_one_line_in_any_encoding(given, flags, words, tm
     """On a terminal that knows only ASCII, with a name that is no UTF-8 among the arguments."""
     odd = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.mkv")
     Path(odd).write_bytes(Path(given["--audio"]).read_bytes())
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *command(given | {"--audio": odd}, "--out", "a.mp4", *flags)],
-                          cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    words_given = command(given | {"--audio": odd}, "--out", "a.mp4", *flags)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *words_given], cwd=tmp_path, env=os.environ | ASCII,
+                          capture_output=True, text=True)
     assert done.returncode and words.lower() in done.stderr.lower() and "Traceback" not in done.stderr
     assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [b"caf\xe9.mkv"]
 
 
-def test_signs_that_a_terminal_lacks_are_spelled_out(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data import one_line\nwith one_line('', ''): print('0.1±0.2')"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+def test_signs_that_a_terminal_lacks_are_spelled_out():
+    code = "from data import one_line\nwith one_line('', ''):\n    print('0.1±0.2')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | ASCII, capture_output=True)
     assert done.stdout.strip() == rb"0.1\xb10.2" and not done.stderr
