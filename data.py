@@ -55,6 +55,7 @@ KNOCK, BLOCK = 10, 320                               # a clap is loud in ten of 
 CLEARLY = 3.0                                        # 10 dB: so much more speech has the better channel
 AUDIO_SLACK = 5                                      # frames of sound a clip may lack (GRID: 75 frames, 2.98 s)
 
+PIECE = 16 * FPS                                     # frames of long sound that are worked on at once
 HOP = 160                                            # 10 ms between spectra: four hops make a frame
 WINDOW = 400                                         # 25 ms under each spectrum, the usual choice for speech
 MELS = 32
@@ -142,6 +143,12 @@ def pixels(clips: Sequence[Clip], frames: int) -> Tensor:
 def sounds(clips: Sequence[Clip], frames: int) -> Tensor:
     """Stack the sound of the first frames of clips: (B, F * 640)."""
     return torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
+
+
+def with_interval(values: Tensor) -> str:
+    """Write the mean of (B,) values ± its 95% confidence interval, nan of a single value."""
+    half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{values.mean().item():.3f}±{half:.3f}"
 
 
 # ---- Reading media ---------------------------------------------------------------------------------------------------
@@ -432,74 +439,13 @@ class LogMel:
         return log_mel(self.audio, stop - start, start)[None].to(self.device)
 
 
-ENCODERS = "wav2vec2", "hubert", "wavlm", "whisper"
-ENCODER_HOP = 320                                    # samples per feature of all of them: two features make a frame
-PIECE, AROUND = 16 * FPS, 2 * FPS                    # frames that are heard at once, and heard more on either side
-
-
-def encoder_width(name: str) -> int:
-    """Read how many features `hear` will give per frame. Raises: MediaError where `name` is no speech encoder."""
-    c = pretrained_config(name, ENCODERS, "a speech encoder")
-    if math.prod(getattr(c, "conv_stride", [ENCODER_HOP])) != ENCODER_HOP:
-        raise MediaError(name, f"makes a feature of {math.prod(c.conv_stride)} samples, not of {ENCODER_HOP}")
-    return 2 * c.hidden_size
-
-
-class SpeechEncoder:
-    """A frozen speech encoder of transformers that gives two features a frame, aligned with it to the sample.
-
-    Feature i of wav2vec2, HuBERT and WavLM is computed from samples [320 i, 320 i + 400) and stands for their middle,
-    320 i + 200; that of Whisper stands for 320 i. With 40 zeros before the sound, or 160 and Whisper's first feature
-    left out, both stand for 320 i + 160, the middle of the i-th half frame: frame f owns features 2f and 2f + 1, and
-    nothing is interpolated. Attention then lets each feature know of all the sound, past and future.
-    """
-
-    def __init__(self, name: str, device: str = "cpu"):
-        import transformers
-        encoder_width(name)
-        local, model = Path(name).is_dir(), pretrained(name, ENCODERS, "a speech encoder")
-        whisper = model.config.model_type == "whisper"
-        self.before, self.after, self.skip = (160, 0, 1) if whisper else (40, 40, 0)
-        self.device, self.model = device, (model.get_encoder() if whisper else model).to(device)
-        with loading(name, "a speech encoder"):
-            self.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, local_files_only=local)
-            self.listen(torch.ones(SAMPLES_PER_FRAME))                # what cannot hear is found out now
-        sign = hashlib.sha256(f"{self.model.config.to_json_string()}{self.extractor.to_json_string()}".encode())
-        for weight in self.model.state_dict().values():
-            sign.update(weight.cpu().numpy())
-        self.fingerprint = sign.hexdigest()
-
-    def listen(self, sound: Tensor) -> Tensor:
-        """(F * 640,) -> (F, 2 hidden) of zero mean and unit variance: speech of one piece."""
-        padded = nnf.pad(sound, (self.before, self.after)).numpy()
-        inputs = self.extractor(padded, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(self.device)
-        heard = self.model(**inputs).last_hidden_state[0, self.skip:][: len(sound) // ENCODER_HOP]
-        return nnf.layer_norm(heard, heard.shape[-1:]).reshape(len(sound) // SAMPLES_PER_FRAME, -1).cpu()
-
-    @torch.no_grad()
-    def __call__(self, sound: Tensor, n_frames: int) -> Tensor:
-        """(n_frames * 640,) -> (n_frames, 2 hidden): long speech piece by piece, each with two seconds around it."""
-        parts = []
-        for start in range(0, n_frames, PIECE):
-            first, stop = max(0, start - AROUND), start + PIECE + AROUND
-            heard = self.listen(sound[first * SAMPLES_PER_FRAME : stop * SAMPLES_PER_FRAME])
-            parts.append(heard[start - first :][:PIECE])
-        return torch.cat(parts)
-
-
-speech_encoder = lru_cache(maxsize=1)(SpeechEncoder)
-
-
 def hear(audio: Tensor, n_frames: int, encoder: str = "", device: str = "cpu",
          cache: str | Path | None = None) -> Tensor:
     """Describe the sound around each frame, (n_frames, C): `log_mel`, or by a speech encoder, once for each clip."""
     if not encoder:
         return log_mel(audio, n_frames)
-    listener, samples = speech_encoder(encoder, str(device)), n_frames * SAMPLES_PER_FRAME
-    sound = nnf.pad(audio[:samples].float(), (0, max(0, samples - len(audio))))
-    recipe = {"encoder": listener.fingerprint, "sound": hashlib.sha256(sound.numpy()).hexdigest()}
-    folder = cached(cache, recipe, lambda to: np.save(to / "heard.npy", listener(sound, n_frames).numpy()))
-    return torch.from_numpy(np.load(folder / "heard.npy"))
+    from extras.pretrained import features           # the one place of this file that needs an extra
+    return features(audio, n_frames, encoder, device, cache)
 
 
 # ---- Clips on disk ---------------------------------------------------------------------------------------------------
@@ -817,24 +763,6 @@ def whole_model(kind, name: str | Path, **settings) -> torch.nn.Module:
     if missing:
         raise MediaError(name, f"lacks the weights {', '.join(missing[:3])}; copy the folder again")
     return model.eval().requires_grad_(False)
-
-
-def pretrained_config(name: str | Path, kinds: Sequence[str], what: str):
-    """Read the configuration of a model of one of `kinds`. Raises: MediaError where there is none, or another kind."""
-    import transformers
-    with loading(name, what):
-        config = transformers.AutoConfig.from_pretrained(str(name), local_files_only=Path(name).is_dir())
-        if config.model_type not in kinds:
-            raise MediaError(name, f"is a {config.model_type} and cannot serve as {what}; use {', '.join(kinds)}")
-        return config
-
-
-def pretrained(name: str | Path, kinds: Sequence[str], what: str) -> torch.nn.Module:
-    """Load the bare model whose configuration `pretrained_config` reads, in fp32. Raises: MediaError, likewise."""
-    import transformers
-    pretrained_config(name, kinds, what)
-    with loading(name, what):
-        return whole_model(transformers.AutoModel, name, dtype=torch.float32)
 
 
 # ---- Writing speech and video ----------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@
 
        advantage = clamp( sum_i weight_i (reward_i - mean_group reward_i) / max(std_group reward_i, floor), -5, 5 ).
 
+   A judge may fail to rate a video. Its advantage is 0, and the others are compared as if it were not there.
+
 5. Rescoring. The gradient needs the log-probability of every draw under the present weights. Since the clean past of
    each chunk is known, all K chunks and all M draws of a rollout are rescored in ONE parallel pass over
 
@@ -44,6 +46,7 @@ Shapes: P prompts, G group, B = P G rollouts (a group stands together), K chunks
 N tokens, C channels, S pixels per side.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Protocol
@@ -86,7 +89,7 @@ class Settings:
     clip: float = setting(1e-4, "how far a ratio may leave 1, of mean log-probabilities")
     kl: str = setting("velocity", "to the reference: squared velocity difference, or the closed form",
                       "velocity", "closed")
-    kl_weight: float = setting(0.1, "of the KL; 0: no reference is computed")
+    kl_weight: float = setting(0.03, "of the KL; 0: no reference is computed")
 
     def __post_init__(self):
         for f in fields(self):
@@ -116,7 +119,7 @@ class Settings:
 class Scores(Protocol):
     """What a reward returns: reward.Scores, or anything alike."""
 
-    components: Mapping[str, Tensor]          # name -> (B,), higher is better
+    components: Mapping[str, Tensor]          # name -> (B,), higher is better; NaN: not rated
     per_chunk: Mapping[str, Tensor]           # name -> (B, K), of those that are localised in time
 
 
@@ -228,38 +231,43 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
     """Compare every video with its group, component by component (equation 4 above), in float64.
 
     Args:
-        scores: components name -> (B,), and with credit "chunk" per_chunk name -> (B, K).
+        scores: components name -> (B,), and with credit "chunk" per_chunk name -> (B, K). A video of which any
+            component is NaN is unrated: its advantage is 0, and mean and std of its group are those of the others.
         weights: name -> weight; a weight of 0 leaves a component out.
         floors: name -> least std to divide by: differences below it are noise, and a z-score would blow them up, above
             all those of a penalty that is nearly always 0. Where none is given, std_floor times the largest magnitude.
 
     Returns:
         advantage (B, K) fp32; and per component its mean, its mean group std, and `flat`, the share of groups whose
-        std is below the floor; under "total" the share of groups in which every advantage is 0.
+        std is below the floor; under "total" the share of groups in which every advantage is 0, and the number of
+        unrated videos.
 
-    Raises: ValueError where a reward is not finite.
+    Raises: ValueError where a reward is infinite.
     """
+    weights = {name: weight for name, weight in weights.items() if weight}
+    if not weights:
+        raise ValueError("every reward has weight 0; there is nothing to learn from")
+    unrated = torch.stack([scores.components[name] for name in weights]).isnan().any(0)        # (B,)
     total, report = 0.0, {}
     for name, weight in weights.items():
-        if not weight:
-            continue
-        reward = scores.components[name].double()
-        if not reward.isfinite().all():
-            raise ValueError(f"reward {name} is {reward.tolist()}: not finite")
-        report[name] = {"mean": reward.mean().item()}
-        floor = (floors or {}).get(name, settings.std_floor * reward.abs().max().item()) + 1e-12
+        reward = scores.components[name].double().masked_fill(unrated, math.nan)
+        if reward.isinf().any():
+            raise ValueError(f"reward {name} is {reward.tolist()}: infinite")
+        report[name] = {"mean": reward.nanmean().item()}
+        floor = (floors or {}).get(name, settings.std_floor * reward.nan_to_num(0).abs().max().item()) + 1e-12
         if settings.credit == "chunk" and name in scores.per_chunk:
             reward = reward_to_go(scores.per_chunk[name].double(), settings.discount)     # (B, K)
+            reward = reward.masked_fill(unrated[:, None], math.nan)
         else:
             reward = reward[:, None].expand(-1, chunks)
         reward = rearrange(reward, "(p g) k -> p g k", g=settings.group)
-        std = reward.std(1, correction=0, keepdim=True)
+        gap = reward - reward.nanmean(1, keepdim=True)                                    # NaN where unrated
+        std = gap.square().nanmean(1, keepdim=True).sqrt().nan_to_num(0)
         divisor = std if settings.normalise == "group" else std.amax(0, keepdim=True)
-        total = total + weight * (reward - reward.mean(1, keepdim=True)) / divisor.clamp_min(floor)
+        total = total + weight * gap / divisor.clamp_min(floor)
         report[name] |= {"group_std": std.mean().item(), "flat": (std <= floor).double().mean().item()}
-    if not report:
-        raise ValueError("every reward has weight 0; there is nothing to learn from")
-    report["total"] = {"flat": (total == 0).all(2).all(1).double().mean().item()}
+    total = total.nan_to_num(0)
+    report["total"] = {"flat": (total == 0).all(2).all(1).double().mean().item(), "unrated": int(unrated.sum())}
     return total.clamp(-MOST_ADVANTAGE, MOST_ADVANTAGE).flatten(0, 1).float(), report
 
 

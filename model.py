@@ -39,15 +39,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import MEL_DIM, MediaError, pretrained, pretrained_config, reading_weights, write_weights
+from data import MEL_DIM, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
 POSE = 6                    # parameters of an affine head pose
 POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the head pose is measured on pictures of this size, in so many steps
 CODECS = "linear", "learned"
-CODEC_WIDTHS = 24, 48, 64   # of the learned codec's network, at a half, a quarter and an eighth of the resolution
-CARRIED = 64                # frames that it carries at once: bounds the memory of long clips
 SAMPLING_STEPS = 2          # of the flow per chunk: of a small model more steps show more errors (README)
 PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
 
@@ -183,7 +181,7 @@ class MotionCodec(nn.Module):
     cut into grid x grid windows that overlap by half under a sine window s (sum of s^2 = 1: no seams), each written in
     its principal components, first in space, then over the frames of a chunk; the pose is one more token.
 
-    A codec offers `fit`, `encode` and `decode`. What LearnedCodec changes is `analyse` and `compose`, each other's
+    A codec offers `fit`, `encode` and `decode`. What extras/learned_codec.py changes is `analyse` and `compose`, each other's
     inverse: how much of a frame the pose alone explains.
     """
 
@@ -291,90 +289,12 @@ class MotionCodec(nn.Module):
         return frames.clamp(0, 1).unflatten(0, (b, k * c.chunk_frames))
 
 
-# ---------------------------------------------------------------- the learned codec
-#
-# An affine pose moves whatever lies under a fixed mask: it stretches the wall behind a head, and knows no nose that
-# hides a cheek. A small network that sees the portrait and the pose learns what does move, and what comes to light:
-#
-#     carried = moved + shade * (portrait - moved) + light,     moved(p) = portrait(p + displacement(p) + flow(p))
-#     frame   = carried + warp(residual, pose)
-#
-# with flow, shade and light from the network, zero at its start (then carried is the linear codec's) and zero, always,
-# where the pose is (then latent zero is the portrait). Only what carrying leaves over is written in principal
-# components, refitted after the network is trained. The latents' layout and scale are the linear codec's; a frame's
-# depend on no frame but its chunk's own and the portrait.
-
-class Residual(nn.Module):
-    """Two convolutions beside a skip connection; the second starts at zero."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        nn.init.zeros_(self.second.weight), nn.init.zeros_(self.second.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
-
-
-class UNet(nn.Module):
-    """Pictures in, pictures of the same size out, at half their resolution and below; starts at zero."""
-
-    def __init__(self, inputs: int, outputs: int, widths: tuple[int, ...]):
-        super().__init__()
-        steps = list(zip(widths, widths[1:]))
-        self.inward = nn.Conv2d(4 * inputs, widths[0], 3, padding=1)
-        self.left, self.right = (nn.ModuleList(Residual(w) for w in side) for side in (widths, widths[:-1]))
-        self.down = nn.ModuleList(nn.Conv2d(wide, deep, 2, 2) for wide, deep in steps)
-        self.up = nn.ModuleList(nn.Conv2d(deep, wide, 1) for wide, deep in steps)
-        self.outward = nn.Conv2d(widths[0], 4 * outputs, 3, padding=1)
-        nn.init.zeros_(self.outward.weight), nn.init.zeros_(self.outward.bias)
-
-    def forward(self, x: Tensor) -> Tensor:                                   # (B, inputs, S, S)
-        x, seen = self.left[0](self.inward(F.pixel_unshuffle(x, 2))), []      # (B, w, S/2, S/2)
-        for down, block in zip(self.down, self.left[1:]):
-            seen.append(x)
-            x = block(down(x))                                                # S/4, S/8
-        for up, block in zip(reversed(self.up), reversed(self.right)):
-            x = block(F.interpolate(up(x), scale_factor=2) + seen.pop())
-        return F.pixel_shuffle(self.outward(F.silu(x)), 2)                    # (B, outputs, S, S)
-
-
-class LearnedCodec(MotionCodec):
-    """The motion codec with a network in the place of its warp; train `loss`, then `fit`."""
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.net = UNet(8, 6, CODEC_WIDTHS)
-
-    def carry(self, portrait: Tensor, pose: Tensor) -> Tensor:
-        """Predict frames (B, 3, S, S) from portraits (B, 3, S, S) and poses (B, 6) alone."""
-        grid = pixel_grid(portrait.shape[-1], portrait.device)[None]
-        path = displacement(pose, grid)
-        moved = look_up(portrait, grid + path)
-        seen = torch.cat([2 * portrait - 1, 3 * (moved - portrait), 10 * path.movedim(-1, 1)], 1)    # of unit scale
-        still = 1 - torch.exp(-pose.square().sum(-1) / 0.01 ** 2)             # 0 at rest, 1 from half a pixel on
-        flow, shade, light = (self.net(seen) * still[:, None, None, None]).split([2, 1, 3], 1)
-        path = path + 0.03 * flow.movedim(1, -1)
-        moved = look_up(portrait, grid + path)
-        return moved + shade * (portrait - moved) + 0.1 * light
-
-    def loss(self, portrait: Tensor, frame: Tensor) -> Tensor:
-        """Mean absolute error of carried portraits (B, 3, S, S) and of their gradients. (No mouth opens by a pose: the
-        absolute error lets the network ignore mouths, which are the components' task, under the linear focus.)"""
-        pose = estimate_pose(torch.stack([portrait, frame], 1))[:, 1]
-        error = self.carry(portrait, pose) - frame
-        return error.abs().mean() + 0.5 * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
-
-    @torch.no_grad()
-    def analyse(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        pose = estimate_pose(frames)
-        left = torch.stack([clip - self.carry(clip[:1].expand_as(clip), p) for clip, p in zip(frames, pose)])
-        return pose, unwarp(left.flatten(0, 1), pose.flatten(0, 1)).view_as(frames)
-
-    def compose(self, portrait: Tensor, residual: Tensor, pose: Tensor) -> Tensor:
-        carried = [self.carry(*part) for part in zip(portrait.split(CARRIED), pose.split(CARRIED))]
-        return torch.cat(carried) + warp(residual, pose)
+def make_codec(config: Config) -> MotionCodec:
+    """Build the codec that a config asks for."""
+    if config.codec == "learned":
+        from extras.learned_codec import LearnedCodec          # the one place of this file that needs an extra
+        return LearnedCodec(config)
+    return MotionCodec(config)
 
 
 # ---------------------------------------------------------------- the transformer
@@ -499,7 +419,7 @@ class Generator(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        self.codec = (MotionCodec if c.codec == "linear" else LearnedCodec)(c).requires_grad_(False)
+        self.codec = make_codec(c).requires_grad_(False)
         self.portrait_in = nn.Linear(3 * PATCH ** 2, c.width)
         self.portrait_place = nn.Parameter(0.02 * torch.randn(c.video_tokens, c.width))
         self.audio_in = nn.Sequential(nn.Linear(c.mel_channels, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
@@ -646,44 +566,6 @@ class Generator(nn.Module):
                 x = step(x, velocity, sigma, next_sigma, chunk)
             past = [twice(self.video_in(x))]
             yield x, self.codec.decode(portrait, x[:, None])
-
-
-# ---------------------------------------------------------------- a trunk that was a language model
-#
-# A Block is a layer of Qwen3: the same norms, the same halves in the rotation, 1 + gate = 1 at the start. Rotary
-# frequencies are Qwen3's too, only dealt out over time, row and column: where all three are the token's index, the
-# trunk under a causal mask is the language model, to the bit of the arithmetic (tests/test_trunk.py).
-
-QWEN3_SHAPE = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-               "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_width": "intermediate_size",
-               "norm_eps": "rms_norm_eps"}                                    # Config's fields: Qwen3Config's
-QWEN3_LAYER = {"attention_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
-               "v": "self_attn.v_proj", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
-               "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj",
-               "up": "mlp.up_proj", "down": "mlp.down_proj"}                  # a Block's parts: a Qwen3 layer's
-
-
-def trunk_shape(name: str) -> dict:
-    """Read the fields of Config that a Qwen3 model fixes, from a folder or the hub. Raises: MediaError if it cannot."""
-    c = pretrained_config(name, ["qwen3"], "a language model")
-    if c.attention_bias or c.hidden_act != "silu" or c.rope_parameters["rope_type"] != "default":
-        raise MediaError(name, f"has attention_bias {c.attention_bias}, hidden_act {c.hidden_act} and rope_type "
-                               f"{c.rope_parameters['rope_type']}; the trunk has no bias, silu and the default rope")
-    return {ours: getattr(c, theirs) for ours, theirs in QWEN3_SHAPE.items()} | {
-        "rope_base": float(c.rope_parameters["rope_theta"])}
-
-
-@torch.no_grad()
-def load_trunk(model: Generator, name: str) -> None:
-    """Give a generator of its shape the layers and the last norm of a Qwen3 model. Raises: ValueError for another."""
-    wrong = {k: v for k, v in trunk_shape(name).items() if getattr(model.config, k) != v}
-    if wrong:
-        raise ValueError(f"{name} has {wrong}, which the generator has not")
-    weights = pretrained(name, ["qwen3"], "a language model").state_dict()
-    model.norm.weight.copy_(weights["norm.weight"])
-    for i, block in enumerate(model.blocks):
-        for ours, theirs in QWEN3_LAYER.items():
-            block.get_submodule(ours).weight.copy_(weights[f"layers.{i}.{theirs}.weight"])
 
 
 # ---------------------------------------------------------------- saving, loading, presets

@@ -1,31 +1,33 @@
-"""Teach portraits to speak: pretrain, post-train by reinforcement, report.
+"""Teach portraits to speak: pretrain on what is found, fine-tune on what the judge picks, reinforce with what it says.
 
-    python train.py                                    synthetic talkers, two CPU cores, minutes
+    python train.py                                    drawn talkers as found, two CPU cores, minutes
     python train.py --data my_clips --size 64          your own video clips
     python train.py --resume runs/tiny                 go on where a run was stopped
-    python train.py --updates 0                        pretraining alone
-    python train.py --control                          ask whether more pretraining would have done as well
-    python train.py --pretrained runs/tiny --out runs/other    post-train a finished run, again and again
-    python train.py --codec learned                    first train a codec that knows what moves with a head
+    python train.py --curate 0 --updates 0             pretraining alone
+    python train.py --control                          and what each stage's time would have bought otherwise
+    python train.py --pretrained runs/tiny --out runs/other    curate and post-train a finished run anew
     torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
 
-Pretraining by flow matching: a clip's latent chunks are noised, each to a noise level of its own,
+1. Pretraining by flow matching on all clips. A clip's chunks are noised, each to a noise level of its own,
 
-    x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ U(0.02, 1) per chunk
+       x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ U(0.02, 1) per chunk
 
-and the generator, which sees the portrait, the sound and the clean past of each chunk, learns the velocity
+   and the generator, which sees the portrait, the sound and the clean past of each chunk, learns the velocity
 
-    loss = w(sigma) * |predicted velocity - (noise - clean)|^2,      w = min(sigma / 0.2, 1)^2.
+       loss = w(sigma) * |predicted velocity - (noise - clean)|^2,      w = min(sigma / 0.2, 1)^2.
 
-The weight tames the division by sigma near the clean end, where the network predicts the clean latent.
+   The weight tames the division by sigma near the clean end, where the network predicts the clean latent.
+   What is taught is what was found: lips late, mouths mumbling, cameras trembling. More of it teaches that better.
+2. Curation: the judge rates every clip once, and the same loss goes on, on the share of clips with the highest ratings.
+   A network fine-tuned on these can only become as good as they are.
+3. Post-training by GRPO (grpo.py explains it): groups of videos of training prompts are generated, scored by the
+   reward (reward.py), and their draws made likelier or less so. This can go beyond the best data.
 
-Post-training by GRPO (grpo.py explains it): groups of videos of training prompts are generated, judged by the reward
-that `make_reward` builds, and their draws made likelier or less so. The reference is the moving average of
-pretraining; what is kept is the moving average of the policy where it did best on prompts that are watched on the way
-and reported nowhere else, by metrics that no reward contains.
+Every stage looks at watched clips on the way and keeps the moving average of the weights that did best on them; the
+reported clips are others. `--control` spends the CPU time of post-training otherwise: on more pretraining, on more
+curation, and on GRPO without curation.
 
-All randomness of step s, or update u, comes from a generator keyed by (seed, s), so that a resumed run repeats an
-unbroken one.
+All randomness of a step comes from a generator keyed by (seed, step), so that a resumed run repeats an unbroken one.
 """
 
 import argparse
@@ -33,17 +35,18 @@ import atexit
 import copy
 import ctypes
 import fcntl
+import hashlib
 import json
 import math
 import os
 import pickle
-import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -61,33 +64,37 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, encoder_width, first_line, fitting, folder_clips, hear,
+from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, cached, first_line, fitting, folder_clips, hear,
                   one_line, pixels, replacing, sounds, write_speech, write_video, writing)
-from extras.talkers import synthetic_clips
-from model import (PRESETS, SAMPLING_STEPS, Config, Generator, LearnedCodec, load_generator, load_trunk, ode_step,
-                   save_generator, trunk_shape)
-from reward import DEFAULT_SYNC, Reward, Scores, frechet, load_sync, make_reward, reward_flags, table, to_bytes
-from sample import (check_numbers, crop_argument, device_argument, evaluate, generator, imitate, seeded_noise, summary,
-                    with_interval)
+from extras.learned_codec import train_codec
+from extras.pretrained import encoder_width, load_trunk, trunk_shape
+from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED, funnel,
+                           funnel_table, hardware, paired, write_report)
+from extras.talkers import FAULTS, synthetic_clips
+from model import PRESETS, SAMPLING_STEPS, Config, Generator, load_generator, ode_step, save_generator
+from reward import (ASPECTS, DEFAULT_JUDGE, DEFAULT_SYNC, NO_JUDGE, JudgeError, Reward, Scores, load_sync, make_judge, make_reward, rate_whole, reward_flags,
+                    reward_sync, table, to_bytes)
+from sample import (check_numbers, crop_argument, device_argument, evaluate, frechet, generator, imitate, seeded_noise,
+                    summary, sync_metrics)
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
-    "tiny": dict(steps=4500, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4, micro_batch=8,
-                 codec_steps=900, checkpointing=False),
-    "small": dict(steps=40_000, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8, micro_batch=4,
-                  codec_steps=5000, checkpointing=False),
-    "base": dict(steps=200_000, batch=32, clips=4000, ema=0.9999, warmup=1000, prompts=8, micro_batch=1,
-                 codec_steps=20_000, checkpointing=True),
+    "tiny": dict(steps=3000, curate_steps=1000, updates=60, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4,
+                 micro_batch=8, codec_steps=900, checkpointing=False),
+    "small": dict(steps=40_000, curate_steps=5000, updates=80, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8,
+                  micro_batch=4, codec_steps=5000, checkpointing=False),
+    "base": dict(steps=200_000, curate_steps=20_000, updates=80, batch=32, clips=4000, ema=0.9999, warmup=1000,
+                 prompts=8, micro_batch=1, codec_steps=20_000, checkpointing=True),
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
+WATCHED = 100_000                  # the first of the talkers that are watched, beyond any that are reported
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
-POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any pretraining step
+POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any training step
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"       # of Config: these follow from flags of their own
 CODEC_CLIPS = 256                  # enough to fit the codec's components
-CODEC_BATCH, CODEC_LR = 24, 4e-3   # of the learned codec's network: frames per step, rate of AdamW
-CODEC_STREAM = 700_000_000         # where the random numbers of its steps begin, beyond all others
+EXEMPLARS = 64                     # clips that say what is normal: enough for means, few enough to be good
 SIGMA_BINS = 5
-PRETRAINED, POST_TRAINED, CONTROL = "pretrained", "post-trained", "control"          # the arms of the report
+UNRATED_OVER, MOST_UNRATED = 10, 0.1       # updates over which a judge may leave less than this share of videos unrated
 
 
 # ---------------------------------------------------------------- several processes
@@ -118,12 +125,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def mine() -> slice:
+def shard() -> slice:
     """The rows of a batch, or the prompts of an update, that this process works on."""
     return slice(rank(), None, world())
 
 
-def everyone(value) -> list:
+def all_gather(value) -> list:
     """Collect a value (on the CPU) of every process, in their order."""
     values = [value] * world()
     if world() > 1:
@@ -131,7 +138,7 @@ def everyone(value) -> list:
     return values
 
 
-def in_step(model: Generator, unused: bool = False) -> torch.nn.Module:
+def ddp(model: Generator, unused: bool = False) -> torch.nn.Module:
     """Give all processes the first one's weights and make them average their gradients from now on.
 
     Args: unused: whether some weights may have no gradient, as `no_audio` where every clip is heard.
@@ -142,13 +149,26 @@ def in_step(model: Generator, unused: bool = False) -> torch.nn.Module:
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """Let the first process go through a block before the others: what it leaves in a cache they find there."""
     if rank():
         dist.barrier()
     yield
     if world() > 1 and not rank():
         dist.barrier()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise a MediaError that ends this block in one process in all of them, so that the first can save."""
+    failed = None
+    try:
+        yield
+    except MediaError as error:
+        failed = error
+    for error in all_gather(failed):
+        if error:
+            raise error
 
 
 # ---------------------------------------------------------------- data
@@ -164,65 +184,35 @@ class Latents:
     def __len__(self) -> int:
         return len(self.clean)
 
+    def __getitem__(self, rows) -> "Latents":
+        return Latents(self.portrait[rows], self.mel[rows], self.clean[rows])
+
 
 def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[Clip]]:
-    """Return the clips to train on, to report on, and to watch while post-training, each `args.frames` long or longer.
+    """Return the clips to train on, to report on, and to watch on the way, each `args.frames` long or longer.
 
-    Training sees neither of the latter; the watched choose the checkpoint, so the reported may not be among them.
+    Training sees neither of the latter; the watched choose the checkpoints, so the reported may not be among them.
     """
-    watch = args.watch_clips if args.updates else 0
+    watch = args.watch_clips if args.updates or args.curate else 0
     if args.data:
         train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop, frames=args.frames)
     else:
         size, seed = args.config.size, HELD_OUT_SEED + args.seed
-        train = synthetic_clips(args.clips, size, args.seconds, args.seed)
+        train = synthetic_clips(args.clips, size, args.seconds, args.seed, world=args.world)
         held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
         if watch:
-            held_out += synthetic_clips(watch, size, args.seconds, seed, first=args.validate_clips)
+            held_out += synthetic_clips(watch, size, args.seconds, seed, first=WATCHED)
     if not (train and held_out):
         raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(train)} to train on, "
                                     f"{len(held_out)} held out); add files or lower --seconds")
     if args.updates and len(train) < args.prompts:
         raise MediaError(args.data or "--clips", f"has {len(train)} clips for {args.prompts} --prompts; lower these")
-    watch = min(watch, len(held_out) // 2)
-    if args.updates and not watch:
-        raise MediaError(args.data, "has one held-out clip, and post-training wants one more to watch; add files")
+    wanted, watch = watch, min(watch, len(held_out) // 2)
+    if wanted and not watch:
+        raise MediaError(args.data, "has one held-out clip, and the stages after pretraining want one more to watch; "
+                                    "add files, or give --curate 0 --updates 0")
     reported = held_out[: len(held_out) - watch]
     return train, reported[: args.validate_clips], held_out[len(reported):]
-
-
-def codec_loss(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace, step: int) -> Tensor:
-    """Draw the frames of a step of the codec's stage, each of a clip of its own, and carry the portraits there."""
-    rng = generator(args.seed, CODEC_STREAM + step)
-    rows = torch.randint(len(clips), (CODEC_BATCH,), generator=rng).tolist()
-    times = torch.randint(1, args.frames, (CODEC_BATCH,), generator=rng).tolist()
-    pairs = torch.stack([clips[row].frames[[0, time]] for row, time in zip(rows, times)]).to(args.device) / 255
-    return codec.loss(*pairs.unbind(1))
-
-
-def train_codec(codec: LearnedCodec, clips: list[Clip], args: argparse.Namespace, log: "Log | None" = None) -> None:
-    """Train the network of a learned codec: warm up, hold, decay to zero over the last two thirds."""
-    optimizer = torch.optim.AdamW(codec.requires_grad_(True).net.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    bar, losses, start = tqdm(range(args.codec_steps), "codec", unit="step"), [], time.process_time()
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = CODEC_LR * min((step + 1) / 30, 1.5 * (1 - step / args.codec_steps), 1)
-        optimizer.zero_grad()
-        loss = codec_loss(codec, clips, args, step)
-        loss.backward()
-        clip_grad_norm_(codec.net.parameters(), args.grad_clip)
-        optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise MediaError(args.out, f"the codec's loss is {losses[-1]} at its step {step + 1}; look at the clips, "
-                                       "or use --codec linear")
-        if log:                                               # kernels/bench.py has none
-            log(stage="codec", codec_step=step + 1, loss=losses[-1])
-        bar.set_postfix(loss=f"{losses[-1]:.4f}")
-    optimizer.zero_grad()                                     # or they would count in the norm of the trunk's gradients
-    codec.requires_grad_(False)
-    few = max(1, min(50, len(losses) // 4))
-    print(f"codec: {len(losses)} steps, loss of the first and last {few}: {np.mean(losses[:few]):.4f}, "
-          f"{np.mean(losses[-few:]):.4f}; {time.process_time() - start:.0f} s of CPU time")
 
 
 def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace, log: "Log | None" = None) -> None:
@@ -231,8 +221,12 @@ def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace, log
         raise MediaError(args.data or "--clips", f"{len(clips)} clips are too few to fit the codec; add some")
     if args.config.codec == "learned":
         train_codec(model.codec, clips, args, log)
-    spread = np.linspace(0, len(clips) - 1, min(len(clips), CODEC_CLIPS)).astype(int)
-    model.codec.fit(pixels([clips[i] for i in spread], args.frames).to(args.device))
+    model.codec.fit(pixels(spread(clips, CODEC_CLIPS), args.frames).to(args.device))
+
+
+def spread(clips: list[Clip], most: int) -> list[Clip]:
+    """Choose clips that are spread over a set."""
+    return [clips[i] for i in np.linspace(0, len(clips) - 1, min(len(clips), most)).astype(int)]
 
 
 def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Latents:
@@ -245,36 +239,119 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
     return Latents(portrait, mel, torch.cat(latents))
 
 
-# ---------------------------------------------------------------- one step
+# ---------------------------------------------------------------- what the judge picks
 
-def flow_matching_loss(model: Generator, data: Latents, args: argparse.Namespace, step: int) -> tuple[Tensor, Tensor]:
-    """Draw the batch of a step.
+@dataclass
+class Picks:
+    """Which of the training clips are good."""
 
-    Returns: the loss on the rows that are mine, and the loss on all per chunk's noise level, (bins,), nan where empty.
+    curated: Tensor                # (n,) rows to fine-tune on; empty where nothing can rank the clips
+    lively: list[Clip]             # exemplars of how much should move,
+    smooth: list[Clip]             # and of how
+    cpu_seconds: float = 0.0       # that the rating took
+
+
+def rate_clips(judge, clips: list[Clip], args: argparse.Namespace) -> tuple[Tensor, float]:
+    """Ask for ratings of all training clips, (N, 3), once: they are kept on disk. NaN where the judge gives none.
+
+    Returns: ratings, and the CPU time that they took.
+    """
+    def rate(to: Path) -> None:
+        start, scores = time.process_time(), []
+        for i in tqdm(range(0, len(clips), args.judge_batch), "rating", leave=False):
+            part = clips[i:i + args.judge_batch]
+            scores.append(rate_whole(judge, pixels(part, args.frames), sounds(part, args.frames),
+                                     [clip.name for clip in part])[0])
+        np.save(to / "ratings.npy", torch.cat(scores).numpy())
+        (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
+
+    sign = hashlib.sha256()
+    for clip in clips:
+        sign.update(clip.frames[:: max(1, len(clip.frames) // 4)].numpy().tobytes() + clip.audio.numpy().tobytes())
+    recipe = {"clips": sign.hexdigest(), "frames": args.frames, "judge": judge.fingerprint}
+    kept = cached(None, recipe, rate)
+    return torch.from_numpy(np.load(kept / "ratings.npy")), float((kept / "cpu_seconds").read_text())
+
+
+def pick_clips(judge, clips: list[Clip], args: argparse.Namespace, log: "Log") -> Picks:
+    """Rank the training clips by the judge, or else by a sync network taught on such clips, and choose the best.
+
+    Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with the highest
+    sum tremble as all clips do. With neither a judge nor a network that knows the clips, nothing is picked.
+    """
+    count, most = round(args.curate * len(clips)), min(EXEMPLARS, len(clips))
+    knows = judge is not None and not (args.data and args.judge_url is None and args.judge == str(DEFAULT_JUDGE))
+    sync, ratings, start = reward_sync(args), None, time.process_time()
+    if knows:
+        ratings, spent = rate_clips(judge, clips, args)
+        score = ratings.sum(1)
+    elif sync is not None:
+        score = torch.cat([sync_metrics(sync, pixels([c], args.frames), sounds([c], args.frames))["sync_confidence"]
+                           for c in tqdm(clips, "rating", leave=False)])
+        spent = time.process_time() - start
+    else:
+        if args.curate:
+            print("no curation: neither a judge nor a --reward-sync network knows these clips")
+        return Picks(torch.empty(0, dtype=torch.long), spread(clips, most), spread(clips, most))
+
+    def best(values: Tensor, n: int) -> Tensor:
+        return values.nan_to_num(-math.inf).argsort(descending=True, stable=True)[:n]
+
+    curated = best(score, count)
+    lively, smooth = (best(score if ratings is None else ratings[:, ASPECTS.index(aspect)], most)
+                      for aspect in ("expressiveness", "motion"))
+    if ratings is not None and clips[0].truth and "fault_offset" in clips[0].truth:
+        strengths = {name: torch.stack([clip.truth[f"fault_{name}"] for clip in clips]) for name in FAULTS}
+        log(funnel=(rows := funnel(strengths, ratings, curated)))
+        print(f"{len(clips)} clips as found, and the {len(curated)} that the judge picks:\n{funnel_table(rows)}")
+    lively, smooth = ([clips[i] for i in rows] for rows in (lively, smooth))
+    return Picks(curated, lively, smooth, spent)
+
+
+# ---------------------------------------------------------------- flow matching
+
+def flow_matching_loss(model: Generator, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Noise the clean chunks, predict the velocity, compare.
+
+    Args: batch, as `draw_batch` gives it. Returns: the weighted error and sigma, both (B, 1, K).
+    """
+    portrait, mel, clean, context, noise, sigma, heard = batch
+    level = sigma[..., None, None]
+    noisy = (1 - level) * clean + level * noise                                      # (B, 1, K, N, C)
+    with torch.autocast("cuda", torch.bfloat16, enabled=clean.is_cuda):
+        velocity = model(portrait, mel, context, noisy, sigma, heard)                # (B, 1, K, N, C)
+    error = (velocity - (noise - clean)).square().mean((-1, -2))
+    return error * (sigma / 0.2).clamp_max(1).square(), sigma
+
+
+def draw_batch(data: Latents, args: argparse.Namespace, step: int) -> tuple[Tensor, ...]:
+    """Draw the batch of a step; every process draws all of it and returns its own rows.
+
+    Returns: portrait (B, 3, S, S) in [0, 1], mel (B, K T, mel_channels), clean (B, 1, K, N, C), context (B, K, N, C),
+    noise (B, 1, K, N, C), sigma (B, 1, K), heard (B,).
     """
     device = args.device
     draw = dict(generator=generator(args.seed, step, device), device=device)
     rows = torch.randint(len(data), (args.batch,), **draw).cpu()
     clean = data.clean[rows].to(device)                                              # (B, K, N, C)
-    sigma = torch.rand(clean.shape[:2], **draw).clamp_min(0.02)[:, None]             # (B, 1, K)
-    noise = torch.randn(clean.shape, **draw)[:, None]                                # (B, 1, K, N, C)
+    sigma = torch.rand(clean.shape[:2], **draw).clamp_min(0.02)[:, None]
+    noise = torch.randn(clean.shape, **draw)[:, None]
     heard = torch.rand(args.batch, **draw) >= args.audio_dropout
     # Noise on the past, anything from none to as much as there is signal: generation's own past is never perfect,
     # and a trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
     slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, **draw)
     context = clean + slip * torch.randn(clean.shape, **draw)
-    rows, clean, context, noise, sigma, heard = (x[mine()] for x in (rows, clean, context, noise, sigma, heard))
-    clean = clean[:, None]
-    level = sigma[..., None, None]
-    noisy = (1 - level) * clean + level * noise
-    with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-        velocity = model(data.portrait[rows].to(device) / 255, data.mel[rows].to(device), context, noisy, sigma, heard)
-    error = (velocity - (noise - clean)).square().mean((-1, -2))                     # (B, 1, K)
-    error = error * (sigma / 0.2).clamp_max(1).square()
-    sigma, errors = (torch.cat(x).flatten() for x in zip(*everyone((sigma.cpu(), error.detach().cpu()))))
+    rows, clean, context, noise, sigma, heard = (x[shard()] for x in (rows, clean, context, noise, sigma, heard))
+    return (data.portrait[rows].to(device) / 255, data.mel[rows].to(device), clean[:, None], context, noise, sigma,
+            heard)
+
+
+def by_noise_level(error: Tensor, sigma: Tensor) -> list[float | None]:
+    """Average errors of all processes over bins of sigma; None where a bin is empty."""
+    sigma, error = (torch.cat(x).flatten() for x in zip(*all_gather((sigma.cpu(), error.detach().cpu()))))
     bins = (sigma * SIGMA_BINS).long().clamp_max(SIGMA_BINS - 1)
-    per_bin = torch.stack([errors[bins == i].mean() for i in range(SIGMA_BINS)])
-    return error.mean(), per_bin
+    means = [error[bins == i].mean().item() for i in range(SIGMA_BINS)]
+    return [None if math.isnan(mean) else round(mean, 5) for mean in means]
 
 
 def optimizers(model: Generator, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -285,11 +362,6 @@ def optimizers(model: Generator, args: argparse.Namespace) -> list[torch.optim.O
     return [torch.optim.Muon(trunk, lr=args.muon_lr, weight_decay=0.01),
             torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
                               fused=args.device.startswith("cuda"))]
-
-
-def schedule(step: int, args: argparse.Namespace) -> float:
-    """Warm up over the first steps, then decay linearly to zero. Returns a factor on the learning rates."""
-    return min((step + 1) / args.warmup, 1 - step / args.steps, 1.0)
 
 
 def blend(average: dict[str, Tensor], model: Generator, decay: float) -> None:
@@ -303,119 +375,186 @@ def snapshot(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in weights.items()}
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[Path]:
-    """Turn whatever a missing or broken checkpoint raises into a MediaError."""
-    try:
-        yield path
-    except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise MediaError(path, f"cannot be resumed from ({first_line(error)}); "
-                               "start the run anew without --resume") from None
+# ---------------------------------------------------------------- stages
 
+class Stage:
+    """Weights that change step by step: what --resume needs of them, and the best that the looks have seen.
 
-class Pretraining:
-    """Weights, optimizers and moving average of a run: what a step changes, and what a checkpoint holds."""
+    A stage ends after `total` steps or, if it is a control, when it has spent `budget` seconds of CPU time.
+    """
 
-    def __init__(self, model: Generator, args: argparse.Namespace):
-        self.model, self.args, self.step = model, args, 0
+    unit = "step"
+
+    def __init__(self, name: str, model: Generator, args: argparse.Namespace, total: int = 0, budget: float = 0.0):
+        self.name, self.model, self.args, self.total, self.budget = name, model, args, total, budget
         model.checkpointing = args.checkpointing
         self.average = snapshot(model.state_dict())
-        self.optimizers = optimizers(model, args)
-        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
-        self.trained = torch.compile(in_step(model)) if args.compile else in_step(model)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.step, self.looks, self.cpu_seconds = 0, 0, 0.0
+        self.recipe = {}               # what else must agree where the stage goes on from a checkpoint
+        self.best = {"step": 0, "score": -math.inf, "weights": self.average}
 
-    def advance(self, data: Latents, factor: float | None = None) -> dict:
-        """Take one step, at the scheduled rate or at `factor` times the highest. Returns what to log."""
-        factor = schedule(self.step, self.args) if factor is None else factor
+    @property
+    def progress(self) -> float:
+        """How much of the stage is done, 0..1."""
+        return self.step / self.total if self.total else min(self.cpu_seconds / self.budget, 1.0)
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """The weights to go on with: the best that was looked at; without looks the moving average."""
+        return self.best["weights"] if self.looks else self.average
+
+    def advance(self) -> dict:
+        """Take a step and charge its CPU time. Returns: what to log. Raises: MediaError where it cannot be taken."""
+        start = time.process_time()
+        entry = self.take_step()
+        self.cpu_seconds = all_gather(self.cpu_seconds + time.process_time() - start)[0]
+        return entry
+
+    def look(self, watched: list[Clip]) -> dict[str, Tensor]:
+        """Measure the moving average on the watched clips, always from the same noise, and keep it if it is best."""
+        metrics = None if rank() else validate(loaded(self.average, self.args), watched, self.args)[0]
+        metrics = all_gather(metrics)[0]
+        score = held_out_score(metrics)
+        self.looks += 1
+        if score > self.best["score"]:
+            self.best = {"step": self.step, "score": score, "weights": snapshot(self.average)}
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        """Write the weights for sample.py, and the state apart, each renamed into place. Controls are not resumed."""
+        if rank() or self.name not in CHECKPOINTS:
+            return
+        save_generator(self.model, folder, self.kept, training=flags(self.args))
+        with replacing(folder / CHECKPOINTS[self.name]) as path:
+            torch.save({self.unit: self.step, "model": self.model.state_dict(), "average": self.average,
+                        "optimizers": [o.state_dict() for o in self.optimizers], "best": self.best,
+                        "looks": self.looks, "cpu_seconds": self.cpu_seconds, "recipe": self.recipe}, path)
+
+    def continues(self, folder: Path) -> bool:
+        """Take up the stage's own checkpoint, if a folder has one of the same recipe."""
+        path = folder / CHECKPOINTS.get(self.name, "")
+        if not path.is_file() or torch.load(path, map_location="cpu", weights_only=True)["recipe"] != self.recipe:
+            return False
+        self.load(path)
+        return True
+
+    def load(self, path: Path, anew: bool = False) -> None:
+        """Take up what `save` wrote; `anew` begins a stage there: its steps count from 0, and nothing is best yet.
+
+        Raises: MediaError where it is missing or broken.
+        """
+        all_gather(None)                                   # the first process may still be writing it
+        try:
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self.average = state["average"]
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            if anew:
+                self.best = {"step": 0, "score": -math.inf, "weights": self.average}
+            else:
+                self.step, self.best, self.looks = state[self.unit], state["best"], state["looks"]
+                self.cpu_seconds = state["cpu_seconds"]
+        except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise MediaError(path, f"cannot be resumed from ({first_line(error)}); "
+                                   "start the run anew without --resume") from None
+
+
+CHECKPOINTS = {"pretraining": "state.pt", "curation": "curate.pt", "post-training": "post.pt"}
+
+
+class FlowMatching(Stage):
+    """Learning by flow matching, on all clips or on the curated ones.
+
+    Args: first: where its random numbers begin.
+    """
+
+    def __init__(self, name: str, data: Latents, args: argparse.Namespace, total: int = 0, budget: float = 0.0,
+                 first: int = 0):
+        super().__init__(name, Generator(args.config).to(args.device), args, total, budget)
+        self.data, self.first = data, first
+        self.optimizers = optimizers(self.model, args)
+        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
+        self.trained = torch.compile(ddp(self.model)) if args.compile else ddp(self.model)
+
+    def take_step(self) -> dict:
+        factor = min((self.step + 1) / self.args.warmup, 1 - self.progress)          # warm up, then decay to zero
         for optimizer, rate in zip(self.optimizers, self.rates):
             optimizer.param_groups[0]["lr"] = factor * rate
             optimizer.zero_grad()
-        loss, per_bin = flow_matching_loss(self.trained, data, self.args, self.step)
+        error, sigma = flow_matching_loss(self.trained, draw_batch(self.data, self.args, self.first + self.step))
+        loss = error.mean()
         loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
         blend(self.average, self.model, min(self.args.ema, self.step / (self.step + 10)))      # a short memory at first
-        return {"loss": sum(everyone(loss.item())) / world(), "grad_norm": norm.item(), "lr_factor": factor,
-                "loss_by_sigma": [None if math.isnan(x) else round(x, 5) for x in per_bin.tolist()]}
+        loss = sum(all_gather(loss.item())) / world()
+        if not math.isfinite(loss):
+            raise MediaError(self.args.out, f"the loss is {loss} at step {self.step}; lower --lr and --muon-lr")
+        return {"loss": loss, "grad_norm": norm.item(), "lr_factor": factor,
+                "loss_by_sigma": by_noise_level(error, sigma)}
 
-    def save(self, folder: Path) -> None:
-        """Write the averaged weights for sample.py, and the training state apart, each renamed into place."""
-        if rank():
-            return
-        save_generator(self.model, folder, self.average, training=flags(self.args))
-        with replacing(folder / "state.pt") as path:
-            torch.save({"step": self.step, "model": self.model.state_dict(), "average": self.average,
-                        "optimizers": [o.state_dict() for o in self.optimizers]}, path)
-
-    def load(self, folder: Path) -> None:
-        """Take up the state that `save` wrote. Raises: MediaError where it is missing or broken."""
-        with reading(folder / "state.pt") as path:
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
-            self.step, self.average = state["step"], state["average"]
-            self.model.load_state_dict(state["model"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-
-
-# ---------------------------------------------------------------- one update
 
 def settings(args: argparse.Namespace) -> grpo.Settings:
     return grpo.Settings(**{f.name: getattr(args, f.name) for f in fields(grpo.Settings)})
 
 
-class PostTraining:
-    """Policy, optimizer, moving average and the best so far: what an update changes, and what a checkpoint holds."""
+class PostTraining(Stage):
+    """Learning by GRPO. The reference, which the policy starts from and is held to, are the weights to begin with."""
 
-    def __init__(self, reference: Generator, reward: Reward, args: argparse.Namespace):
-        self.reference, self.reward, self.args, self.settings = reference, reward, args, settings(args)
-        self.model = copy.deepcopy(reference)
-        self.model.checkpointing = args.checkpointing
-        self.reference.requires_grad_(False)
-        self.trained = in_step(self.model, unused=True)
-        self.average = snapshot(self.model.state_dict())
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.post_lr, betas=(0.9, 0.95), weight_decay=0)
-        self.update, self.worse, self.cpu_seconds, self.checked = 0, 0, 0.0, False
-        self.best = {"update": 0, "score": -math.inf, "weights": self.average}
+    unit = "update"
 
-    @property
-    def finished(self) -> bool:
-        """True when all updates are done, or the last looks showed nothing better."""
-        return self.update >= self.args.updates or self.worse >= self.args.patience
+    def __init__(self, name: str, reference: Generator, reward: Reward, data: Latents, clips: list[Clip],
+                 args: argparse.Namespace):
+        super().__init__(name, copy.deepcopy(reference), args, args.updates)
+        self.reference, self.reward, self.data, self.clips = reference.requires_grad_(False), reward, data, clips
+        self.settings, self.checked = settings(args), False
+        self.trained = ddp(self.model, unused=True)
+        self.optimizers = [torch.optim.AdamW(self.model.parameters(), args.post_lr, betas=(0.9, 0.95), weight_decay=0)]
+        self.unrated = deque(maxlen=UNRATED_OVER)                  # videos without a rating, of the last updates
 
-    def advance(self, data: Latents, clips: list[Clip]) -> dict:
-        """Make one update: roll out, judge, and take a gradient step on each part of the rollouts.
+    def take_step(self) -> dict:
+        """Roll out, score, compare, and take a gradient step on each part of the rollouts.
 
         The first part is on-policy, its ratios are 1; on the later ones they are not, and the clip is at work.
-        Returns: what to log.
         """
-        args, device, clock = self.args, self.args.device, [time.perf_counter()]
-        rng = generator(args.seed, POST_STREAM + self.update)
-        rows = torch.randperm(len(data), generator=rng)[: args.prompts]
-        steps = grpo.window(self.settings, self.update, rng)
-        rollout = grpo.roll_out(self.model, (data.portrait[rows] / 255).to(device), data.mel[rows].to(device),
-                                self.settings, steps, rng, mine())
-        if not self.checked:                                       # on the first batch of every run
-            grpo.check_rescoring(self.model, rollout, self.settings)
-            self.checked = True
+        clock = [time.perf_counter()]
+        rng = generator(self.args.seed, POST_STREAM + self.step)
+        rows = torch.randperm(len(self.data), generator=rng)[: self.args.prompts]
+        steps = grpo.window(self.settings, self.step, rng)
+        rollout = self.roll_out(rows, steps, rng)
         clock.append(time.perf_counter())
-        scores = self.score(rollout, [clips[i] for i in rows[mine()]])
+
+        scores = self.score(rollout, [self.clips[i] for i in rows[shard()]])
         advantage, components = grpo.advantages(scores, self.reward.weights, self.settings, rollout.latents.shape[1],
-                                                self.reward.floors)
-        advantage = advantage.unflatten(0, (-1, self.settings.group))[mine()].flatten(0, 1)
+                                                self.reward.floors)                  # (B, K) of all processes
+        self.count_unrated(components, len(advantage))
+        advantage = advantage.unflatten(0, (-1, self.settings.group))[shard()].flatten(0, 1).to(self.args.device)
         clock.append(time.perf_counter())
-        self.optimizer.param_groups[0]["lr"] = args.post_lr * min(
-            (self.update + 1) / POST_WARMUP, 1 - self.update / args.updates)
-        size = math.ceil(len(rollout) / self.settings.group / args.parts) * self.settings.group      # whole groups
-        parts = [self.improve(rollout[at:at + size], advantage[at:at + size].to(device))
-                 for at in range(0, len(rollout), size)]
-        self.update += 1
-        blend(self.average, self.model, min(args.post_ema, self.update / (self.update + 10)))
+
+        self.optimizers[0].param_groups[0]["lr"] = self.args.post_lr * min(
+            (self.step + 1) / POST_WARMUP, 1 - self.progress)
+        size = math.ceil(len(rollout) / self.settings.group / self.args.parts) * self.settings.group  # whole groups
+        parts = [self.improve(rollout[at:at + size], advantage[at:at + size]) for at in range(0, len(rollout), size)]
+        self.step += 1
+        blend(self.average, self.model, min(self.args.post_ema, self.step / (self.step + 10)))
         clock.append(time.perf_counter())
         seconds = [round(b - a, 3) for a, b in zip(clock, clock[1:])]
-        return {"reward": scores.total.mean().item(), "components": components, "sigma": steps[0][0], "parts": parts,
-                "seconds_for": dict(zip(("rollout", "reward", "update"), seconds))}
+        return {"reward": scores.total.nanmean().item(), "components": components, "sigma": steps[0][0],
+                "parts": parts, "seconds_for": dict(zip(("rollout", "reward", "update"), seconds))}
+
+    def roll_out(self, rows: Tensor, steps: list[tuple[float, float]], rng: torch.Generator) -> grpo.Rollout:
+        """Generate the groups of these prompts; the first ones of every run check that rescoring repeats them."""
+        portrait = (self.data.portrait[rows] / 255).to(self.args.device)
+        rollout = grpo.roll_out(self.model, portrait, self.data.mel[rows].to(self.args.device), self.settings, steps,
+                                rng, shard())
+        if not self.checked:
+            grpo.check_rescoring(self.model, rollout, self.settings)
+            self.checked = True
+        return rollout
 
     @torch.no_grad()
     def score(self, rollout: grpo.Rollout, prompts: list[Clip]) -> Scores:
@@ -423,74 +562,111 @@ class PostTraining:
         group = self.settings.group
         audio = sounds(prompts, rollout.frames.shape[1]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
-        scores = self.reward(rollout.frames, audio, rollout.portrait, names, per_chunk=self.settings.credit == "chunk")
+        with failing_together():
+            scores = self.reward(rollout.frames, audio, rollout.portrait, names, self.settings.credit == "chunk")
 
         def join(parts):
             return rearrange(list(parts), "w (p g) ... -> (p w g) ...", g=group)
-        parts = everyone([{k: v.cpu() for k, v in x.items()} for x in (
+        parts = all_gather([{k: v.cpu() for k, v in x.items()} for x in (
             {"total": scores.total}, scores.components, scores.per_chunk)])
         total, components, per_chunk = ({k: join(part[k] for part in some) for k in some[0]} for some in zip(*parts))
         return Scores(total["total"], components, per_chunk)
 
+    def count_unrated(self, components: dict, videos: int) -> None:
+        """Raise JudgeError where the judge leaves too many videos unrated; single ones are only left out."""
+        self.unrated.append(components["total"]["unrated"])
+        if sum(self.unrated) >= MOST_UNRATED * UNRATED_OVER * videos:
+            raise JudgeError("the judge", f"left {sum(self.unrated)} videos unrated in {len(self.unrated)} updates of "
+                                          f"{videos} videos; {NO_JUDGE}")
+
     def improve(self, rollout: grpo.Rollout, advantage: Tensor) -> dict:
         """Take a gradient step on some rollouts, a few at a time as memory allows. Returns: what to log."""
         logs, micro = [], self.args.micro_batch
-        self.optimizer.zero_grad()
+        self.optimizers[0].zero_grad()
         for at in range(0, len(rollout), micro):
             few = rollout[at:at + micro]
             loss, log = grpo.grpo_loss(self.trained, self.reference, few, advantage[at:at + micro], self.settings)
             (loss * len(few) / len(rollout)).backward()
             logs.append(({k: v.cpu() for k, v in log.items()}, len(few) / len(rollout) / world()))
         norm = clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
-        self.optimizer.step()
-        logs = [part for parts in everyone(logs) for part in parts]
+        self.optimizers[0].step()
+        logs = [part for parts in all_gather(logs) for part in parts]
         entry = {k: sum(log[k] * share for log, share in logs).tolist() for k in logs[0][0]}
-        return entry | {"ratio_max": torch.stack([log["ratio_max"] for log, _ in logs]).amax(0).tolist(),
-                        "grad_norm": norm.item()}
-
-    def watch(self, clips: list[Clip]) -> dict[str, Tensor]:
-        """Measure the moving average on the watched clips, always from the same noise, and keep it if it is best."""
-        metrics = None if rank() else validate(loaded(self.average, self.args), clips, self.args)[0]
-        metrics = everyone(metrics)[0]
-        score = held_out_score(metrics)
-        self.worse += 1
-        if score > self.best["score"]:
-            self.worse = 0
-            self.best = {"update": self.update, "score": score, "weights": snapshot(self.average)}
-        return metrics
-
-    def save(self, folder: Path) -> None:
-        """Write the best weights for sample.py, and the state apart, each renamed into place."""
-        if rank():
-            return
-        save_generator(self.model, folder, self.best["weights"], training=flags(self.args))
-        with replacing(folder / "post.pt") as path:
-            torch.save({"update": self.update, "model": self.model.state_dict(), "average": self.average,
-                        "optimizer": self.optimizer.state_dict(), "best": self.best, "worse": self.worse,
-                        "cpu_seconds": self.cpu_seconds}, path)
-
-    def load(self, folder: Path) -> None:
-        """Take up the state that `save` wrote. Raises: MediaError where it is broken."""
-        with reading(folder / "post.pt") as path:
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
-            self.update, self.average, self.best = state["update"], state["average"], state["best"]
-            self.worse, self.cpu_seconds = state["worse"], state["cpu_seconds"]
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+        entry |= {"ratio_max": torch.stack([log["ratio_max"] for log, _ in logs]).amax(0).tolist(),
+                  "grad_norm": norm.item()}
+        if not math.isfinite(entry["loss"] + entry["grad_norm"]):
+            raise MediaError(self.args.out, f"the loss is {entry['loss']} at update {self.step + 1}; lower --post-lr")
+        return entry
 
 
-# ---------------------------------------------------------------- reporting
+@contextmanager
+def deferred_signals() -> Iterator[list]:
+    """Let Ctrl-C and SIGTERM wait for the end of a step: the list that is given fills; a second one stops at once."""
+    asked, stops = [], (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in stops}
+    if world() > 1:                                        # torchrun ends all of them, wherever each one is
+        yield asked
+        return
+
+    def note(number, frame):
+        asked.append(number)
+        for each in stops:
+            signal.signal(each, before[each])
+    for number in stops:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number in stops:
+            signal.signal(number, before[number])
+
+
+def carry_out(stage: Stage, watched: list[Clip], log: "Log") -> dict[str, Tensor]:
+    """Take a stage to its end, with looks at the watched clips, log lines and checkpoints on the way.
+
+    Looks are spread evenly, the first one before the first step; without watched clips there are none.
+    Returns: the weights to go on with.
+    """
+    args, saved = stage.args, time.monotonic()
+    bar = tqdm(None, stage.name, initial=stage.step, total=stage.total or None, unit=stage.unit)
+    with deferred_signals() as asked, bar:
+        while True:
+            if watched and stage.looks <= args.looks * stage.progress + 1e-9:
+                metrics = stage.look(watched)
+                log(stage=stage.name, **{stage.unit: stage.step}, watched=means(metrics), best=stage.best["step"])
+                bar.write(f"{stage.name}, {stage.unit} {stage.step}, {len(watched)} watched clips:\n{summary(metrics)}")
+            if stage.progress >= 1:
+                break
+            try:
+                entry = stage.advance()
+            except MediaError:                             # a judge that is away, say: what was reached is kept
+                stage.save(args.out)
+                raise
+            log(stage=stage.name, **{stage.unit: stage.step}, **entry)
+            bar.update()
+            bar.set_postfix(reward=f"{entry['reward']:.3f}") if "reward" in entry else bar.set_postfix(
+                loss=f"{entry['loss']:.3f}")
+            if asked or time.monotonic() - saved > 60 * args.save_minutes:
+                stage.save(args.out)
+                saved = time.monotonic()
+            if asked:
+                bar.close()
+                sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: "
+                         f"{shlex.join(['python', 'train.py', '--resume', str(args.out)])}")
+        stage.save(args.out)
+    if watched:
+        print(f"{stage.name}: kept {stage.unit} {stage.best['step']} of {stage.step}; "
+              f"{stage.cpu_seconds:.0f} s of CPU time")
+    return stage.kept
+
+
+# ---------------------------------------------------------------- measuring
 
 def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
     """A generator with these weights."""
     model = Generator(args.config).to(args.device).eval()
     model.load_state_dict(weights)
     return model
-
-
-def averaged(run: Pretraining) -> Generator:
-    """The generator with the moving average of its weights."""
-    return loaded(run.average, run.args)
 
 
 def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
@@ -530,35 +706,36 @@ def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
 
 
 def held_out_score(metrics: dict[str, Tensor]) -> float:
-    """What chooses the checkpoint, by metrics that no reward contains: the correlation of the mouth with the true one;
-    10% too much or too little motion, of the mouth or of all, costs 0.01 of it, 10% too much of the head half as much.
-    (A head sways as it likes, and how little differs from look to look more than lips do. Nor is it the distance to the
-    true frames: a head that stands still is nearest to one that moves.)"""
+    """What chooses the checkpoint, on watched clips: the correlation of the mouth with the true one, which no reward
+    contains; 10% too much or too little motion, of the mouth or of all, costs 0.01 of it, 10% too much of the head half
+    as much, so that a reward that is being hacked is not kept for its lips. (A head sways as it likes, and how little
+    differs from look to look more than lips do. Nor is it the distance to the true frames: a head that stands still is
+    nearest to one that moves.)"""
     mouth = metrics["lip_sync"] if "lip_sync" in metrics else metrics["mouth_own"]
     off = {name: math.log(max(metrics[name].mean().item(), 1e-6)) for name in ("amplitude", "motion", "head")}
     return mouth.mean().item() - 0.1 * (abs(off["amplitude"]) + abs(off["motion"])) - 0.05 * max(off["head"], 0)
 
 
-def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argparse.Namespace,
-           log: "Log") -> list[Tensor]:
-    """Measure every arm on the same held-out clips from the same noise, and print means and paired differences.
+def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argparse.Namespace,
+            log: "Log") -> dict[str, Tensor]:
+    """Measure every arm's weights on the same held-out clips from the same noise; print means and paired differences.
 
     held_out.json keeps the value of every clip. Returns: the videos of each arm, (B, F, 3, S, S), by the ODE.
     """
-    values, shown = {}, []
+    values, shown = {}, {}
     for sampler in ("ode", args.sampler) if len(arms) > 1 else ("ode",):
         made = {}
-        for name, model in arms.items():
-            made[name], videos = validate(model, clips, args, noisy=sampler != "ode")
+        for name, weights in arms.items():
+            made[name], videos = validate(loaded(weights, args), clips, args, noisy=sampler != "ode")
             if sampler == "ode":
-                shown.append(videos)
+                shown[name] = videos
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
             together = {}
             if args.sync != "none":
                 together["mouth_distance"] = mouth_distance(videos, clips, args)
                 print(f"  all clips together   Frechet distance of mouths {together['mouth_distance']:.3f}")
-            log(step=step, arm=name, sampler=sampler, held_out=means(made[name]), **together)
+            log(arm=name, sampler=sampler, held_out=means(made[name]), **together)
         for title, difference in paired(made).items():
             print(f"{title}, clip by clip, {sampler}:\n{summary(difference)}")
         values[sampler] = {name: {k: v.tolist() for k, v in metrics.items()} for name, metrics in made.items()}
@@ -569,12 +746,6 @@ def report(arms: dict[str, Generator], clips: list[Clip], step: int, args: argpa
 
 def means(metrics: dict[str, Tensor]) -> dict[str, float]:
     return {name: round(values.mean().item(), 5) for name, values in metrics.items()}
-
-
-def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Subtract every other arm's metrics from the post-trained one's, clip by clip. Returns: title -> metrics."""
-    return {f"{POST_TRAINED} minus {name}": {k: v - metrics[k] for k, v in made[POST_TRAINED].items()}
-            for name, metrics in made.items() if POST_TRAINED in made and name != POST_TRAINED}
 
 
 def write_sheet(path: Path, videos: list[Tensor], columns: int = 12) -> None:
@@ -602,18 +773,21 @@ def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: in
 class Log:
     """One line of JSON per event in RUN/log.jsonl; a resumed run drops the steps and updates that it will repeat."""
 
-    def __init__(self, folder: Path, step: int, start: float):
+    def __init__(self, folder: Path, start: float):
         self.path, self.start = folder / "log.jsonl", start
-        self.rewind("step", step)
 
-    def rewind(self, counter: str, to: int) -> None:
+    def rewind(self, stage: Stage) -> None:
+        """Drop what will be logged again: what a stage did after its checkpoint, and lines that were cut short."""
         if rank():
             return
-        old = self.path.read_text().splitlines() if self.path.exists() else []
         kept = []
-        for line in old:
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
             with suppress(ValueError):               # the last line, cut short by a full disk or a power cut
-                kept += [line] * (json.loads(line).get(counter, 0) <= to)
+                entry = json.loads(line)
+                again = entry.get("stage") == stage.name and (
+                    entry[stage.unit] > stage.step or "watched" in entry and entry[stage.unit] == stage.step
+                    and stage.looks <= stage.args.looks * stage.progress + 1e-9)
+                kept += [line] * (not again)
         with replacing(self.path) as path:
             path.write_text("".join(line + "\n" for line in kept))
 
@@ -622,149 +796,6 @@ class Log:
             return
         with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"seconds": round(time.perf_counter() - self.start, 2), **entry}) + "\n")
-
-
-# ---------------------------------------------------------------- the report of a run
-#
-# Made of log.jsonl and held_out.json alone, so that a resumed run reports the whole of itself.
-
-STAGES = {"codec_step": "the codec", "config": "preparation", "loss": "pretraining", "parts": "post-training",
-          "watched": "watching", "control_steps": "control", "held_out": "measuring",
-          "rewarded": "measuring"}                                                       # what a line of the log ends
-
-
-def having(entries: list[dict], key: str) -> list[dict]:
-    """Choose the entries of a log that have this key."""
-    return [e for e in entries if key in e]
-
-
-def hardware(device: str) -> str:
-    """Name the GPU, or the CPU, and the threads of each process."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.exists() else ())
-             if line.startswith("model name")]
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else (names or [platform.machine()])[0]
-    return f"{name}, {torch.get_num_threads()} CPU threads" + f" in each of {world()} processes" * (world() > 1)
-
-
-def draw(path: Path, panels: dict[str, list[tuple]], unit: str, scale: str = "linear") -> None:
-    """Draw title -> curves (x, y, deviation, label), five panels a row; the deviation is shaded, 0 for none."""
-    from matplotlib.figure import Figure             # here: it takes a second, and only the report draws
-    columns, rows = min(len(panels), 5), math.ceil(len(panels) / 5)
-    figure = Figure(figsize=(max(6, 2.8 * columns), max(3, 2.2 * rows)), layout="constrained")
-    for place, (title, curves) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=unit, yscale=scale)
-        for x, y, deviation, label in curves:
-            x, y = np.array(x), np.array(y, float)
-            axes.plot(x, y, ".-" if len(x) < 20 else "-", label=label)
-            if np.any(deviation):
-                axes.fill_between(x, y - deviation, y + deviation, alpha=0.2)
-        if len(curves) > 1:
-            axes.legend(fontsize=7)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-
-
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
-
-
-def facts(entries: list[dict]) -> str:
-    """Tell how a run was made: commands, hardware, seed, and where its time went."""
-    sessions, updates = having(entries, "config"), having(entries, "parts")
-    spent, before = Counter(), {"seconds": 0}
-    for e in entries:                                # seconds count from the start of each session
-        stage = next(name for key, name in STAGES.items() if key in e)
-        goes_on = "config" not in e or "codec_step" in before
-        spent[stage] += e["seconds"] - before["seconds"] * goes_on
-        before = e
-    last, flags = sessions[-1], sessions[-1]["training"]
-    rows = [("hardware", " / ".join(dict.fromkeys(s["hardware"] for s in having(sessions, "hardware")))),
-            ("seed", f"{flags['seed']}"),
-            ("generator", f"{last['parameters'] / 1e6:.2f} M parameters, {last['config']['size']} pixels"),
-            ("minutes", f"{sum(spent.values()) / 60:.1f}"),
-            *((f"minutes of {stage}", f"{seconds / 60:.1f}") for stage, seconds in spent.items())]
-    for stage in updates[0]["seconds_for"] if updates else ():
-        rows.append((f"seconds an update, {stage}", f"{np.mean([e['seconds_for'][stage] for e in updates]):.2f}"))
-    for e in having(entries, "watched")[-1:]:
-        rows.append(("kept", f"update {e['best']} of {e['update']}"))
-    for e in having(entries, "control_steps")[-1:]:
-        rows.append(("control", f"{e['control_steps']} more steps of pretraining in "
-                                f"{e['cpu_seconds']:.0f} CPU-seconds"))
-    commands = "\n".join(s["command"] for s in having(sessions, "command"))
-    return f"```sh\n{commands}\n```\n\n" + grid(("", ""), rows)
-
-
-def pretraining_part(folder: Path, entries: list[dict]) -> str:
-    """Draw the loss by noise level, and what was validated on the way. Returns: Markdown, empty without such steps."""
-    steps, looks = having(entries, "loss_by_sigma"), [e for e in having(entries, "held_out") if "arm" not in e]
-    if not steps:
-        return ""
-    blocks = np.array_split(np.array([[e["step"], *e["loss_by_sigma"]] for e in steps], float), min(len(steps), 100))
-    with np.errstate(invalid="ignore"):              # a level that a short run never drew stays nan
-        x, *bins = np.stack([np.nansum(b, 0) / np.isfinite(b).sum(0) for b in blocks], 1)
-    edges = np.linspace(0, 1, SIGMA_BINS + 1)
-    labels = [f"sigma {a:.1f} to {b:.1f}" for a, b in zip(edges, edges[1:])]
-    draw(folder / "pretraining.png", {"velocity loss": [(x, y, 0, name) for y, name in zip(bins, labels)]}, "step",
-         "log")
-    text = ("\n## Pretraining\n\nThe weighted error of the velocity by noise level; below the picture, its mean over "
-            "the last hundredth.\n\n![loss by noise level](pretraining.png)\n\n"
-            + grid(labels, [[f"{y[-1]:.4f}" for y in bins]]))
-    if looks:
-        draw(folder / "validation.png", metric_panels(looks, "step", "held_out"), "step")
-        text += "\n![held-out metrics on the way](validation.png)\n"
-    return text
-
-
-def metric_panels(looks: list[dict], unit: str, key: str) -> dict[str, list[tuple]]:
-    """One panel for each metric that was looked at, name -> value under `key`, over steps or updates."""
-    return {name: [([e[unit] for e in looks], [e[key][name] for e in looks], 0, name)] for name in looks[0][key]}
-
-
-def post_training_part(folder: Path, entries: list[dict]) -> str:
-    """Draw the reward's components and the watched metrics over updates. Returns: Markdown, empty without updates."""
-    updates, looks = having(entries, "parts"), having(entries, "watched")
-    if not updates:
-        return ""
-    x, panels = [e["update"] for e in updates], {}
-    for name in [name for name, of in updates[0]["components"].items() if "mean" in of]:
-        mean, std = ([e["components"][name][of] for e in updates] for of in ("mean", "group_std"))
-        panels[name] = [(x, mean, np.array(std), name)]
-    draw(folder / "rewards.png", panels | {"reward": [(x, [e["reward"] for e in updates], 0, "")]}, "update")
-    draw(folder / "watched.png", metric_panels(looks, "update", "watched"), "update")
-    return ("\n## Post-training\n\nThe reward of rollouts and its components; shaded, a group's standard deviation.\n\n"
-            "![reward over updates](rewards.png)\n\nHeld-out metrics of the moving average, on the watched "
-            "clips.\n\n![watched metrics over updates](watched.png)\n")
-
-
-def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
-    """Tabulate the held-out metrics of every arm and their paired differences. Returns: Markdown."""
-    text, codec = "", having(entries, "codec")[-1]["codec"]
-    for sampler, made in values.items():
-        made = {arm: {k: torch.tensor(v) for k, v in metrics.items()} for arm, metrics in made.items()}
-        logged = {e["arm"]: e for e in entries if e.get("sampler") == sampler}                   # the last one counts
-        columns, names = made | paired(made), next(iter(made.values()))
-        rows = [[name, f"{codec[name]:.3f}", *(with_interval(c[name]) for c in columns.values())] for name in names]
-        if all("mouth_distance" in e for e in logged.values()):
-            rows.append(["mouth_distance", "", *(f"{logged[arm]['mouth_distance']:.3f}" for arm in made),
-                         *[""] * len(paired(made))])
-        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; "
-                 "mean ± 95% interval, differences clip by clip.\n\n" + grid(("", "codec alone", *columns), rows))
-    return text
-
-
-def write_report(folder: Path) -> None:
-    """Write report.md and the curves that it shows, of what the run has logged and measured."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    values = json.loads((folder / "held_out.json").read_text())
-    text = (f"# {folder.resolve().name}\n\n" + facts(entries) + pretraining_part(folder, entries)
-            + post_training_part(folder, entries) + held_out_part(values, entries)
-            + f"\n## By the reward\n\n```\n{having(entries, 'rewarded')[-1]['rewarded']}\n```\n"
-              f"\n## Pictures\n\nTruth above {', '.join(values['ode'])}; all side by side, with sound, in "
-              "[sample.mp4](sample.mp4).\n\n![truth above generated](sheet.png)\n")
-    with replacing(folder / "report.md") as path:
-        path.write_text(text)
 
 
 # ---------------------------------------------------------------- command line
@@ -784,6 +815,8 @@ def pretraining_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
     g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
     g.add_argument("--clips", type=int, help="how many synthetic talkers to train on (by preset)")
+    g.add_argument("--world", choices=("found", "flawless"), default="found", help="synthetic talkers to train on: as "
+                   "recordings are found, with their faults, or flawless (%(default)s)")
     g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="training steps (by preset)")
@@ -802,19 +835,23 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     """Add the flags of post-training. Returns: the names of those that define it."""
     g, names = p.add_argument_group("post-training"), []
     flag = lambda *name, **settings: names.append(g.add_argument(*name, **settings).dest)
-    flag("--updates", type=int, default=80, help="of post-training; 0 leaves it out (%(default)s)")
+    flag("--curate", type=float, default=0.15, metavar="SHARE", help="of the training clips, the highest rated, to "
+         "fine-tune on before; 0 leaves it out (%(default)s)")
+    flag("--curate-steps", type=int, help="of fine-tuning (by preset)")
+    flag("--exemplars", type=Path, metavar="DIR", help="a folder of clips that say how much and how smoothly things "
+         "should move (the training clips that the judge picks)")
+    flag("--updates", type=int, help="of post-training; 0 leaves it out (by preset)")
     flag("--prompts", type=int, help="portraits and speeches per update (by preset)")
     flag("--parts", type=int, default=2, help="gradient steps per update, each on a part of its rollouts; with one the "
          "clip is never met (%(default)s)")
     flag("--micro-batch", type=int, help="rollouts per backward pass (by preset)")
-    flag("--post-lr", type=float, default=3e-4, help="of AdamW, which falls to zero by the last update (%(default)s)")
+    flag("--post-lr", type=float, default=6e-4, help="of AdamW, which falls to zero by the last update (%(default)s)")
     flag("--post-ema", type=float, default=0.95, help="decay of the moving average of the policy (%(default)s)")
-    flag("--watch-every", type=int, default=20, help="updates between looks at the watched clips (%(default)s)")
+    flag("--looks", type=int, default=4, help="at the watched clips, in each stage after pretraining (%(default)s)")
     flag("--watch-clips", type=int, default=48, help="held-out clips that choose the checkpoint (%(default)s)")
-    flag("--patience", type=int, default=4, help="stop after so many looks without a better checkpoint (%(default)s)")
-    g.add_argument("--control", action="store_true", help="spend its CPU time on more pretraining too, and compare")
-    g.add_argument("--pretrained", type=Path, metavar="RUN", help="post-train a finished run anew, with these flags "
-                   "and its other ones, into --out")
+    g.add_argument("--control", action="store_true", help="spend its CPU time otherwise too, and compare")
+    g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a finished run anew, with these "
+                   "flags and its other ones, into --out")
     g = p.add_argument_group("GRPO", "grpo.Settings; grpo.py explains it")
     for f in fields(grpo.Settings):
         flag("--" + f.name.replace("_", "-"), type=f.type, default=f.default, choices=f.metadata["choices"],
@@ -839,11 +876,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pretraining_flags(p)
     of_post_training = post_training_flags(p)
     g = p.add_argument_group("validation and checkpoints")
-    g.add_argument("--validate-every", type=int, help="steps between validations (only at the end)")
     g.add_argument("--validate-clips", type=int, default=48, help="held-out clips to generate (%(default)s)")
     g.add_argument("--sampling-steps", type=int, default=SAMPLING_STEPS,
                    help="flow steps per chunk when generating (%(default)s)")
-    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (%(default)s)")
+    g.add_argument("--save-minutes", type=float, default=2.0, help="between checkpoints (%(default)s)")
     g.add_argument("--sync", help="folder of a sync network for these clips, from reward.py --train-sync, or none "
                    "(the one for drawn talkers; with --data none)")
     of_reward = reward_flags(p)
@@ -852,7 +888,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     nothing = argparse.Namespace(**dict.fromkeys(vars(args)))                   # instead of the defaults
     given = {name for name, value in vars(p.parse_args(argv, nothing)).items() if value is not None}
     if args.resume:
-        args = resumed(p, args, given, args.resume, {"resume", "device", "micro_batch", "judge_batch"})
+        args = resumed(p, args, given, args.resume, {"resume", "device", "micro_batch", "judge_batch", "judge_timeout",
+                                                      "judge_patience"})
         check_shares(p, args)
         return args
     if args.pretrained:
@@ -907,11 +944,11 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.crop and not args.data:
         p.error("--crop is of the clips of --data; drawn talkers need none")
     check_numbers(p, args, seed=0, steps=1, codec_steps=1, batch=1, clips=1, warmup=1, validate_clips=1,
-                  sampling_steps=1, save_every=1, validate_every=1, lr=0, muon_lr=0, grad_clip=1e-9, audio_dropout=0,
+                  sampling_steps=1, save_minutes=0, lr=0, curate=0, curate_steps=1, muon_lr=0, grad_clip=1e-9, audio_dropout=0,
                   context_noise=0, ema=0, updates=0, prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0,
-                  watch_every=1, watch_clips=1, patience=1,
+                  looks=1, watch_clips=1,
                   **{f.name: 0 for f in fields(grpo.Settings) if f.type in (int, float)})
-    for name in ("ema", "audio_dropout", "post_ema"):
+    for name in ("ema", "audio_dropout", "post_ema", "curate"):
         if getattr(args, name) >= 1:
             p.error(f"--{name.replace('_', '-')} must be below 1, got {getattr(args, name)}")
     if not 1 <= args.seconds <= 3600:
@@ -950,7 +987,8 @@ def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str
     try:
         saved = json.loads((run / "config.json").read_text())
         new = {k: getattr(args, k) for k in free}
-        for name in {"validate_clips", "sampling_steps", "micro_batch", "judge_batch"} - given:
+        for name in {"validate_clips", "sampling_steps", "micro_batch", "judge_batch", "judge_timeout",
+                     "judge_patience"} - given:
             new.pop(name, None)                                   # as many as the run had, unless asked otherwise
         known = {k: v for k, v in vars(args).items() if not hasattr(Config, k)}     # flags that an older run lacks
         old = argparse.Namespace(**known | saved["training"] | new)
@@ -971,163 +1009,109 @@ def flags(args: argparse.Namespace) -> dict:
 
 # ---------------------------------------------------------------- the run
 
-@contextmanager
-def deferred_interrupt() -> Iterator[list]:
-    """Let Ctrl-C wait for the end of a step: the list that is given fills, and a second Ctrl-C stops at once."""
-    asked, before = [], signal.getsignal(signal.SIGINT)
-    if world() > 1:                                        # torchrun ends all of them, wherever each one is
-        yield asked
-        return
-
-    def note(number, frame):
-        asked.append(number)
-        signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def pretrain(run: Pretraining, data: Latents, held_out: list[Clip], log: Log) -> None:
-    """Train to the last step, with validations and checkpoints on the way."""
-    args, smooth = run.args, None
-    bar = tqdm(range(run.step, args.steps), "training", initial=run.step, total=args.steps, unit="step")
-    with deferred_interrupt() as asked:
-        for _ in bar:
-            entry = run.advance(data)
-            if not math.isfinite(entry["loss"]):
-                raise MediaError(args.out, f"the loss is {entry['loss']} at step {run.step}; lower --lr and --muon-lr")
-            smooth = entry["loss"] if smooth is None else 0.98 * smooth + 0.02 * entry["loss"]
-            bar.set_postfix(loss=f"{smooth:.4f}")
-            log(step=run.step, **entry)
-            if args.validate_every and run.step % args.validate_every == 0 and run.step < args.steps and not rank():
-                metrics, _ = validate(averaged(run), held_out, args)
-                log(step=run.step, held_out=means(metrics))
-                bar.write(f"step {run.step}:\n{summary(metrics)}")
-            if run.step % args.save_every == 0 or run.step == args.steps or asked:
-                run.save(args.out)
-            if asked:
-                bar.close()
-                sys.exit(f"stopped at step {run.step}; go on with: python train.py --resume {args.out}")
-
-
-def post_train(post: PostTraining, data: Latents, clips: list[Clip], watched: list[Clip], log: Log) -> None:
-    """Update until the last one, or until looks at the watched clips have shown nothing better for long."""
-    args, start = post.args, time.process_time() - post.cpu_seconds
-
-    def look():
-        metrics = post.watch(watched)
-        log(update=post.update, watched=means(metrics), best=post.best["update"])
-        post.cpu_seconds = time.process_time() - start
-        post.save(args.out)
-        return metrics
-
-    with deferred_interrupt() as asked:
-        if post.update == 0:
-            print(f"{len(watched)} watched clips before post-training:\n{summary(look())}")
-        bar = tqdm(None, "post-training", initial=post.update, total=args.updates, unit="update")
-        while not post.finished:
-            entry = post.advance(data, clips)
-            if not all(math.isfinite(part["loss"] + part["grad_norm"]) for part in entry["parts"]):
-                raise MediaError(args.out, f"the loss is {entry['parts'][-1]['loss']} at update {post.update}; "
-                                           "lower --post-lr")
-            log(update=post.update, **entry)
-            bar.update()
-            bar.set_postfix(reward=f"{entry['reward']:.3f}", kl=f"{entry['parts'][-1]['kl']:.4f}")
-            if post.update % args.watch_every == 0 or post.update == args.updates:
-                bar.write(f"update {post.update}, {len(watched)} watched clips:\n{summary(look())}")
-            if asked:
-                post.cpu_seconds = time.process_time() - start
-                post.save(args.out)
-                bar.close()
-                sys.exit(f"stopped at update {post.update}; go on with: python train.py --resume {args.out}")
-        bar.close()
-    print(f"kept update {post.best['update']} of {post.update}; {post.cpu_seconds:.0f} s of CPU time")
-
-
-def pretrain_longer(args: argparse.Namespace, data: Latents, cpu_seconds: float, log: Log) -> Generator:
-    """The honest alternative to post-training: the same CPU time spent on more pretraining.
-
-    It goes on from the last state, optimizers included, warms up again and decays to zero by the time spent.
-    """
-    folder = args.out / CONTROL
-    if args.resume and (folder / "config.json").exists():
-        return load_generator(folder).to(args.device).eval()
-    run = Pretraining(Generator(args.config).to(args.device), args)
-    run.load(args.out)
-    begin, start, spent = run.step, time.process_time(), 0.0
-    with tqdm(total=round(cpu_seconds), desc="control", unit="CPU-s") as bar:
-        while spent < cpu_seconds:
-            run.advance(data, min((run.step - begin + 1) / args.warmup, 1 - spent / cpu_seconds))
-            spent = everyone(time.process_time() - start)[0]
-            bar.update(min(round(spent), bar.total) - bar.n)
-    log(control_steps=run.step - begin, cpu_seconds=spent)
-    print(f"control: {run.step - begin} more steps of pretraining in {spent:.0f} s of CPU time")
+def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: "Log") -> FlowMatching:
+    """Make a new run with its codec fitted, or take up a stopped or a finished one. Its data are set by the caller."""
+    torch.manual_seed(args.seed)
+    stage = FlowMatching("pretraining", None, args, args.steps)
+    if args.resume:
+        stage.load(args.out / "state.pt")
+        log.rewind(stage)
+        return stage
+    if not rank():                                                  # nothing of an earlier run here may stay
+        for stale in (*CHECKPOINTS.values(), "config.json", "log.jsonl", "codec.png"):
+            (args.out / stale).unlink(missing_ok=True)
+        shutil.rmtree(args.out / "control", ignore_errors=True)
+    if args.pretrained:
+        stage.load(args.pretrained / "state.pt")
+        stage.save(args.out)
+        return stage
+    if args.init_from:
+        load_trunk(stage.model, args.init_from)
     if not rank():
-        save_generator(run.model, folder, run.average, training=flags(args))
-    return averaged(run)
+        fit_codec(stage.model, clips, args, log)
+    stage.model.codec.load_state_dict(all_gather({k: v.cpu() for k, v in stage.model.codec.state_dict().items()})[0])
+    stage.average = snapshot(stage.model.state_dict())
+    if args.config.codec == "learned":                              # minutes of work that --resume shall not repeat
+        stage.save(args.out)
+    return stage
 
 
-def codec_alone(model: Generator, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
-    """Measure the codec by itself: held-out clips, encoded and decoded. Nothing generated can be better."""
-    coded = encode(model, clips, args.frames, args.device)
+def curate(args: argparse.Namespace, data: Latents, picks: Picks, watched: list[Clip], log: "Log") -> FlowMatching:
+    """Fine-tune the pretrained generator on the clips that were picked."""
+    stage = FlowMatching("curation", data[picks.curated], args, args.curate_steps, first=args.steps)
+    stage.recipe = {"picked": picks.curated.tolist(), "steps": args.curate_steps}
+    if not (args.resume and stage.continues(args.out) or args.pretrained and stage.continues(args.pretrained)):
+        stage.load(args.out / "state.pt", anew=True)
+        stage.cpu_seconds = picks.cpu_seconds
+    log.rewind(stage)
+    carry_out(stage, watched, log)
+    return stage
+
+
+def post_train(args: argparse.Namespace, start: dict[str, Tensor], reward: Reward, data: Latents, clips: list[Clip],
+               watched: list[Clip], log: "Log", name: str = "post-training") -> PostTraining:
+    """Reinforce a generator by the reward."""
+    stage = PostTraining(name, loaded(start, args), reward, data, clips, args)
+    if args.resume:
+        stage.continues(args.out)
+    log.rewind(stage)
+    carry_out(stage, watched, log)
+    return stage
+
+
+def control_arms(args: argparse.Namespace, arms: dict[str, dict], spent: float, reward: Reward, data: Latents,
+                 clips: list[Clip], picks: Picks, watched: list[Clip], log: "Log") -> dict[str, dict[str, Tensor]]:
+    """Spend the CPU time of post-training otherwise, from the same starts. Returns: arm -> weights.
+
+    More curation goes on from the curated generator, for as long as its post-training took. GRPO without curation
+    starts from the pretrained one, and more pretraining takes as long as that.
+    """
+    def finished(name: str) -> dict[str, Tensor] | None:
+        folder = args.out / "control" / name.replace(" ", "-")
+        return load_generator(folder).state_dict() if args.resume and (folder / "config.json").exists() else None
+
+    def keep(stage: Stage) -> dict[str, Tensor]:
+        if not rank():
+            save_generator(stage.model, args.out / "control" / stage.name.replace(" ", "-"), stage.kept,
+                           training=flags(args), cpu_seconds=stage.cpu_seconds, steps=stage.step)
+        log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
+        return stage.kept
+
+    def longer(name: str, rows: Tensor | slice, checkpoint: str, first: int, seconds: float) -> dict[str, Tensor]:
+        if (weights := finished(name)) is not None:
+            return weights
+        stage = FlowMatching(name, data[rows], args, budget=seconds, first=first)
+        stage.load(args.out / checkpoint, anew=True)
+        carry_out(stage, watched, log)
+        return keep(stage)
+
+    more = {}
+    if CURATED in arms:
+        more[MORE_CURATION] = longer(MORE_CURATION, picks.curated, "curate.pt", args.steps + args.curate_steps, spent)
+        more[UNCURATED] = finished(UNCURATED)
+        if more[UNCURATED] is None:
+            stage = post_train(args, arms[PRETRAINED], reward, data, clips, watched, log, UNCURATED)
+            more[UNCURATED], spent = keep(stage), stage.cpu_seconds
+    return more | {MORE_PRETRAINING: longer(MORE_PRETRAINING, slice(None), "state.pt", args.steps, spent)}
+
+
+def describe(stage: FlowMatching, held_out: list[Clip], log: "Log", argv: list[str]) -> None:
+    """Say what is about to be trained, and what the codec alone can reach; draw it, if it was learned."""
+    args, model = stage.args, stage.model
+    coded = encode(model, held_out, args.frames, args.device)                        # nothing generated can be better
     videos = [model.codec.decode(p[None].to(args.device) / 255, z[None].to(args.device)).cpu()
               for p, z in zip(coded.portrait, coded.clean)]
-    return held_out_metrics(torch.cat(videos), clips, args)
-
-
-def begin_pretraining(args: argparse.Namespace, clips: list[Clip], start: float) -> tuple[Pretraining, Log]:
-    """Make a new run with its codec fitted, or take up a stopped or a finished one. Returns: the run and its log."""
-    torch.manual_seed(args.seed)
-    model = Generator(args.config)
-    if args.init_from and not (args.resume or args.pretrained):
-        load_trunk(model, args.init_from)
-    run = Pretraining(model.to(args.device), args)
-    if args.resume:
-        run.load(args.resume)
-        return run, Log(args.out, run.step, start)
-    if not rank():                                                  # nothing of an earlier run here may stay
-        for stale in ("state.pt", "config.json", "post.pt", f"{CONTROL}/config.json", "log.jsonl", "codec.png"):
-            (args.out / stale).unlink(missing_ok=True)
-    log = Log(args.out, 0, start)
-    if args.pretrained:
-        run.load(args.pretrained)
-        run.save(args.out)
-    else:
-        if not rank():
-            fit_codec(run.model, clips, args, log)
-        run.model.codec.load_state_dict(everyone({k: v.cpu() for k, v in run.model.codec.state_dict().items()})[0])
-        run.average.update({f"codec.{k}": v.clone() for k, v in run.model.codec.state_dict().items()})
-        if args.config.codec == "learned":                          # minutes of work that --resume shall not repeat
-            run.save(args.out)
-    return run, log
-
-
-def begin_post_training(reference: Generator, reward: Reward, args: argparse.Namespace, log: Log) -> PostTraining:
-    """Start from the reference, or take up where a stopped run was."""
-    post = PostTraining(reference, reward, args)
-    if args.resume and (args.out / "post.pt").exists():
-        post.load(args.out)
-    elif not rank():
-        save_generator(reference, args.out / PRETRAINED, training=flags(args))
-    log.rewind("update", post.update)
-    return post
-
-
-def describe(run: Pretraining, data: Latents, held_out: list[Clip], log: Log, argv: list[str]) -> None:
-    """Say what is about to be trained, and what the codec alone can reach; draw it, if it was learned."""
-    codec, args = codec_alone(run.model, held_out, run.args), run.args
-    parameters = sum(p.numel() for p in run.model.parameters())
-    log(config=asdict(args.config), training=flags(args), parameters=parameters, codec=means(codec),
-        command=shlex.join(["python", "train.py", *argv]), hardware=hardware(args.device))
+    codec = held_out_metrics(torch.cat(videos), held_out, args)
+    parameters = sum(p.numel() for p in model.parameters())
+    log(config=asdict(args.config), seed=args.seed, parameters=parameters, codec=means(codec),
+        command=shlex.join(["python", "train.py", *argv]), hardware=hardware(args.device, world()))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
-          f"{len(data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
+          f"{len(stage.data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
           f"on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
     if args.config.codec == "learned":
         few = held_out[:3]
         true = pixels(few, args.frames)
-        made = run.model.codec.decode(true[:, 0].to(args.device), run.model.codec.encode(true.to(args.device)))
+        made = model.codec.decode(true[:, 0].to(args.device), model.codec.encode(true.to(args.device)))
         write_sheet(args.out / "codec.png", [true, made.cpu()])
 
 
@@ -1141,7 +1125,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder until the block or the process ends, by kill -9 too: the lock is the system's."""
     if rank():
         yield
@@ -1163,14 +1147,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def interruptible(args: argparse.Namespace, start: float) -> Iterator[None]:
-    """End at Ctrl-C with a line that says how to go on: from a checkpoint, if this run has left one."""
-    began = time.time() - (time.perf_counter() - start)
+    """End at Ctrl-C or SIGTERM, or where the judge is away, with a line that says how to go on: from a checkpoint, if
+    this run has left one."""
+    began, go_on = time.time() - (time.perf_counter() - start), ["python", "train.py", "--resume", str(args.out)]
+    if world() == 1:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
+    except JudgeError as error:
+        sys.exit(f"error: {error}; then go on with: {shlex.join(go_on)}")
     except KeyboardInterrupt:
         state = args.out / "state.pt"
         kept = args.resume or state.exists() and state.stat().st_mtime >= began
-        sys.exit(f"stopped; go on with: python train.py --resume {args.out}" if kept else
+        sys.exit(f"stopped; go on with: {shlex.join(go_on)}" if kept else
                  "stopped before the first checkpoint, so nothing was kept; start it again")
 
 
@@ -1180,46 +1169,64 @@ def main(argv: list[str] | None = None) -> None:
     join_processes()
     with redirect_stderr(sys.stdout if rank() else sys.stderr):         # one of them may complain of flags
         args = parse_arguments(argv)
-    with alone(args.out), interruptible(args, start):
-        make(args, start, sys.argv[1:] if argv is None else argv)
+    with lock(args.out), interruptible(args, start):
+        run(args, start, sys.argv[1:] if argv is None else argv)
 
 
-def make(args: argparse.Namespace, start: float, argv: list[str]) -> None:
+def run(args: argparse.Namespace, start: float, argv: list[str]) -> None:
     """Do all that the flags ask for, from data to report."""
-    with first_alone():
+    with rank_zero_first():
         clips, held_out, watched = load_clips(args)
     if args.sync != "none":                                         # all this before the minutes that would be lost
         load_sync(args.sync)
-    reward = make_reward(args, clips, args.config.chunk_frames)
-    run, log = begin_pretraining(args, clips, start)
-    reward.resemble(clips, run.model.codec)
-    data = encode(run.model, clips, args.frames, args.device)
+    reward_sync(args)
+    judge, log = make_judge(args) if args.curate or args.updates else None, Log(args.out, start)
+    pretraining = begin_pretraining(args, clips, log)
+    pretraining.data = data = encode(pretraining.model, clips, args.frames, args.device)
     if not rank():
-        describe(run, data, held_out, log, argv)
+        describe(pretraining, held_out, log, argv)
+    picks = pick_clips(judge, clips, args, log) if args.curate or args.updates else None
+    if args.exemplars:
+        parts = folder_clips(args.exemplars, args.config.size, args.seconds, args.crop)
+        picks.lively = picks.smooth = spread([clip for part in parts for clip in part], EXEMPLARS)
+
     with fitting("pretraining", "lower --batch, or give --checkpointing"):
-        pretrain(run, data, held_out, log)
-    arms = {PRETRAINED: averaged(run)}
+        arms = {PRETRAINED: carry_out(pretraining, [], log)}
+        if picks and len(picks.curated):
+            keep_arm(args, PRETRAINED, arms)
+            arms[CURATED] = curate(args, data, picks, watched, log).kept
+    reward = None
     if args.updates:
-        post = begin_post_training(arms[PRETRAINED], reward, args, log)
+        *_, (last, weights) = arms.items()
+        keep_arm(args, last, arms)
+        reward = make_reward(args, judge, picks.lively, picks.smooth, args.config.chunk_frames,
+                             pretraining.model.codec)
         with fitting("post-training", f"lower --micro-batch, with --resume {args.out}; or --prompts or --group, with "
                                       f"--pretrained {args.out}"):
-            post_train(post, data, clips, watched, log)
-        arms[POST_TRAINED] = loaded(post.best["weights"], args)
-    if args.control:
-        arms[CONTROL] = pretrain_longer(args, data, post.cpu_seconds, log)
-
+            post = post_train(args, weights, reward, data, clips, watched, log)
+            arms[POST_TRAINED] = post.kept
+            if args.control:
+                arms |= control_arms(args, arms, post.cpu_seconds, reward, data, clips, picks, watched, log)
     if rank():
         return
     with fitting("measuring", f"lower --validate-clips, with --pretrained {args.out}"):
-        videos = report(arms, held_out, run.step, args, log)
-    write_pictures(args.out, videos, held_out)
-    by_reward = rewarded(reward, dict(zip(arms, videos)), held_out)
-    log(step=run.step, rewarded=by_reward)
+        videos = measure(arms, held_out, args, log)
+    write_pictures(args.out, list(videos.values()), held_out)
+    if reward:
+        log(rewarded=(said := rewarded(reward, videos, held_out)))
+        print(said)
     write_report(args.out)
-    print(f"{by_reward}\n{(time.perf_counter() - start) / 60:.1f} minutes in all\nto try next:\n  python sample.py "
-          f"--checkpoint {args.out} --image {args.out}/portrait.png --audio {args.out}/speech.wav --out video.mp4\n"
+    tried = shlex.join(["python", "sample.py", "--checkpoint", f"{args.out}", "--image", f"{args.out}/portrait.png",
+                        "--audio", f"{args.out}/speech.wav", "--out", "video.mp4"])
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all\nto try next:\n  {tried}\n"
           f"{args.out}/report.md: metrics and curves; sheet.png (truth above {', '.join(arms)}), "
           "sample.mp4 (truth beside them), log.jsonl")
+
+
+def keep_arm(args: argparse.Namespace, name: str, arms: dict[str, dict[str, Tensor]]) -> None:
+    """Write an arm's weights to a folder of their own, for sample.py: the run's folder holds the last stage's."""
+    if not rank():
+        save_generator(loaded(arms[name], args), args.out / name, training=flags(args))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def training_flops(run, data, args: argparse.Namespace, layout: Layout) -> int:
     allowed pairs; twice that backward; nothing counted for recomputing."""
     import train
     with patch.object(model, "attention", lambda q, *_: q), FlopCounterMode(display=False) as counter, torch.no_grad():
-        train.flow_matching_loss(run.model, data, args, 0)
+        train.flow_matching_loss(run.model, train.draw_batch(data, args, 0))
     c = args.config
     scores = c.layers * attention_flops(args.batch, c.heads, c.head_dim, layout, backward=False)
     return 3 * (counter.get_total_flops() + scores)
@@ -217,14 +217,14 @@ def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", tim
     torch.manual_seed(0)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    run = train.Pretraining(model.Generator(c).to(device), args)
+    run = train.FlowMatching("pretraining", None, args, args.steps)
     train.fit_codec(run.model, clips, args)
-    data = train.encode(run.model, clips, args.frames, device)
+    run.data = data = train.encode(run.model, clips, args.frames, device)
     layout = Layout(args.frames // c.chunk_frames, c.video_tokens, c.chunk_frames, 1, c.window)
     flops = training_flops(run, data, args, layout)
 
     with using(impl):
-        step = seconds_each(lambda: run.advance(data, 1.0), times, device)
+        step = seconds_each(run.advance, times, device)
         made = {"flags": flags, "impl": impl, "tokens_per_second": args.batch * layout.length / step,
                 "mfu": flops / step / ceiling, "step_seconds": step, "memory": peak_memory(device)}
         for batch in (1, 8):
@@ -232,12 +232,12 @@ def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", tim
             noise = torch.randn(batch, c.video_tokens, c.channels, device=device)
             sample = lambda: list(run.model.generate(portrait, mel, lambda chunk: noise))
             made[f"frames_per_second_{batch}"] = batch * args.frames / seconds_each(sample, max(times // 5, 1), device)
-        reward = train.make_reward(args, clips, c.chunk_frames)
-        post = train.PostTraining(run.model.eval(), reward, args)
+        reward = train.make_reward(args, train.make_judge(args), clips, clips, c.chunk_frames)
+        post = train.PostTraining("post-training", run.model.eval(), reward, data, clips, args)
         rollout, synchronize = grpo.roll_out, torch.get_device_module(device).synchronize
         with patch.object(grpo, "roll_out", lambda *a: (rollout(*a), synchronize())[0]):
             post.checked = True                               # a check of every run's first batch, not of every update
-            entries = [post.advance(data, clips) for _ in range(max(times // 5, 1) + 1)]
+            entries = [post.advance() for _ in range(max(times // 5, 1) + 1)]
         made |= {"grpo": entries[-1]["seconds_for"], "memory_in_all": peak_memory(device)}
     return made
 

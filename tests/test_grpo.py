@@ -209,9 +209,36 @@ def test_residue_of_rounding_is_not_blown_up_and_the_advantage_is_clamped():
     assert value.abs().max() < 0.1                                   # a tiny violation, in its own unit
 
 
-def test_a_reward_that_is_not_a_number_is_named():
-    with pytest.raises(ValueError, match="reward sync is .*nan"):
-        advantages(scores(sync=[1.0, math.nan]), {"sync": 1.0}, Settings(group=2), 1)
+@pytest.mark.parametrize("credit", ["video", "chunk"])
+@pytest.mark.parametrize("normalise", ["group", "max-group"])
+def test_an_unrated_video_is_left_out_of_its_group(credit, normalise):
+    """Three groups of four, one video unrated in each: its advantage is 0, the others have those of groups of three
+    that never held it. The relative floor counts too: what was dropped has the largest reward."""
+    settings, odd = Settings(group=4, credit=credit, normalise=normalise, std_floor=0.2), [1, 6, 8]
+    made = scores(sync=torch.randn(12, generator=rng()).tolist(), seam=torch.randn(12, generator=rng(1)).tolist())
+    made.per_chunk = {"seam": torch.randn(12, 3, generator=rng(2))}
+    made.components["seam"][odd], made.components["sync"][odd] = 9.0, math.nan
+    value, report = advantages(made, {"sync": 1.0, "seam": 0.5}, settings, 3)
+    others = [i for i in range(12) if i not in odd]
+    alone = SimpleNamespace(components={k: v[others] for k, v in made.components.items()},
+                            per_chunk={"seam": made.per_chunk["seam"][others]})
+    want, without = advantages(alone, {"sync": 1.0, "seam": 0.5}, replace(settings, group=3), 3)
+    assert torch.allclose(value[others], want, atol=1e-6) and torch.equal(value[odd], torch.zeros(3, 3))
+    assert report.pop("total")["unrated"] == 3 and without.pop("total")["unrated"] == 0
+    assert all(report[name] == pytest.approx(without[name]) for name in without)
+
+
+def test_a_group_with_fewer_than_two_rated_videos_has_no_advantage():
+    nan = math.nan
+    value, report = advantages(scores(sync=[1., nan, nan, nan, nan, nan, 1., 2, nan]), {"sync": 1.0},
+                               Settings(group=3), 2)
+    assert torch.allclose(value[:, 0], torch.tensor([0., 0, 0, 0, 0, 0, -1, 1, 0]))
+    assert report["total"] == {"flat": pytest.approx(2 / 3), "unrated": 6}
+
+
+def test_an_infinite_reward_is_named():
+    with pytest.raises(ValueError, match="reward sync is .*inf"):
+        advantages(scores(sync=[1.0, math.inf]), {"sync": 1.0}, Settings(group=2), 1)
     with pytest.raises(ValueError, match="nothing to learn"):
         advantages(scores(sync=[1.0, 2.0]), {"sync": 0.0}, Settings(group=2), 1)
 

@@ -1,6 +1,5 @@
 """What reward.py promises of its judges and of the composite reward."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -10,17 +9,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import reward
-from data import FPS, Clip, MediaError, write_video
+from data import FPS, Clip, MediaError
+from extras.lessons import FAULTS, blur, spoil
+from extras.school import CHAT, SPECIAL, TINY_RUBRIC, save_judge, tiny_judge
 from extras.talkers import render_talker
 from model import warp
-from reward import (ASPECTS, CHAT, COMPONENTS, DEFAULT_JUDGE, FAULTS, RUBRIC, SPECIAL, TINY_RUBRIC, Hints, Judge,
-                    Material, PretrainedLikeness, Ratings, RealClips, Reward, Weights, act, among_rivals, apart,
-                    battery, correlation, exam, good_material, heard_loss, lessons, likeness, mouths, prompt,
-                    rating_loss, save_judge, seen_loss, spans, spoil, straying, teach, temporal, tiny_judge)
-
-# transformers 5.17 counts tokens with np.arange(tensor), which NumPy 2 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning",
-                                        "ignore:Initializing zero-element:UserWarning")
+from reward import (ASPECTS, COMPONENTS, RUBRIC, Judge, PretrainedLikeness, Ratings, RealClips, Reward, Weights,
+                    likeness, prompt, spans, straying, temporal)
+from sample import correlation
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +26,10 @@ def clips() -> list[Clip]:
 
 
 @pytest.fixture(scope="module")
-def good(clips) -> Material:
-    return good_material(clips)
-
-
-@pytest.fixture(scope="module")
 def batch(clips):
     """Four of them, 48 frames: frames in [0, 1], sound, names."""
     return (torch.stack([c.frames[:48] for c in clips[:4]]) / 255, torch.stack([c.audio[:48 * 640] for c in clips[:4]]),
             [c.name for c in clips[:4]])
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Judge:
-    return Judge.load()
 
 
 # ---------------------------------------------------------------- checkpoints of the real architectures
@@ -162,6 +148,9 @@ def test_the_rating_is_the_expectation_over_the_digits(omni, batch, monkeypatch)
     ratings = judge.rate(*batch)
     torch.testing.assert_close(ratings.score, torch.full((4, 3), 3.3 / 0.8))
     torch.testing.assert_close(ratings.mass, torch.full((4, 3), 0.8))
+    logits[1, 2, judge.digits[2]] = logits[1, 2, judge.digits[4]] = -40              # mass 1/3: no rating
+    score = judge.rate(*batch).score
+    assert score.isnan().nonzero().tolist() == [[1, 2]]
 
 
 def test_what_is_no_judge_is_named_in_one_line(tmp_path):
@@ -193,150 +182,6 @@ def test_rubrics_say_what_to_look_at_and_list_the_scale_either_way():
             assert all(words[k] in up and words[k] in down for k in ("look", "ignore", "1", "3", "5"))
             assert up.index(f"1: {words['1']}") < up.index(f"5: {words['5']}")
             assert down.index(f"5: {words['5']}") < down.index(f"1: {words['1']}")
-
-
-# ---------------------------------------------------------------- lessons
-
-def test_mouths_are_apart_by_what_their_correlation_lacks():
-    """sqrt(1 - correlation), whatever their size and rest; of a mouth that hardly stirs, what it still moves counts."""
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 2000, dtype=torch.float64)
-    b = 0.9 * a + 0.3 * b
-    want = (1 - torch.corrcoef(torch.stack([a, b]))[0, 1]).sqrt()
-    assert apart(a, a) == 0 and apart(a, -a) == 1 and abs(apart(0.5 * a + 1, 3 * b) - want) < 1e-12
-    unit = (a - a.mean()) / a.std(correction=0)
-    assert abs(apart(0.15 * unit, unit) - 0.125 ** 0.5) < 1e-12                      # half of STIR: half as much
-
-
-def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth(clips):
-    """Without their truth, drawn talkers are real clips; one talker at a time, as the axis is that of one face. The
-    truth is unknown to the proxy, its sign included: open is where sound is loud."""
-    follow = []
-    for i in range(4):
-        clip = render_talker(i, 31, 64, 256)
-        truth = clip.truth["opening"] * clip.truth["width"]
-        parts = [Clip("part", clip.frames[a:a + 64], clip.audio[a * 640:(a + 64) * 640]) for a in range(0, 256, 64)]
-        proxy = mouths(parts, 64)
-        assert abs(proxy.mean()) < 1e-4 and abs(proxy.std() - 1) < 1e-4
-        follow.append(torch.corrcoef(torch.stack([proxy.flatten(), truth]))[0, 1].item())
-    assert min(follow) > 0.8, follow
-
-
-def test_the_same_seed_gives_the_same_lessons_and_another_gives_others(good):
-    one, two, other = (lessons(good, None, 6, seed) for seed in (3, 3, 4))
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(vars(one).values(), vars(two).values())
-               if torch.is_tensor(a))
-    assert one.frames.shape != other.frames.shape or not torch.equal(one.frames, other.frames)
-
-
-def test_quality_falls_with_what_was_done(good):
-    """Of 200 lessons: sound of its own agrees, a strong fault is a low rating of motion, and all stay within 1..5."""
-    truth = lessons(good, None, 200, 0, 36)
-    assert 1 <= truth.quality.min() and truth.quality.max() <= 5
-    worst = truth.faults.amax(1)
-    assert (truth.quality[:, 2] <= 5 - 4 * worst + 1e-4).all() and (worst > 0).float().mean() > 0.3
-    expected = 5 - 4 * torch.stack([apart(*pair) for pair in zip(truth.shown, truth.called)])
-    torch.testing.assert_close(truth.quality[:, 0], expected)
-    assert (truth.quality[:, 0] > 4.5).float().mean() > 0.1 and (truth.quality[:, 0] < 2).float().mean() > 0.1
-
-
-def test_rivals_share_window_sound_and_fault_and_differ_in_what_was_generated(good):
-    """Six versions of each clip, here the same mouth at six brightnesses: what is left to differ is the version."""
-    frames = good.frames[:3].repeat_interleave(6, 0)
-    frames = frames // torch.arange(1, 7).repeat(3).view(-1, 1, 1, 1, 1).byte()
-    rows = [x[:3].repeat_interleave(6, 0) for x in (good.audio, good.called, good.shown, good.lively, good.fault)]
-    generated = Material(frames, *rows)
-    truth = lessons(good, generated, 16, 5)
-    assert truth.rivals == 4
-    same = lambda x: (x[-4:].nan_to_num() == x[-4:-3].nan_to_num()).all()
-    assert same(truth.audio) and same(truth.called) and same(truth.shown) and same(truth.quality)
-    assert not any(torch.equal(a, b) for i, a in enumerate(truth.frames[-4:]) for b in truth.frames[-4:][:i])
-    assert lessons(good, None, 16, 5).rivals == 0
-
-
-def test_the_loss_of_rivals_asks_for_differences_alone():
-    """Two groups: ratings that are all too high by the same cost no more; one that is .4 off its group costs."""
-    log_p = torch.full((8, 3, 9), -30.0)
-    ratings = torch.tensor([1., 2, 3, 4, 5, 4, 4, 2])
-    log_p[torch.arange(8), 0, 2 + ratings.long()] = 0.0                               # digit d is token 2 + d
-    quality = torch.zeros(8, 3)
-    quality[:, 0] = ratings - torch.tensor([0.7] * 4 + [0.2] * 4)
-    loss = lambda rivals: rating_loss(log_p, range(3, 8), SimpleNamespace(quality=quality, rivals=rivals)).item()
-    assert loss(8) - loss(0) == pytest.approx(0, abs=1e-5)
-    quality[7, 0] -= 0.4                                                              # off by -.1 -.1 -.1 .3
-    expected = (3 * 0.5 + 2.5) / 8                                                    # Huber's, in tenths of a point
-    assert loss(8) - loss(0) == pytest.approx(reward.RIVALRY * expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_is_seen_and_grows_with_its_strength(good, fault):
-    x, mouth = good.frames[0, :48] / 255, good.shown[0, :48]
-    change = [(spoil(fault, u, x, mouth, torch.Generator().manual_seed(0))[0] - x).abs().mean() for u in (0.2, 0.9)]
-    assert 1e-4 < change[0] < change[1]
-
-
-def test_acting_with_gain_one_is_the_clip_and_with_gain_zero_its_first_frame(good):
-    face, pose, frames = good.face[0] / 255, good.pose[0], good.frames[0] / 255
-    assert (act(face, pose, 1.0, 1.0) - frames).abs().mean() < 0.015
-    assert (act(face, pose, 0.0, 0.0) - frames[:1]).abs().mean() < 0.01
-    half = act(face, pose, 0.5, 0.5)
-    assert half.diff(dim=0).abs().mean() < 0.75 * frames.diff(dim=0).abs().mean()
-
-
-def test_rating_loss_is_the_cross_entropy_with_two_digits(good):
-    logits = torch.randn(2, 3, 20, dtype=torch.float64)
-    quality = torch.tensor([[1.0, 3.4, 5.0], [2.5, 4.75, 1.25]])
-    expected = 0
-    for b in range(2):
-        for a in range(3):
-            low = min(int(quality[b, a]), 4)
-            share = quality[b, a].item() - low
-            log_p = logits[b, a] - torch.logsumexp(logits[b, a], 0)
-            expected -= ((1 - share) * log_p[7 + low] + share * log_p[8 + low]) / 6   # digit d is token 7 + d
-    truth = SimpleNamespace(quality=quality, rivals=0)
-    torch.testing.assert_close(rating_loss(logits, range(8, 13), truth), expected)
-
-
-def test_a_few_lessons_lower_the_loss_and_the_judge_survives_the_disk(good, batch, tmp_path):
-    judge, truth = tiny_judge(), lessons(good, None, 8, 0)
-    loss = lambda: rating_loss(judge.logits(truth.frames, truth.audio), judge.digits, truth).item()
-    before = loss()
-    teach(judge, good, None, 10, batch=4)
-    assert loss() < before - 0.3
-    assert not judge.model.model.layers[1]._forward_hooks                            # the hints are gone
-    save_judge(judge, tmp_path / "judge", "a card")
-    again = Judge.load(tmp_path / "judge")
-    assert (again.rubric, again.side, again.window) == (judge.rubric, judge.side, judge.window)
-    logits = [j.logits(truth.frames, truth.audio) for j in (judge, again)]
-    torch.testing.assert_close(*logits, atol=0.02, rtol=0)                           # half precision on disk
-
-
-# ---------------------------------------------------------------- the embedded judge
-
-def test_the_embedded_judge_is_small_and_carries_its_card():
-    size = sum(path.stat().st_size for path in DEFAULT_JUDGE.iterdir())
-    assert size < 8e6 and "reward.py --train-judge" in (DEFAULT_JUDGE / "README.md").read_text()
-
-
-def test_the_embedded_judge_agrees_with_the_quality_of_fresh_clips(embedded, good):
-    result = exam(embedded, good, 64)                                                # as many as its card says
-    for aspect, least in zip(ASPECTS, (0.93, 0.80, 0.70)):
-        (rank, *_), (pairs, *_) = result[aspect]
-        assert rank > least and pairs > 0.80, (aspect, rank, pairs)
-
-
-def test_the_better_clip_wins_on_each_aspect(embedded, good):
-    verdict = battery(embedded, good)
-    shares = {}
-    for line in verdict.splitlines()[1:-3]:
-        shares.setdefault(line.split()[0], []).append(float(line.split("[")[0].split()[-1]))
-    assert set(shares) == set(ASPECTS) and all(sum(s) / len(s) > 0.8 for s in shares.values()), verdict
-
-
-def test_the_embedded_judge_fails_a_judge_that_is_deaf(embedded, good):
-    """The battery must be able to fail: this one hears the same sound with every clip."""
-    deaf = SimpleNamespace(rate=lambda x, audio, names: embedded.rate(x, audio[:1].expand_as(audio), names))
-    assert "lip_sync: do not trust it" in battery(deaf, good)
 
 
 # ---------------------------------------------------------------- regularisers and the composite
@@ -385,7 +230,7 @@ def test_likeness_is_one_for_the_portrait_and_falls_with_blur_noise_and_tint(bat
     portrait = frames[:, 0]
     torch.testing.assert_close(likeness(frames, portrait), torch.ones(4, 1))
     noisy = likeness((frames + 0.1 * torch.randn_like(frames)).clamp(0, 1), portrait)
-    blurred = likeness(reward.blur(frames[:, 0], 2.0)[:, None], portrait)
+    blurred = likeness(blur(frames[:, 0], 2.0)[:, None], portrait)
     tinted = likeness(frames * torch.tensor([1.2, 1.0, 0.8])[:, None, None], portrait)
     other = likeness(frames.roll(1, 0), portrait)
     assert max(noisy.max(), blurred.max(), tinted.max()) < 0.99 and (other < torch.minimum(noisy, blurred)).all()
@@ -429,7 +274,7 @@ def test_each_regulariser_falls_with_the_fault_that_is_its_own(real, batch):
     frames, audio, names = batch
     rng = torch.Generator().manual_seed(0)
     worse = {"seam": torch.stack([spoil("seam", 0.0, x, x, rng)[0] for x in frames]), "activity": frozen(frames),
-             "identity": torch.stack([reward.blur(x, 2.0) for x in frames]),
+             "identity": torch.stack([blur(x, 2.0) for x in frames]),
              "flicker": (frames + 0.05 * torch.randn(4, 48, 1, 1, 1)).clamp(0, 1),
              "jerk": (frames + 0.05 * torch.randn(frames.shape)).clamp(0, 1), "still": (frames + 0.1).clamp(0, 1)}
     step = torch.arange(48).div(4, rounding_mode="floor").view(1, 48, 1, 1, 1)
@@ -467,9 +312,13 @@ class Fixed:
 
     window = 20
 
+    def __init__(self, unrated=None):
+        self.unrated = [] if unrated is None else [unrated]
+
     def rate(self, frames, audio, names):
         self.asked = names
         score = 1 + 4 * frames.mean((1, 2, 3, 4))
+        score[self.unrated] = math.nan
         return Ratings(torch.stack([score, score, score], 1), torch.ones(len(frames), 3))
 
 
@@ -507,44 +356,6 @@ def test_the_course_of_lips_is_the_correlation_of_what_the_judge_sees_and_hears_
         torch.testing.assert_close(scores.components["lip_range"], -(seen.std() / heard.std()).log().abs()[None])
     assert scores.per_chunk["lip_course"].argmin() == 5 and scores.per_chunk["lip_course"].shape == (1, 12)
     torch.testing.assert_close(scores.per_chunk["lip_course"].mean(1), scores.components["lip_course"])
-
-
-def test_readouts_of_the_towers_are_taught_kept_on_disk_and_read_while_rating(good, batch, tmp_path):
-    """By hand: the linear readout of what the towers gave for the same clip."""
-    judge, (frames, audio, _) = tiny_judge(), batch
-    assert judge.readouts is None
-    teach(judge, good, None, 3, batch=4)
-    save_judge(judge, tmp_path / "judge", "a card")
-    again, seen = Judge.load(tmp_path / "judge"), {}
-    again.model.visual.register_forward_hook(lambda m, a, out: seen.update(sight=out.pooler_output))
-    again.logits((frames * 255).round().byte(), audio)
-    courses = again.courses(4, 48)
-    assert courses.shape == (4, 48, 2) and courses.std() > 0
-    weight, bias = (again.readouts[f"sight.{k}"] for k in ("weight", "bias"))
-    by_hand = torch.stack([weight @ pair.flatten() + bias for pair in seen["sight"].view(96, -1)]).view(4, 48)
-    torch.testing.assert_close(courses[..., 0], by_hand, atol=1e-4, rtol=1e-4)
-
-
-def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good, monkeypatch):
-    """Sixty small steps without the language model: both mouths are read better, and the readouts are kept."""
-    monkeypatch.setattr(reward, "TOWER_PAIRS", 8), monkeypatch.setattr(reward, "TOWER_FRAMES", 200)
-    judge, versions = tiny_judge(), [field.repeat_interleave(6, 0) for field in vars(good).values()]
-    text = judge.model.model.layers[0].mlp.up_proj.weight.clone()
-
-    def errors():
-        hints, rng = Hints(judge), torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            return [loss(rng).item() for loss in (lambda rng: seen_loss(judge, hints, good, Material(*versions), rng),
-                                                  lambda rng: heard_loss(judge, hints, good, rng))]
-    before = errors()
-    teach(judge, good, Material(*versions), 0, tower_steps=60)
-    assert all(b < 0.8 * a for a, b in zip(before, errors())), (before, errors())
-    assert torch.equal(text, judge.model.model.layers[0].mlp.up_proj.weight)
-
-
-def test_rivals_are_compared_with_their_mean():
-    error = torch.tensor([[1.0, 5.0], [3.0, 5.0], [0.0, 1.0], [4.0, 3.0]])
-    torch.testing.assert_close(among_rivals(error, 2), torch.tensor([[[-1.0, 0], [1, 0]], [[-2, -1], [2, 1]]]))
 
 
 def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(real, clips):
@@ -585,6 +396,8 @@ def test_what_is_not_a_number_names_the_clip(real, batch):
     broken[2, 5, 0, 3, 3] = math.nan
     with pytest.raises(MediaError, match=f"{names[2]}: its .* is nan"):
         Reward(None, real, REGULARISERS)(broken, audio, frames[:, 0], names)
+    scores = Reward(Fixed(unrated=2), real)(frames, audio, frames[:, 0], names)      # but a rating may be missing
+    assert scores.total.isnan().tolist() == scores.components["motion"].isnan().tolist() == [False, False, True, False]
     with pytest.raises(ValueError, match="640 samples"):
         Reward(None, real, REGULARISERS)(frames, audio[:, :-1], frames[:, 0], names)
     with pytest.raises(ValueError, match="there is no judge"):
@@ -609,55 +422,3 @@ def test_pretrained_features_compare_frames_with_the_portrait(tmp_path, batch):
         assert cosine.shape == (4, 6) and (cosine[:, 0] > 0.9999).all() and (cosine <= 1.0001).all()
     with pytest.raises(MediaError, match="cannot be loaded as a vision model"):
         PretrainedLikeness(str(tmp_path))
-
-
-# ---------------------------------------------------------------- the command line
-
-def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, monkeypatch, clips):
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("extras.talkers.synthetic_clips", lambda *a, **k: clips)
-    write_video(tmp_path / "v.mp4", clips[0].frames, clips[0].audio)
-    reward.main(["--video", str(tmp_path / "v.mp4")])
-    said = capsys.readouterr().out
-    before, _, after = said.partition("held out, no part of the reward:")
-    assert all(name in before for name in (*COMPONENTS, "total")) and "sync_confidence" in after
-
-
-def test_people_s_ratings_give_a_table_and_a_calibration(tmp_path, capsys, clips):
-    """Raters who say what the judge says: perfect apart, and a calibration that train.py can read."""
-    for i, clip in enumerate(clips[:6]):
-        write_video(tmp_path / f"{i}.mp4", clip.frames[:30], clip.audio[:30 * 640])
-    ratings = [f"{i}.mp4,{aspect},{1 + (i + r) % 5}" for i in range(6) for aspect in ASPECTS for r in range(2)]
-    (tmp_path / "ratings.csv").write_text("video,aspect,rating\n" + "\n".join(ratings))
-    reward.main(["--align", str(tmp_path / "ratings.csv"), "--out", str(tmp_path / "c.json")])
-    said = capsys.readouterr().out
-    assert "Spearman" in said and said.count("[") == 9
-
-
-@pytest.mark.parametrize("flags, said", [
-    (["--video", "nothing.mp4"], "nothing.mp4: does not exist"),
-    (["--align", "nothing.csv"], "nothing.csv: cannot be read"),
-    (["--validate-judge", "--judge", "none"], "cannot be validated"),
-    (["--validate-judge", "--judge-url", "http://127.0.0.1:9/v1"], "needs --judge-model"),
-    (["--validate-judge", "--judge", "nothing/at/all"], "cannot be loaded as a judge"),
-])
-def test_what_cannot_be_done_is_one_line(flags, said, clips, monkeypatch, tmp_path):
-    monkeypatch.setattr("extras.talkers.synthetic_clips", lambda *a, **k: clips)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(MediaError, match=said):
-        reward.main(flags)
-
-
-def test_a_silent_clip_is_named(tmp_path):
-    write_video(tmp_path / "mute.mp4", torch.zeros(30, 3, 64, 64, dtype=torch.uint8), torch.zeros(30 * 640))
-    with pytest.raises(MediaError, match="mute.mp4: is silent"):
-        reward.main(["--video", str(tmp_path / "mute.mp4")])
-
-
-@pytest.mark.parametrize("flag", [
-    ["--size", "8"], ["--clips", "0"], ["--weights", "beauty=1"], ["--weights", "seam=-1"], ["--weights", "seam"],
-    ["--judge-order", "random"], ["--steps", "0"]])
-def test_bad_flags_end_with_a_usage_line(flag, capsys):
-    with pytest.raises(SystemExit) as end:
-        reward.main(["--validate-judge", *flag])
-    assert end.value.code == 2 and flag[0] in capsys.readouterr().err

@@ -1,275 +1,23 @@
-"""What reward.py promises of the judge behind an endpoint and of its agreement with people."""
+"""What extras/people.py promises of agreement, studies and votes."""
 
 import base64
 import json
 import math
-import threading
-import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import combinations, product
+import re
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 
 import reward
-from data import MediaError, load_speech
-from reward import (ASPECTS, Ratings, RemoteJudge, align, bootstrap, calibrate, check_ratings, isotonic, kendall,
-                    load_calibration, pairwise_accuracy, prompt, rater_ceiling, read_ratings, save_calibration,
-                    spearman)
-
-# ---------------------------------------------------------------- the judge behind an endpoint
-
-
-def completion(**p: float) -> bytes:
-    """A chat completion whose first token has the probabilities p, with tokens spelt _5 for ' 5'."""
-    top = [{"token": token.replace("_", " "), "logprob": math.log(value), "bytes": None} for token, value in p.items()]
-    token = {"token": top[0]["token"], "logprob": top[0]["logprob"], "top_logprobs": top}
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": token["token"]},
-                                    "logprobs": {"content": [token]}}]}).encode()
-
-
-GOOD = completion(**{"4": 0.5, "3": 0.25, "_4": 0.05, "The": 0.2})                   # (4 * 0.55 + 3 * 0.25) / 0.8
-GOOD_SCORE = 3.6875
-
-
-@contextmanager
-def endpoint(answer):
-    """Serve answer(k, request) -> (status, headers, bytes) to the k-th request. Yields: url, list of requests."""
-    seen, lock = [], threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                seen.append({"path": self.path, "headers": dict(self.headers), "body": body})
-                k = len(seen) - 1
-            status, headers, data = answer(k, body)
-            try:
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-            except OSError:
-                pass                                 # the client gave up, as it should
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No long pauses, no proxy, no key of the user's."""
-    monkeypatch.setattr(reward, "BACKOFF", 0.01)
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def no_media(monkeypatch):
-    """Most tests are about the talk, not about ffmpeg."""
-    monkeypatch.setattr(RemoteJudge, "_media", lambda self, frames, audio: [])
-
-
-def clips(n: int, frames: int = 2) -> tuple:
-    torch.manual_seed(0)
-    return torch.rand(n, frames, 3, 4, 4), torch.zeros(n, frames * 640), [f"clip{i}" for i in range(n)]
-
-
-def failure(answer, n: int = 1, **options) -> tuple[str, int]:
-    """Rate n clips with a server that answers so. Returns: the one line of the error, the number of requests."""
-    with endpoint(answer) as (url, seen):
-        with pytest.raises(MediaError) as caught:
-            RemoteJudge(url, "m", **{"retries": 2, **options}).rate(*clips(n))
-        assert "\n" not in str(caught.value) and url in str(caught.value)
-        return str(caught.value), len(seen)
-
-
-def test_the_score_is_the_expected_rating_over_the_digits_and_mass_is_theirs(no_media):
-    """' 4' and '4' are one digit; 'The' is none."""
-    with endpoint(lambda k, body: (200, {}, GOOD)) as (url, seen):
-        ratings = RemoteJudge(url, "m").rate(*clips(2))
-    torch.testing.assert_close(ratings.score, torch.full((2, 3), GOOD_SCORE))
-    torch.testing.assert_close(ratings.mass, torch.full((2, 3), 0.8))
-    assert len(seen) == 6
-
-
-def test_scores_stand_at_their_clip_and_aspect_and_orders_are_averaged(no_media, monkeypatch):
-    monkeypatch.setattr(RemoteJudge, "_media", lambda self, f, a: [{"type": "text", "text": f"{int(f[0, 0, 0, 0])}"}])
-    asked = {(aspect, order): prompt(aspect, order) for aspect, order in product(ASPECTS, (False, True))}
-
-    def answer(k, body):
-        clip, text = (part["text"] for part in body["messages"][0]["content"])
-        (aspect, order), = (key for key, value in asked.items() if value == text)
-        return 200, {}, completion(**{str(1 + (int(clip) + ASPECTS.index(aspect)) % 4 + order): 0.6 + 0.2 * order})
-
-    frames = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, 2, 3, 4, 4)
-    with endpoint(answer) as (url, seen):
-        ratings = RemoteJudge(url, "m", orders=(False, True)).rate(frames, *clips(5)[1:])
-    torch.testing.assert_close(ratings.score, torch.tensor([[1.5 + (i + j) % 4 for j in range(3)] for i in range(5)]))
-    assert ratings.mass.flatten().tolist() == pytest.approx([0.6] * 15) and len(seen) == 30
-
-
-def video_in(request: dict, folder) -> tuple[int, torch.Tensor]:
-    """Decode what was sent. Returns: the number of frames, the sound (T,)."""
-    url = request["body"]["messages"][0]["content"][0]["video_url"]["url"]
-    head, _, data = url.partition(",")
-    assert head == "data:video/mp4;base64"
-    path = folder / "sent.mp4"
-    path.write_bytes(base64.b64decode(data, validate=True))
-    return imageio_ffmpeg.count_frames_and_secs(str(path))[0], load_speech(path)
-
-
-@pytest.mark.parametrize("interleave", [True, False])
-def test_a_request_holds_the_whole_clip_before_the_prompt_and_asks_for_log_probs(tmp_path, interleave):
-    frames, _, names = clips(1, 30)
-    audio = torch.sin(torch.arange(30 * 640) / 5)[None]
-    with endpoint(lambda k, body: (200, {}, GOOD)) as (url, seen):
-        RemoteJudge(url + "/", "judge", key="secret\n", interleave=interleave).rate(frames, audio, names)
-    body = seen[0]["body"]
-    assert seen[0]["path"] == "/v1/chat/completions" and seen[0]["headers"]["Authorization"] == "Bearer secret"
-    assert {k: body[k] for k in ("model", "max_tokens", "temperature", "logprobs", "top_logprobs")} == {
-        "model": "judge", "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-    count, sound = video_in(seen[0], tmp_path)
-    assert count == 30 and abs(len(sound) - 30 * 640) <= 1024
-    content = [request["body"]["messages"][0]["content"] for request in seen]
-    assert [c[-1] for c in content] == [{"type": "text", "text": prompt(aspect)} for aspect in ASPECTS]
-    assert content[0][:-1] == content[1][:-1] == content[2][:-1]                    # a prefix that all aspects share
-    if interleave:
-        assert [part["type"] for part in content[0]] == ["video_url", "text"]
-        assert body["mm_processor_kwargs"]["use_audio_in_video"] is True
-    else:
-        assert [part["type"] for part in content[0]] == ["video_url", "input_audio", "text"]
-        assert content[0][1]["input_audio"]["format"] == "wav" and "mm_processor_kwargs" not in body
-        assert base64.b64decode(content[0][1]["input_audio"]["data"])[:4] == b"RIFF"
-
-
-def test_no_more_than_at_once_requests_are_under_way_and_as_many_are(no_media):
-    now, most, lock = 0, 0, threading.Lock()
-
-    def answer(k, body):
-        nonlocal now, most
-        with lock:
-            now += 1
-            most = max(most, now)
-        time.sleep(0.03)
-        with lock:
-            now -= 1
-        return 200, {}, GOOD
-
-    with endpoint(answer) as (url, _):
-        RemoteJudge(url, "m", at_once=3).rate(*clips(8))
-    assert most == 3
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_or_broken_server_is_asked_again(no_media, status):
-    with endpoint(lambda k, body: (status, {}, b"busy") if k < 2 else (200, {}, GOOD)) as (url, seen):
-        ratings = RemoteJudge(url, "m", retries=2).rate(*clips(1))
-    assert ratings.score.flatten().tolist() == pytest.approx([GOOD_SCORE] * 3) and len(seen) == 5
-
-
-def test_retry_after_is_honoured(no_media):
-    with endpoint(lambda k, body: (429, {"Retry-After": "1"}, b"") if k == 0 else (200, {}, GOOD)) as (url, _):
-        start = time.monotonic()
-        RemoteJudge(url, "m").rate(*clips(1))
-    assert 1 <= time.monotonic() - start < 3
-
-
-def test_an_absurd_retry_after_is_bounded(no_media, monkeypatch):
-    monkeypatch.setattr(reward, "LONGEST_PAUSE", 0.02)
-    with endpoint(lambda k, body: (429, {"Retry-After": "86400"}, b"") if k == 0 else (200, {}, GOOD)) as (url, _):
-        RemoteJudge(url, "m").rate(*clips(1))
-
-
-def test_retries_end_with_the_clip_the_endpoint_and_the_reason(no_media):
-    said, asked = failure(lambda k, body: (503, {}, b'{"error": {"message": "still\\nloading"}}'))
-    assert asked == 3 and said.startswith("clip0: ") and "failed 3 times" in said and "HTTP 503: still loading" in said
-
-
-def test_a_refusal_is_final_and_carries_the_server_s_words(no_media):
-    said, asked = failure(lambda k, body: (404, {}, b'{"error": {"message": "The model `m` does not exist."}}'))
-    assert asked == 1 and "HTTP 404: The model `m` does not exist." in said
-
-
-def test_a_silent_server_times_out(no_media):
-    start = time.monotonic()
-    said, asked = failure(lambda k, body: (time.sleep(0.6), (200, {}, GOOD))[1], timeout=0.1, retries=1)
-    assert "timed out" in said and asked == 2 and time.monotonic() - start < 2
-
-
-def test_a_lost_connection_and_a_cut_answer_are_errors_not_zeros(no_media):
-    with endpoint(lambda k, body: (200, {}, GOOD)) as (url, _):
-        pass                                         # the server is gone now
-    with pytest.raises(MediaError, match="clip0: .*failed 2 times.*refused"):
-        RemoteJudge(url, "m", retries=1).rate(*clips(1))
-    for status in (200, 503):
-        assert "failed 3 times" in failure(lambda k, body: (status, {"Content-Length": "9999"}, GOOD))[0]
-
-
-@pytest.mark.parametrize("answer", [
-    b"", b"<html>502</html>", b"\xff\xfe", b"null", b"[]", b'{"choices": []}', b'{"choices": [{"logprobs": null}]}',
-    b'{"choices": [{"logprobs": {"content": []}}]}', b'{"choices": [{"message": {"content": "4"}}]}',
-    GOOD.replace(b'"logprob": -1.38', b'"logprob": NaN, "x": -1.38'),
-    GOOD.replace(b'"logprob": -1.38', b'"logprob": 900.0, "x": -1.38'),
-    GOOD.replace(b'"logprob": -1.38', b'"logprob": "a", "x": -1.38'),
-])
-def test_an_answer_that_cannot_be_read_names_the_clip_and_says_what_came(no_media, answer):
-    assert answer != GOOD
-    said, asked = failure(lambda k, body: (200, {}, answer))
-    assert asked == 1 and said.startswith("clip0: ") and "top_logprobs" in said
-    assert " ".join(answer.decode(errors="replace").split())[:30] in said
-
-
-def test_a_model_that_answers_in_prose_is_refused(no_media):
-    with endpoint(lambda k, body: (200, {}, completion(The=0.9, **{"5": 0.1}))) as (url, seen):
-        with pytest.raises(MediaError, match="clip0: the judge does not rate its lip_sync.* probability 0.1,"):
-            RemoteJudge(url, "m").rate(*clips(1))
-    with pytest.raises(MediaError, match="x: .* its motion: the digits 1..5 have probability 0,"):
-        check_ratings(Ratings(torch.ones(1, 3), torch.tensor([[0.5, 0.9, 0.0]])), ["x"])
-    with pytest.raises(MediaError, match="x: .* the rating is nan"):
-        check_ratings(Ratings(torch.full((1, 3), math.nan), torch.ones(1, 3)), ["x"])
-    check_ratings(Ratings(torch.ones(1, 3), torch.full((1, 3), 0.5)), ["x"])
-
-
-def test_after_one_failure_no_other_request_is_started(no_media):
-    """Two at once: the clip under way when another is refused asks nothing more, and the other 18 never begin."""
-    def answer(k, body):
-        time.sleep(0.1 if k else 0.02)
-        return (200, {}, GOOD) if k else (400, {}, b"no")
-
-    with endpoint(answer) as (url, seen):
-        with pytest.raises(MediaError, match="HTTP 400: no"):
-            RemoteJudge(url, "m", at_once=2).rate(*clips(20))
-        time.sleep(0.3)
-        assert len(seen) <= 2
-
-
-def test_waiting_for_a_retry_ends_when_another_clip_has_failed(no_media, monkeypatch):
-    monkeypatch.setattr(reward, "BACKOFF", 30.0)
-    failure(lambda k, body: (time.sleep(0.1 * k), (503 if k == 0 else 400, {}, b"no"))[1], n=2, at_once=2)
-    time.sleep(0.2)
-    assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
-
-
-def test_an_address_without_http_is_refused_and_disagreeing_clips_too():
-    with pytest.raises(MediaError, match="localhost:8000: is not the address"):
-        RemoteJudge("localhost:8000", "m")
-    frames, audio, names = clips(2)
-    with pytest.raises(ValueError, match="clips disagree"):
-        RemoteJudge("http://x", "m").rate(frames, audio[:, :-1], names)
-
+import sample
+from data import MediaError, load_clip, write_video
+from extras import people
+from extras.people import (align, bootstrap, isotonic, pairwise_accuracy, rater_ceiling, read_ratings, save_calibration,
+                           spearman, tally)
+from extras.talkers import render_talker
+from model import Config, Generator, save_generator
+from reward import ASPECTS, calibrate, load_calibration
 
 # ---------------------------------------------------------------- agreement with people
 
@@ -305,61 +53,23 @@ def test_ratings_that_are_not_there_are_reported(tmp_path):
             read_ratings(path)
 
 
-def test_rank_correlations_of_hand_computed_cases():
-    a, b = [1, 2, 2, 4], [1, 3, 2, 4]                # ranks of a: 1 2.5 2.5 4
-    assert spearman(a, b) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert kendall(a, b) == pytest.approx(5 / math.sqrt(5 * 6))
-    assert pairwise_accuracy(a, b) == pytest.approx(5.5 / 6)
-    assert spearman([1, 5, 9], [3, 2, 1]) == kendall([1, 5, 9], [3, 2, 1]) == -1
-
-
-def cases():
-    rng = np.random.default_rng(0)
-    for n, levels in product((2, 3, 7, 20), (2, 4, 1000)):
-        yield rng.integers(0, levels, n), rng.integers(0, levels, n) / 7, rng.integers(0, 3, n)
-
-
-def test_rank_statistics_equal_loops_over_pairs():
-    """tau-b = (alike - apart) / sqrt((pairs - ties in a)(pairs - ties in b)); Spearman: Pearson of counted ranks."""
-    for a, b, group in cases():
-        alike = apart = tied_a = tied_b = pairs = right = inside = 0
-        for i, j in combinations(range(len(a)), 2):
-            product_ = (a[i] - a[j]) * (b[i] - b[j])
-            pairs, alike, apart = pairs + 1, alike + (product_ > 0), apart + (product_ < 0)
-            tied_a, tied_b = tied_a + (a[i] == a[j]), tied_b + (b[i] == b[j])
-            if b[i] != b[j] and group[i] == group[j]:
-                inside += 1
-                right += 1 if product_ > 0 else 0.5 if product_ == 0 else 0
-        below = math.sqrt((pairs - tied_a) * (pairs - tied_b))
-        same = lambda x, y: x == pytest.approx(y, abs=1e-9, nan_ok=True)
-        assert same(kendall(a, torch.tensor(b)), (alike - apart) / below if below else math.nan)
-        assert same(pairwise_accuracy(a, b, group), right / inside if inside else math.nan)
-        total = pairs - tied_b
-        assert same(pairwise_accuracy(torch.tensor(a), b),
-                    (alike + (total - alike - apart) / 2) / total if total else math.nan)
-        counted = [[sum(y < x for y in s) + (sum(y == x for y in s) + 1) / 2 for x in s] for s in (a, b)]
-        assert same(spearman(a, b), np.corrcoef(counted)[0, 1] if below else math.nan)
-
-
-def test_statistics_are_nan_where_they_are_undefined():
-    for f in (spearman, kendall):
-        assert all(math.isnan(f(*pair)) for pair in [([], []), ([1], [2]), ([1, 1], [1, 2]), ([1, math.nan], [1, 2])])
+def test_pairs_that_differ_in_the_truth_are_counted_and_a_tie_is_half_right():
+    """By hand: of the six pairs the judge ties one; only pairs of one group count, or those a point apart."""
+    judge, truth = [1, 2, 2, 4], [1, 3, 2, 4]
+    assert pairwise_accuracy(judge, truth) == pytest.approx(5.5 / 6)
+    assert pairwise_accuracy(judge, truth, [0, 1, 1, 0]) == pytest.approx(1.5 / 2)
+    assert pairwise_accuracy(judge, truth, least=2) == 1 and pairwise_accuracy([3, 2, 1], [1, 2, 2.1], least=1) == 0
     assert math.isnan(pairwise_accuracy([1, 2], [3, 3])) and math.isnan(pairwise_accuracy([1, 2], [3, 4], [0, 1]))
-    assert all(map(math.isnan, bootstrap(spearman, [], []))) and all(map(math.isnan, bootstrap(spearman, [1], [1])))
 
 
-def test_the_bootstrap_interval_is_that_of_the_mean_s_normal_theory():
-    """For the mean of n items: value +- 1.96 std / sqrt(n)."""
-    x = np.random.default_rng(1).normal(size=400)
-    value, low, high = bootstrap(lambda x: x.mean(), x)
-    assert value == x.mean()
-    assert (low, high) == pytest.approx((value - 1.96 * x.std() / 20, value + 1.96 * x.std() / 20), abs=0.012)
-    assert (low, high) == bootstrap(lambda x: x.mean(), x)[1:] != bootstrap(lambda x: x.mean(), x, seed=1)[1:]
-
-
-def test_bootstrap_resamples_items_not_each_array():
-    """A judge that is the truth agrees with it in every resampling."""
-    assert bootstrap(spearman, torch.arange(9), torch.arange(9)) == pytest.approx((1, 1, 1))
+def test_an_interval_resamples_items_and_leaves_out_what_is_not_defined():
+    """A judge that is the truth agrees with it in every resampling, also where some are of one video alone."""
+    for n in (3, 9):
+        assert bootstrap(spearman, torch.arange(n), torch.arange(n)) == pytest.approx((1, 1, 1))
+    for few in ([], [1]):
+        assert all(map(math.isnan, bootstrap(spearman, few, few)))
+    value, low, high = bootstrap(np.mean, np.arange(100))
+    assert value == 49.5 and (low, high) == pytest.approx((49.5 - 5.66, 49.5 + 5.66), abs=0.6)      # 1.96 std / 10
 
 
 def test_the_ceiling_is_one_for_raters_of_one_mind_and_zero_for_noise():
@@ -379,40 +89,18 @@ def test_the_ceiling_equals_the_reliability_of_half_the_raters():
     assert rater_ceiling(ratings.tolist(), 5) == pytest.approx(rank, abs=0.03)
 
 
-def test_isotonic_pools_by_hand():
+def test_knots_are_the_centres_of_blocks_and_ties_are_one_block():
     x, y = isotonic([4, 1, 2, 3, 5, 5], [3, 1, 4, 2, 6, 4])
     assert x.tolist() == [1, 3, 5] and y.tolist() == [1, 3, 5]                      # (4, 2, 3) is one block; ties at 5
     x, y = isotonic(torch.tensor([1.0, 2.0, 3.0]), [3, 2, 1])
     assert x.tolist() == [2] and y.tolist() == [2]
 
 
-def test_isotonic_has_the_least_squared_error_of_all_monotone_fits():
-    """The best monotone fit is piecewise constant on some split of the sorted items: try all of them."""
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        n = rng.integers(1, 8)
-        x, y = np.arange(n), rng.integers(0, 6, n).astype(float)
-        best = math.inf
-        for cuts in product((0, 1), repeat=n - 1):
-            block = np.cumsum([0, *cuts])
-            mean = np.array([y[block == k].mean() for k in range(block[-1] + 1)])
-            if (np.diff(mean) >= 0).all():
-                best = min(best, ((mean[block] - y) ** 2).sum())
-        kx, ky = isotonic(x, y)
-        assert (np.diff(kx) > 0).all() and (np.diff(ky) > 0).all()
-        sizes, start = [], 0                         # items lie at 0, 1, ..: a block's centre tells its size
-        for centre in kx:
-            sizes.append(round(2 * (centre - start)) + 1)
-            start += sizes[-1]
-        owner = np.repeat(np.arange(len(kx)), sizes)
-        assert ((ky[owner] - y) ** 2).sum() == pytest.approx(best)
-
-
 def test_calibration_rises_between_centres_and_is_clamped_outside():
     knots = isotonic([1, 2, 3, 4], [1, 3, 2, 5])     # centres (1, 1), (2.5, 2.5), (4, 5)
     scores = torch.tensor([[0.0, 1.0], [1.75, 9.0]], dtype=torch.float64)
     torch.testing.assert_close(calibrate(scores, knots), torch.tensor([[1, 1], [1.75, 5]], dtype=torch.float64))
-    assert (np.diff(calibrate(np.linspace(1, 4, 50), knots)) > 0).all()
+    assert (calibrate(torch.linspace(1, 4, 50), knots).diff() > 0).all()
     assert calibrate(torch.zeros(3), knots).dtype == torch.float32
 
 
@@ -451,3 +139,210 @@ def test_the_table_tells_agreement_and_saves_what_can_be_fitted(tmp_path):
     assert x.tolist() == list(range(7)) and y.tolist() == [1 + i / 2 for i in range(7)]
     with pytest.raises(MediaError, match="v9: people rated its motion"):
         align(judge, rows + [("v9", "motion", [3])])
+
+
+def test_people_s_ratings_give_a_table_and_a_calibration(tmp_path, capsys):
+    """The path from a folder of videos to a table."""
+    for i in range(6):
+        talker = render_talker(i, 31, 64, 30)
+        write_video(tmp_path / f"{i}.mp4", talker.frames, talker.audio)
+    ratings = [f"{i}.mp4,{aspect},{1 + (i + r) % 5}" for i in range(6) for aspect in ASPECTS for r in range(2)]
+    (tmp_path / "ratings.csv").write_text("video,aspect,rating\n" + "\n".join(ratings))
+    people.main(["align", str(tmp_path / "ratings.csv"), "--out", str(tmp_path / "c.json")])
+    said = capsys.readouterr().out
+    assert "Spearman" in said and said.count("[") == 9
+    with pytest.raises(MediaError, match="nothing.csv: cannot be read"):
+        people.main(["align", "nothing.csv"])
+    with pytest.raises(SystemExit):
+        people.main(["align", "nothing.csv", "--out", str(tmp_path)])
+    assert "name the file to write the calibration to" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- a study of preferences: blind, paired, exact
+
+SHAPE = dict(size=32, grid=3, width=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_width=32, space_channels=6,
+             channels=8)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three generators of random weights, the last of other pictures, and a cache of clips."""
+    folder = tmp_path_factory.mktemp("secretly")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for seed, (name, more) in enumerate({"amber": {}, "birch": {}, "large": {"size": 64}}.items()):
+            torch.manual_seed(seed)
+            model = Generator(Config(**SHAPE | more))
+            model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
+            for weight in model.parameters():        # those that start at zero would hide the noise
+                weight.data.normal_(std=0.2)
+            save_generator(model, folder / name, model.state_dict())
+        yield folder
+
+
+def make(runs, out, one="amber", other="birch", *more):
+    people.main(["study", str(runs / one), str(runs / other), "--out", str(out), "--steps", "1",
+                 "--max-seconds", "1.2", "--judge", "none", *more])
+    html = (out / "study.html").read_text()
+    page = json.loads(re.search(r'<script id="study" type="application/json">(.*?)</script>', html)[1])
+    return html, page, json.loads((out / "key.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def made(runs, tmp_path_factory):
+    return make(runs, tmp_path_factory.mktemp("made"), "amber", "birch", "--clips", "8")
+
+
+def clip(uri, path):
+    path.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,"), validate=True))
+    return load_clip(path, 256)
+
+
+# ---------------------------------------------------------------- the page
+
+def test_the_page_knows_pairs_and_nothing_of_runs(made, runs):
+    """No name of a run, folder or clip in the page or in its videos; sides differ between pairs, four of eight each."""
+    html, page, key = made
+    assert set(page) == {"study", "pairs"} and all(set(pair) == {"id", "left", "right"} for pair in page["pairs"])
+    assert [pair["id"] for pair in page["pairs"]] == list(key["pairs"]) and page["study"] == key["study"]
+    videos = b"".join(base64.b64decode(pair[side].partition(",")[2])
+                      for pair in page["pairs"] for side in ("left", "right"))
+    for word in ("amber", "birch", "secretly", "key.json", *(pair["clip"] for pair in key["pairs"].values())):
+        assert word not in re.sub("base64,[^\"]*", "", html) and word.encode() not in videos
+    lefts = [pair["left"] for pair in key["pairs"].values()]
+    assert sorted(lefts) == ["a"] * 4 + ["b"] * 4 and lefts != sorted(lefts) and lefts != sorted(lefts)[::-1]
+    assert "http" not in html                                          # it loads nothing
+
+
+def test_the_seed_makes_the_study(made, runs, tmp_path):
+    """The same seed: the same page and key, byte for byte; another: other clips and another order."""
+    again = make(runs, tmp_path / "same", "amber", "birch", "--clips", "8")
+    assert again == made
+    html, page, key = make(runs, tmp_path / "other", "amber", "birch", "--clips", "8", "--seed", "1")
+    assert page["study"] != made[1]["study"]
+    assert [p["left"] for p in key["pairs"].values()] != [p["left"] for p in made[2]["pairs"].values()]
+
+
+def test_both_videos_of_a_pair_have_one_noise_and_one_sound(made, runs, tmp_path):
+    """A run against itself gives the same bytes on both sides; two runs differ in the picture and not in the sound."""
+    _, page, _ = make(runs, tmp_path / "self", "amber", "amber", "--clips", "2")
+    assert all(pair["left"] == pair["right"] for pair in page["pairs"])
+    assert page["pairs"][0]["left"] != page["pairs"][1]["left"]
+    model, one = sample.load_generator(runs / "amber").eval(), [render_talker(0, 0, 32, 28)]
+    assert not torch.allclose(*(sample.imitate(model, one, 28, 1, seed=seed) for seed in (0, 1)), atol=0.01)
+    left, right = (clip(made[1]["pairs"][0][side], tmp_path / "v.mp4") for side in ("left", "right"))
+    assert left.frames.shape == right.frames.shape == (28, 3, 256, 256)
+    assert torch.equal(left.audio, right.audio) and left.audio.abs().max() > 0.1
+    assert not torch.equal(left.frames, right.frames)
+
+
+def test_the_key_says_which_side_is_whose(made, runs):
+    """Against a study of the same runs named in the other order: where the key says a, the video is a's."""
+    one = {pair["id"]: pair for pair in made[1]["pairs"]}
+    model = sample.load_generator(runs / "amber").eval()
+    args = people.parse_arguments(["study", str(runs / "amber"), str(runs / "birch"), "--out", "x", "--clips", "8",
+                                   "--max-seconds", "1.2", "--steps", "1"])
+    clips, frames = people.study_clips(args, [model, model])
+    videos = sample.imitate(model, clips, frames, 1, 1.0, 0)
+    for i, (name, pair) in enumerate(list(made[2]["pairs"].items())[:3]):
+        uri = people.data_uri(videos[i], clips[i].audio[:frames * 640])
+        side = next(side for side in ("left", "right") if pair[side] == "a")
+        assert one[name][side] == uri and pair["clip"] == clips[i].name
+
+
+def test_the_judge_rates_what_the_page_shows(runs, tmp_path, monkeypatch):
+    class Bright:
+        window = None
+
+        def rate(self, frames, audio, names):
+            bright = frames.mean((1, 2, 3, 4))[:, None]
+            return reward.Ratings(1 + bright * torch.tensor([1.0, 2, 3]), torch.ones(len(frames), 3))
+    monkeypatch.setattr(reward, "make_judge", lambda args: Bright())
+    _, page, key = make(runs, tmp_path / "s", "amber", "birch", "--clips", "2")
+    for pair in page["pairs"]:
+        for side in ("left", "right"):
+            rated = key["pairs"][pair["id"]]["judge"][key["pairs"][pair["id"]][side]]
+            bright = clip(pair[side], tmp_path / "v.mp4").frames.float().mean().item() / 255
+            assert rated == pytest.approx([1 + bright, 1 + 2 * bright, 1 + 3 * bright], abs=0.03)
+
+
+@pytest.mark.parametrize("one, other, more, says", [
+    ("amber", "nowhere", [], "holds no config.json"),
+    ("amber", "large", [], "makes pictures of 64 pixels"),
+    ("amber", "birch", ["--data", "nowhere"], "is not a folder")])
+def test_a_study_that_cannot_be_made_ends_with_one_line(runs, tmp_path, one, other, more, says):
+    with pytest.raises(MediaError, match=says) as error:
+        make(runs, tmp_path / "s", one, other, *more)
+    assert "\n" not in str(error.value) and not (tmp_path / "s").exists()
+
+
+def test_the_key_of_an_earlier_study_is_not_overwritten(runs, tmp_path):
+    (tmp_path / "key.json").write_text("{}")
+    with pytest.raises(MediaError, match="is the key of a study that may have votes"):
+        make(runs, tmp_path)
+    assert (tmp_path / "key.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("wrong", ["study a b --out x --clips 0", "study a --out x", "study a b", "",
+                                   "study a b --out x --max-seconds 0.5", "tally votes.json"])
+def test_bad_flags_end_with_a_usage_line(wrong, capsys):
+    with pytest.raises(SystemExit):
+        people.main(wrong.split())
+    assert "error:" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- the votes
+
+@pytest.fixture
+def files(tmp_path):
+    """A key of three pairs: a stands left, right, left; the judge prefers a, b, a, in lip_sync."""
+    key = {"study": "s1", "a": "runs/one", "b": "runs/other", "pairs": {
+        "001": {"left": "a", "right": "b", "judge": {"a": [4, 3, 3], "b": [3, 4, 3]}},
+        "002": {"left": "b", "right": "a", "judge": {"a": [3, 4, 3], "b": [4, 3, 3]}},
+        "003": {"left": "a", "right": "b", "judge": {"a": [5, 3, 3], "b": [1, 4, 3]}}}}
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    votes = {"study": "s1", "rater": "r1", "votes": {"001": {"lip_sync": "left", "overall": "tie"},
+                                                     "002": {"lip_sync": "right", "motion": "right"},
+                                                     "003": {"lip_sync": "left"}}}
+    (tmp_path / "votes.json").write_text(json.dumps(votes))
+    (tmp_path / "more.json").write_text(json.dumps(votes | {"rater": "r2", "votes": {"001": {"lip_sync": "right"},
+                                                                                     "002": {"lip_sync": "tie"}}}))
+    return tmp_path
+
+
+def test_votes_are_counted_for_the_run_that_stood_there(files, capsys):
+    """lip_sync by hand: a, a, a of the first rater, b and a tie of the second: 3 of 4. The judge: a, b, a, and a
+    against the vote for b: alike in 2 of 4. motion: a once, and the judge sees no difference."""
+    people.main(["tally", str(files / "votes.json"), str(files / "more.json"), "--key", str(files / "key.json")])
+    lines = {line.split()[0]: re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()}
+    assert lines["2"].startswith("2 raters, 3 pairs; a: runs/one, b: runs/other")
+    assert lines["lip_sync"] == "lip_sync 3 1 1 0.750 [0.194, 0.994] 0.500 [0.068, 0.932] of 4"
+    assert lines["motion"] == "motion 1 0 0 1.000 [0.025, 1.000] -"
+    assert lines["overall"] == "overall 0 0 1 no vote -"
+    assert lines["expressiveness"] == "expressiveness 0 0 0 no vote -"
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda v: v | {"study": "s2"}, "holds votes of study s2; the key is of s1"),
+    (lambda v: v | {"votes": {"009": {}}}, "votes on the unknown pair 009"),
+    (lambda v: v | {"votes": {"001": {"lip_sync": "both"}}}, "is not a file of votes"),
+    (lambda v: v | {"votes": {"001": {"beauty": "left"}}}, "is not a file of votes"),
+    (lambda v: v | {"votes": []}, "is not a file of votes"),
+    (lambda v: [1], "is not a file of votes"),
+    (lambda v: {"study": "s1", "votes": {}}, "is not a file of votes"),
+    (lambda v: v | {"rater": "r2"}, "is of the same rater as")])
+def test_votes_that_cannot_be_counted_end_with_one_line(files, change, says):
+    (files / "votes.json").write_text(json.dumps(change(json.loads((files / "votes.json").read_text()))))
+    with pytest.raises(MediaError, match=says) as error:
+        tally([files / "more.json", files / "votes.json"], files / "key.json")
+    assert "\n" not in str(error.value) and "votes.json" in str(error.value)
+
+
+def test_missing_and_broken_files_are_named(files):
+    with pytest.raises(MediaError, match="none.json: cannot be read"):
+        tally([files / "none.json"], files / "key.json")
+    with pytest.raises(MediaError, match="votes.json: is not the key of a study"):
+        tally([files / "votes.json"], files / "votes.json")
+    (files / "votes.json").write_text("{")
+    with pytest.raises(MediaError, match="votes.json: is not a file of votes"):
+        tally([files / "votes.json"], files / "key.json")

@@ -1,7 +1,6 @@
-"""What the sync network promises: its definitions against a loop, its windows, training, files, and the shipped one."""
+"""What the sync network promises: its windows, training, files, and the shipped one."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ import torch.nn.functional as nnf
 from data import Clip, MediaError
 from extras.talkers import render_talker
 import reward
-from reward import (DEFAULT_SYNC, REWARD_SYNC, RealClips, Reward, SyncNetwork, Weights, frechet, identity_cosine,
-                    info_nce, load_sync, offset_curve, save_sync, sync_loss, sync_metrics, train_sync)
+from reward import (DEFAULT_SYNC, REWARD_SYNC, RealClips, Reward, SyncNetwork, Weights, info_nce, load_sync, save_sync,
+                    sync_loss, train_sync)
+from sample import frechet, identity_cosine, offset_curve, parse_arguments, sync_metrics
 
 
 @pytest.fixture(scope="module")
@@ -29,74 +29,6 @@ def batch(clips):
 @pytest.fixture(scope="module")
 def shipped() -> SyncNetwork:
     return load_sync(DEFAULT_SYNC)
-
-
-def fabricated(visual: torch.Tensor, sound: torch.Tensor) -> SimpleNamespace:
-    """A network that has made up its mind: it returns these embeddings (B, W, D) whatever it is shown."""
-    return SimpleNamespace(visual=lambda frames: visual, sound=lambda audio: sound)
-
-
-# ---- Definitions -----------------------------------------------------------------------------------------------------
-
-def test_metrics_are_those_of_a_float64_loop_over_shifts_and_windows():
-    """D_k = mean_i |v_i - a_(i+k)| over the i with both; least, median - least, -argmin and D_0."""
-    torch.manual_seed(0)
-    v, a = nnf.normalize(torch.randn(2, 3, 24, 8), dim=-1)
-    found = sync_metrics(fabricated(v, a), None, None)
-    for b in range(3):
-        curve = {}
-        for k in range(-15, 16):
-            both = [i for i in range(24) if 0 <= i + k < 24]
-            distances = [math.dist(v[b, i].double().tolist(), a[b, i + k].double().tolist()) for i in both]
-            curve[k] = sum(distances) / len(both)
-        least, middle = min(curve.values()), sorted(curve.values())[15]
-        expected = {"sync_distance": least, "sync_confidence": middle - least, "sync_own": curve[0],
-                    "sync_offset": -min(curve, key=curve.get)}
-        for name, value in expected.items():
-            assert found[name][b].item() == pytest.approx(value, abs=1e-5), name
-
-
-@pytest.mark.parametrize("late", [-7, 0, 4, 15])
-def test_offset_is_positive_when_the_picture_comes_after_its_sound(late):
-    """Orthogonal moments: what is heard in window i is seen in window i + late. Then D is 0 there and sqrt 2 elsewhere,
-    by hand, so distance 0, confidence sqrt 2, offset `late`."""
-    moments = torch.eye(80)[None]
-    seen, heard = moments[:, 20 - late : 50 - late], moments[:, 20:50]
-    found = sync_metrics(fabricated(seen, heard), None, None)
-    assert found["sync_offset"].item() == late
-    assert found["sync_distance"].item() == 0
-    assert found["sync_confidence"].item() == pytest.approx(math.sqrt(2))
-    assert found["sync_own"].item() == pytest.approx(math.sqrt(2) if late else 0)
-
-
-def test_contrast_is_log_n_where_nothing_is_known_and_nearly_0_where_all_is():
-    same, known = torch.ones(9, 16) / 4, torch.eye(9)
-    assert info_nce(same, same).item() == pytest.approx(math.log(9))
-    assert info_nce(known, known).item() < 1e-4
-
-
-def test_frechet_of_diagonal_gaussians_is_the_closed_form():
-    """With covariances diag(s^2), diag(t^2) and means m apart it is |m|^2 + sum (s - t)^2, and 0 for equal sets."""
-    torch.manual_seed(1)
-    x = torch.randn(500, 4, dtype=torch.float64)
-    x = x - x.mean(0)
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T                 # exactly zero mean, unit covariance
-    s, t, m = torch.rand(3, 4, dtype=torch.float64) + 0.5
-    torch.testing.assert_close(frechet(x * s, x * t + m), m.square().sum() + (s - t).square().sum())
-    assert abs(frechet(x, x.flip(0)).item()) < 1e-9
-
-
-def test_frechet_of_any_gaussians_agrees_with_the_eigenvalues_of_the_product():
-    """tr (A^1/2 B A^1/2)^1/2 = sum sqrt eig(A B), here by an eigensolver that knows no symmetry; also either way round,
-    and where there are fewer samples than dimensions."""
-    torch.manual_seed(2)
-    for n in 300, 5:
-        a, b = torch.randn(n, 6) @ torch.randn(6, 6), torch.randn(n, 6) @ torch.randn(6, 6) + 1
-        A, B = a.double().T.cov(), b.double().T.cov()
-        cross = torch.linalg.eigvals(A @ B).real.clamp_min(0).sqrt().sum()
-        want = (a.double().mean(0) - b.double().mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
-        torch.testing.assert_close(frechet(a, b), want, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(frechet(a, b), frechet(b, a), rtol=1e-5, atol=1e-5)
 
 
 # ---- What the network sees and hears ---------------------------------------------------------------------------------
@@ -127,6 +59,12 @@ def test_colour_brightness_and_contrast_are_not_seen(batch):
     torch.testing.assert_close(net.visual(0.5 * frames + 0.3), net.visual(frames), atol=1e-4, rtol=0)
     grey = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(2, keepdim=True).expand_as(frames)
     torch.testing.assert_close(net.visual(grey), net.visual(frames), atol=1e-4, rtol=0)
+
+
+def test_contrast_is_log_n_where_nothing_is_known_and_nearly_0_where_all_is():
+    same, known = torch.ones(9, 16) / 4, torch.eye(9)
+    assert info_nce(same, same).item() == pytest.approx(math.log(9))
+    assert info_nce(known, known).item() < 1e-4
 
 
 # ---- Training and files ----------------------------------------------------------------------------------------------
@@ -260,8 +198,8 @@ def test_the_rewards_network_tells_the_own_sound_from_one_of_40_ms_earlier_or_la
 
 def test_the_network_that_measures_cannot_be_the_rewards(clips):
     """By any name of its folder; the two that come along are of different seeds."""
-    flags = ["--video", "v.mp4", "--judge", "none", "--reward-sync", str(DEFAULT_SYNC / ".." / "sync")]
+    flags = ["--score", "v.mp4", "--judge", "none", "--reward-sync", str(DEFAULT_SYNC / ".." / "sync")]
     with pytest.raises(MediaError, match="which measures what the reward does; teach the reward another"):
-        reward.make_reward(reward.parse_arguments(flags), clips, 4)
+        reward.make_reward(parse_arguments(flags), clips, 4)
     one, other = (load_sync(folder).state_dict() for folder in (DEFAULT_SYNC, REWARD_SYNC))
     assert all(not torch.equal(one[name], other[name]) for name in one)

@@ -20,6 +20,7 @@ import reward
 import sample
 import train
 from data import SAMPLES_PER_FRAME, MediaError, fitting, load_speech, write_video
+from extras.people import rate_whole
 from extras.talkers import render_talker
 from model import load_generator
 
@@ -227,14 +228,12 @@ def test_bad_flags_end_with_one_clear_line(wrong, capsys):
     assert "error:" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("main, wrong", [
-    (sample.main, "--seed 9999999999999999999"), (sample.main, "--guidance nan"), (sample.main, "--max-seconds inf"),
-    (sample.main, "--out train.py"), (reward.main, "--seed 9999999999999999999"), (reward.main, "--size 1e3")])
-def test_the_other_commands_refuse_what_cannot_be_meant(main, wrong, capsys):
+@pytest.mark.parametrize("wrong", ["--seed 9999999999999999999", "--guidance nan", "--max-seconds inf",
+                                   "--out train.py", "--score v"])
+def test_sampling_refuses_what_cannot_be_meant(wrong, capsys):
     """A video over one's source, a guidance that is no number: argparse's exit, before anything is read."""
     with pytest.raises(SystemExit) as stop:
-        main([*("--checkpoint c --image i --audio a --out o.mp4" if main is sample.main else "--video v").split(),
-              *wrong.split()])
+        sample.main([*"--checkpoint c --image i --audio a --out o.mp4".split(), *wrong.split()])
     assert stop.value.code == 2 and wrong.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -333,7 +332,7 @@ def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are()
         def rate(self, *_):
             raise CPU_FULL
     with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
-        reward.rate_whole(Big(), torch.zeros(1, 8, 3, 32, 32), torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
+        rate_whole(Big(), torch.zeros(1, 8, 3, 32, 32), torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
     with pytest.raises(RuntimeError, match="shapes"), fitting("this", "that"):
         raise RuntimeError("shapes do not match")
 

@@ -1,0 +1,56 @@
+"""A judge of your own: anything with `window`, `fingerprint` and `rate`.
+
+    python -m extras.examples.own_judge --out runs/own-judge            with the flags of train.py; --resume, too
+
+The rules below stand for whatever you have: a network, a program, a service. They are short and poor. A mouth that
+holds still while a face trembles to the beat would please them.
+"""
+
+import torch
+from torch import Tensor
+
+import train
+from data import SAMPLES_PER_FRAME, one_line
+from reward import Ratings
+
+
+class OwnJudge:
+    """Rate lips by how the lower face follows loudness, liveliness by how much it moves, motion by how smoothly."""
+
+    window = None                                    # frames that it rates at once; None: any number
+    fingerprint = "own judge, first version"         # ratings are kept on disk under this name: change it with the rules
+
+    def rate(self, frames: Tensor, audio: Tensor, names: list[str]) -> Ratings:
+        """Rate B clips by lip-sync, expressiveness and motion, from 1 to 5; NaN where a clip cannot be rated.
+
+        Args: frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640) at 16 kHz; names, B of them, for messages.
+        """
+        frames = frames.cpu()                                                            # sound is there already
+        lower = frames[..., frames.shape[-2] // 2:, :]                                   # (B, F, 3, S/2, S)
+        change = lower.diff(dim=1).abs().mean((2, 3, 4))                                 # (B, F - 1)
+        loudness = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)).std(-1)[:, 1:]            # (B, F - 1)
+        tremble = frames.diff(n=3, dim=1).abs().mean((1, 2, 3, 4))                       # (B,)
+
+        lips = 3 + 2 * correlation(change, loudness)
+        liveliness = 1 + 4 * (change.mean(1) / 0.02).clamp(0, 1)
+        motion = 5 - 4 * (tremble / 0.04).clamp(0, 1)
+        score = torch.stack([lips, liveliness, motion], 1)                               # (B, 3)
+        return Ratings(score, mass=torch.ones_like(score))                               # mass: this was an answer
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Correlate the rows of a and b (B, F). Returns: (B,), 0 for a row that never changes."""
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-9)
+
+
+def make_judge(args) -> OwnJudge:
+    """What train.py calls for its judge, with the flags of the run."""
+    args.judge = "own"                               # not the embedded one: it may also pick among the clips of --data
+    return OwnJudge()
+
+
+if __name__ == "__main__":                           # processes that draw talkers import this file, too
+    train.make_judge = make_judge
+    with one_line("stopped", "choose fewer --clips"):
+        train.main()

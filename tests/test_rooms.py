@@ -1,0 +1,114 @@
+"""Which room may import which: read off the source, so that an arrow is a fact and not a promise."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAIN = {"data", "kernels", "model", "grpo", "reward", "sample"}
+
+# A room and what the top of its file may import of ours.
+ARROWS = {
+    "data": set(),
+    "kernels": set(),
+    "model": {"data", "kernels"},
+    "grpo": {"kernels", "model"},
+    "reward": {"data", "model"},
+    "sample": {"data", "model", "reward"},
+    "train": MAIN | {"extras.learned_codec", "extras.pretrained", "extras.report", "extras.talkers"},
+    "kernels.bench": {"data", "kernels", "model", "grpo"},
+    "extras.talkers": {"data"},
+    "extras.report": {"data"},
+    "extras.pretrained": {"data", "model"},
+    "extras.learned_codec": {"data", "model"},
+    "extras.endpoint": {"data", "reward"},
+    "extras.people": {"data", "model", "reward", "sample", "extras.talkers"},
+    "extras.lessons": MAIN,
+    "extras.school": MAIN | {"extras.lessons", "extras.people", "extras.talkers"},
+}
+# The functions that import an extra when a run asks for it, so that nobody else needs it; no other function may.
+ON_DEMAND = {
+    ("data", "hear"): {"extras.pretrained"},                    # --audio-encoder
+    ("model", "make_codec"): {"extras.learned_codec"},          # --codec learned
+    ("reward", "make_judge"): {"extras.endpoint"},              # --judge-url
+    ("reward", "make_reward"): {"extras.pretrained"},           # --perceptual
+    ("sample", "score_videos"): {"extras.talkers"},             # --score without --data
+    ("kernels.bench", "training_flops"): {"train"},
+    ("kernels.bench", "bench_whole"): {"train"},
+}
+
+
+def files() -> dict[str, list[Path]]:
+    """Room -> its files. The kernels are one room, their benchmark another."""
+    rooms: dict[str, list[Path]] = {}
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("kernels/*.py")]):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if name != "extras.__init__":
+            rooms.setdefault(room_of(name), []).append(path)
+    return rooms
+
+
+def room_of(name: str) -> str:
+    """The room of a module: kernels.attention belongs to kernels, torch.nn to none of ours."""
+    if name.startswith("kernels") and name != "kernels.bench":
+        return "kernels"
+    return name
+
+
+def imports(path: Path) -> list[tuple[str | None, str]]:
+    """(function or None at the top, module) for each import in a file."""
+    found = []
+
+    def visit(node: ast.AST, function: str | None) -> None:
+        if isinstance(node, ast.FunctionDef) and function is None:
+            function = node.name
+        if isinstance(node, ast.Import):
+            found.extend((function, alias.name) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            package = node.module == "extras"                   # from extras import people
+            found.extend((function, f"extras.{alias.name}" if package else node.module) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+    visit(ast.parse(path.read_text()), None)
+    return found
+
+
+def arrows(top_alone: bool) -> dict[str, set[str]]:
+    """Room -> the rooms of ours that it imports, at the top of its files or anywhere."""
+    return {room: {room_of(module) for path in paths for function, module in imports(path)
+                   if room_of(module) in ARROWS and not (top_alone and function)} - {room}
+            for room, paths in files().items()}
+
+
+def test_every_file_has_a_room():
+    assert files().keys() <= ARROWS.keys()
+
+
+@pytest.mark.parametrize("room", files())
+def test_a_room_imports_what_its_place_allows(room):
+    assert arrows(top_alone=True)[room] <= ARROWS[room]
+
+
+@pytest.mark.parametrize("room", files())
+def test_functions_import_extras_at_the_named_places_alone(room):
+    for path in files()[room]:
+        for function, module in imports(path):
+            if function and room_of(module) in ARROWS:
+                assert module in ON_DEMAND.get((room, function), set()), f"{room}.{function} imports {module}"
+
+
+def test_no_room_imports_itself_by_a_detour():
+    list(TopologicalSorter(arrows(top_alone=True)).static_order())                   # raises CycleError
+
+
+def test_no_reward_can_reach_a_metric():
+    """All held-out metrics stand in sample.py: nothing that reward.py imports, however deep, on demand too, leads
+    there."""
+    graph, reached, ahead = arrows(top_alone=False), set(), ["reward"]
+    while ahead:
+        room = ahead.pop()
+        reached.add(room)
+        ahead += graph.get(room, set()) - reached
+    assert not reached & {"sample", "train", "grpo", "extras.school", "extras.lessons", "extras.people"}
