@@ -295,7 +295,8 @@ def pick_clips(judge, clips: list[Clip], args: argparse.Namespace, log: "Log") -
         return Picks(torch.empty(0, dtype=torch.long), spread(clips, most), spread(clips, most))
 
     def best(values: Tensor, n: int) -> Tensor:
-        return values.nan_to_num(-math.inf).argsort(descending=True, stable=True)[:n]
+        order = values.nan_to_num(-math.inf).argsort(descending=True, stable=True)[:n]
+        return order[values[order].isfinite()]
 
     curated = best(score, count)
     lively, smooth = (best(score if ratings is None else ratings[:, ASPECTS.index(aspect)], most)
@@ -1004,7 +1005,7 @@ def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str
 def flags(args: argparse.Namespace) -> dict:
     """The flags that define a run, as config.json keeps them beside the generator's Config."""
     kept = {k: v for k, v in vars(args).items() if k not in ("config", "resume", "pretrained", "device", "out")}
-    return kept | {"data": args.data and str(args.data.absolute())}
+    return kept | {k: kept[k] and str(Path(kept[k]).absolute()) for k in ("data", "exemplars")}
 
 
 # ---------------------------------------------------------------- the run
@@ -1066,14 +1067,17 @@ def control_arms(args: argparse.Namespace, arms: dict[str, dict], spent: float, 
     More curation goes on from the curated generator, for as long as its post-training took. GRPO without curation
     starts from the pretrained one, and more pretraining takes as long as that.
     """
+    def folder_of(name: str) -> Path:
+        return args.out / "control" / name.replace(" ", "-")
+
     def finished(name: str) -> dict[str, Tensor] | None:
-        folder = args.out / "control" / name.replace(" ", "-")
+        folder = folder_of(name)
         return load_generator(folder).state_dict() if args.resume and (folder / "config.json").exists() else None
 
     def keep(stage: Stage) -> dict[str, Tensor]:
         if not rank():
-            save_generator(stage.model, args.out / "control" / stage.name.replace(" ", "-"), stage.kept,
-                           training=flags(args), cpu_seconds=stage.cpu_seconds, steps=stage.step)
+            save_generator(stage.model, folder_of(stage.name), stage.kept, training=flags(args),
+                           cpu_seconds=stage.cpu_seconds, steps=stage.step)
         log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
         return stage.kept
 
@@ -1082,6 +1086,7 @@ def control_arms(args: argparse.Namespace, arms: dict[str, dict], spent: float, 
             return weights
         stage = FlowMatching(name, data[rows], args, budget=seconds, first=first)
         stage.load(args.out / checkpoint, anew=True)
+        log.rewind(stage)
         carry_out(stage, watched, log)
         return keep(stage)
 
@@ -1090,8 +1095,9 @@ def control_arms(args: argparse.Namespace, arms: dict[str, dict], spent: float, 
         more[MORE_CURATION] = longer(MORE_CURATION, picks.curated, "curate.pt", args.steps + args.curate_steps, spent)
         more[UNCURATED] = finished(UNCURATED)
         if more[UNCURATED] is None:
-            stage = post_train(args, arms[PRETRAINED], reward, data, clips, watched, log, UNCURATED)
-            more[UNCURATED], spent = keep(stage), stage.cpu_seconds
+            more[UNCURATED] = keep(post_train(args, arms[PRETRAINED], reward, data, clips, watched, log, UNCURATED))
+        all_gather(None)                                   # the first process may still be writing it
+        spent = json.loads((folder_of(UNCURATED) / "config.json").read_text())["cpu_seconds"]
     return more | {MORE_PRETRAINING: longer(MORE_PRETRAINING, slice(None), "state.pt", args.steps, spent)}
 
 
@@ -1154,13 +1160,11 @@ def interruptible(args: argparse.Namespace, start: float) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except JudgeError as error:
-        sys.exit(f"error: {error}; then go on with: {shlex.join(go_on)}")
-    except KeyboardInterrupt:
-        state = args.out / "state.pt"
+    except (JudgeError, KeyboardInterrupt) as error:
+        said, state = f"error: {error}; then" if isinstance(error, JudgeError) else "stopped;", args.out / "state.pt"
         kept = args.resume or state.exists() and state.stat().st_mtime >= began
-        sys.exit(f"stopped; go on with: {shlex.join(go_on)}" if kept else
-                 "stopped before the first checkpoint, so nothing was kept; start it again")
+        sys.exit(f"{said} go on with: {shlex.join(go_on)}" if kept else
+                 f"{said} start it again: it was before the first checkpoint, so nothing was kept")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1185,8 +1189,9 @@ def run(args: argparse.Namespace, start: float, argv: list[str]) -> None:
     pretraining.data = data = encode(pretraining.model, clips, args.frames, args.device)
     if not rank():
         describe(pretraining, held_out, log, argv)
-    picks = pick_clips(judge, clips, args, log) if args.curate or args.updates else None
-    if args.exemplars:
+    with rank_zero_first():
+        picks = pick_clips(judge, clips, args, log) if args.curate or args.updates else None
+    if picks and args.exemplars:
         parts = folder_clips(args.exemplars, args.config.size, args.seconds, args.crop)
         picks.lively = picks.smooth = spread([clip for part in parts for clip in part], EXEMPLARS)
 

@@ -68,11 +68,13 @@ def funnel(strengths: dict[str, Tensor], ratings: Tensor, picked: Tensor) -> lis
     Returns: a row for each fault. `auc` is the chance that a rating tells a clip with the fault from one without, for
              the aspect that tells best: .5 is guessing, 1 is always.
     """
+    def auc(good, bad):
+        return mannwhitneyu(good, bad).statistic / (len(good) * len(bad)) if len(good) and len(bad) else math.nan
+
     rows, known = [], ratings.isfinite().all(1)
     for name, strength in strengths.items():
         has = strength != 0
-        aucs = [mannwhitneyu(ratings[~has & known, a], ratings[has & known, a]).statistic
-                / max(1, int((~has & known).sum()) * int((has & known).sum())) for a in range(ratings.shape[1])]
+        aucs = [auc(ratings[~has & known, a], ratings[has & known, a]) for a in range(ratings.shape[1])]
         best = int(np.argmax(aucs))
         rows.append({"fault": name, "share": has.double().mean().item(), "strength": size(strength),
                      "rated_with": ratings[has & known].mean(0).tolist(),

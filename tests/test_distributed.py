@@ -16,8 +16,8 @@ from data import MediaError
 
 ROOT = Path(train.__file__).parent
 SHAPE = ("--size 32 --width 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
-         "--channels 8 --seconds 1 --sampling-steps 1 --warmup 2 --judge none --watch-clips 1").split()
-TOY = [*SHAPE, *"--batch 6 --updates 20 --prompts 4 --group 3 --rollout-steps 4 --draws 1 --micro-batch 4 "
+         "--channels 8 --seconds 1 --sampling-steps 1 --warmup 2 --judge none --watch-clips 1 --looks 1").split()
+TOY = [*SHAPE, *"--batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --rollout-steps 4 --draws 1 --micro-batch 4 "
        "--post-lr 1e-2 --credit chunk --normalise max-group --clip 1e-2".split()]
 
 
@@ -51,32 +51,31 @@ def teach(out: Path) -> None:
     train.join_processes()
     args = train.parse_arguments(TOY)
     torch.manual_seed(0)
-    model = train.Generator(args.config)
-    model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
     n, chunks, c = 12, 3, args.config
     data = train.Latents(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8),
                          torch.randn(n, 4 * chunks, c.mel_channels),
                          torch.randn(n, chunks, c.video_tokens, c.channels))
-    run = train.Pretraining(model, args)
-    start = train.snapshot(model.state_dict())
-    log = [run.advance(data, 1.0) for _ in range(20)]
+    run = train.FlowMatching("pretraining", data, args, args.steps)
+    run.model.codec.space.normal_(std=0.05), run.model.codec.time.normal_(std=0.05)
+    run.average = train.snapshot(start := train.snapshot(run.model.state_dict()))
+    log = [run.advance() for _ in range(20)]
     clips = [SimpleNamespace(name=f"{i}", audio=torch.zeros(12 * train.SAMPLES_PER_FRAME)) for i in range(n)]
-    post = train.PostTraining(train.averaged(run), Light(), args)
+    post = train.PostTraining("post-training", train.loaded(run.average, args), Light(), data, clips, args)
     middle = train.snapshot(post.model.state_dict())
     for _ in range(20):
-        log.append({k: v for k, v in post.advance(data, clips).items() if k != "seconds_for"})
+        log.append({k: v for k, v in post.advance().items() if k != "seconds_for"})
     torch.save({"start": start, "pretrained": run.model.state_dict(), "average": run.average, "middle": middle,
                 "policy": post.model.state_dict(), "log": log}, out / f"{train.rank()} of {train.world()}.pt")
 
 
 def falling(at: int):
     """A step that fails in the last process, as if its disk were full."""
-    advance = train.Pretraining.advance
+    take_step = train.FlowMatching.take_step
 
-    def fall(self, data):
+    def fall(self):
         if self.step == at and train.rank() == train.world() - 1:
             raise MediaError(f"process {train.rank()} fell over")
-        return advance(self, data)
+        return take_step(self)
     return fall
 
 
@@ -117,28 +116,34 @@ def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
 
 def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tmp_path, monkeypatch):
     """Stopped in step 3 by an error of the second process, which ends the first; resumed with one, stopped in step 4,
-    resumed and post-trained with two. The losses are those of an unbroken run: the same data in the same order."""
+    resumed, curated and post-trained with two, and the controls as well. The losses are those of an unbroken run: the
+    same data in the same order, the same clips picked."""
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
-    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-every 1 --updates 1 --prompts 2 "
-             "--parts 1 --group 2 --micro-batch 2 --rollout-steps 3 --draws 1".split(), "--out", str(folder)]
+    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-minutes 0 --curate 0.5 "
+             "--curate-steps 2 --updates 1 --control --prompts 2 --parts 1 --group 2 --micro-batch 2 "
+             "--rollout-steps 3 --draws 1".split(), "--out", str(folder)]
     failed = torchrun(2, __file__, "fail", *flags)
     assert failed.returncode != 0 and "process 1 fell over" in failed.stderr
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(train.Pretraining, "advance", falling(at=3))
+        patch.setattr(train.FlowMatching, "take_step", falling(at=3))
         with pytest.raises(MediaError, match="process 0 fell over"):
             train.main(["--resume", str(folder)])
     done = torchrun(2, "train.py", "--resume", str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("codec alone") == done.stdout.count("minutes in all") == 1
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4]
-    assert [e["update"] for e in entries if "parts" in e] == [1]
+    taken = [e for e in entries if "stage" in e and "watched" not in e]
+    at = lambda stage: [e.get("step", e.get("update")) for e in taken if e["stage"] == stage]
+    assert at("pretraining") == [1, 2, 3, 4] and at("curation") == [1, 2] and at("post-training") == [1]
+    assert at("GRPO without curation") == [1] and at("more curation") and at("more pretraining")
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    flags.remove("--control")
     train.main([*flags, "--updates", "0", "--out", str(tmp_path / "unbroken")])
     unbroken = [json.loads(line) for line in (tmp_path / "unbroken" / "log.jsonl").read_text().splitlines()]
-    for one, other in zip(*([e for e in log if "loss" in e] for log in (unbroken, entries))):
+    losses = [[e for e in log if "loss" in e and not e["stage"].startswith("more")] for log in (unbroken, entries)]
+    for one, other in zip(*losses, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), one["step"]
 
 
@@ -152,5 +157,5 @@ if __name__ == "__main__":
     if sys.argv[1] != "fail":
         teach(Path(sys.argv[1]))
     else:
-        train.Pretraining.advance = falling(at=2)
+        train.FlowMatching.take_step = falling(at=2)
         train.main(sys.argv[2:])

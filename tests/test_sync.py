@@ -8,9 +8,8 @@ import torch.nn.functional as nnf
 
 from data import Clip, MediaError
 from extras.talkers import render_talker
-import reward
-from reward import (DEFAULT_SYNC, REWARD_SYNC, RealClips, Reward, SyncNetwork, Weights, info_nce, load_sync, save_sync,
-                    sync_loss, train_sync)
+from reward import (DEFAULT_SYNC, REWARD_SYNC, WEIGHTS, Exemplars, Reward, SyncNetwork, info_nce, load_sync,
+                    reward_sync, save_sync, sync_loss, train_sync)
 from sample import frechet, identity_cosine, offset_curve, parse_arguments, sync_metrics
 
 
@@ -170,13 +169,14 @@ def test_frechet_distance_of_mouths_is_small_between_real_clips_and_large_for_fr
 
 # ---- In the reward ---------------------------------------------------------------------------------------------------
 
-SYNC_ALONE = Weights(**dict.fromkeys(vars(Weights()), 0.0) | {"sync": 1.0})
+SYNC_ALONE = dict.fromkeys(WEIGHTS, 0.0) | {"sync": 1.0}
 
 
 def test_the_reward_of_a_chunk_is_minus_the_distance_of_the_five_frames_around_each_of_its_own(clips, batch):
     """By a loop over the frames of videos of 30: the first two and the last two have the nearest whole window's."""
     net, frames, audio = SyncNetwork(8, 8), batch[0][:2, :30], batch[1][:2, :30 * 640]
-    scores = Reward(None, RealClips.measure(clips, 4), SYNC_ALONE, sync=net)(frames, audio, frames[:, 0], "ab", True)
+    rate = Reward(None, Exemplars.measure(clips, clips, 4), SYNC_ALONE, sync=net)
+    scores = rate(frames, audio, frames[:, 0], "ab", per_chunk=True)
     v, a = net.visual(frames).double(), net.sound(audio).double()
     for b in range(2):
         apart = [math.dist(v[b, i].tolist(), a[b, i].tolist()) for i in range(26)]
@@ -189,17 +189,17 @@ def test_the_reward_of_a_chunk_is_minus_the_distance_of_the_five_frames_around_e
 
 def test_the_rewards_network_tells_the_own_sound_from_one_of_40_ms_earlier_or_later(clips, batch):
     """On people that it never met, each of them."""
-    rate = Reward(None, RealClips.measure(clips, 4), SYNC_ALONE, sync=load_sync(REWARD_SYNC))
+    rate = Reward(None, Exemplars.measure(clips, clips, 4), SYNC_ALONE, sync=load_sync(REWARD_SYNC))
     frames, names = batch[0][:, 8:40], [clip.name for clip in clips]
     own, early, late = (rate(frames, batch[1][:, (8 + by) * 640:(40 + by) * 640], frames[:, 0], names).total
                         for by in (0, -1, 1))
     assert (own > early).all() and (own > late).all()
 
 
-def test_the_network_that_measures_cannot_be_the_rewards(clips):
+def test_the_network_that_measures_cannot_be_the_rewards():
     """By any name of its folder; the two that come along are of different seeds."""
     flags = ["--score", "v.mp4", "--judge", "none", "--reward-sync", str(DEFAULT_SYNC / ".." / "sync")]
     with pytest.raises(MediaError, match="which measures what the reward does; teach the reward another"):
-        reward.make_reward(parse_arguments(flags), clips, 4)
+        reward_sync(parse_arguments(flags))
     one, other = (load_sync(folder).state_dict() for folder in (DEFAULT_SYNC, REWARD_SYNC))
     assert all(not torch.equal(one[name], other[name]) for name in one)

@@ -1,13 +1,16 @@
 """What the drawn worlds promise: exact truth, natural size of everything, and faults that are what they say."""
 
-import time
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
 
 from data import Clip, normalise_loudness
-from extras.talkers import render_talker
+from extras.talkers import EARLY, FAULTS, draw_faults, render_talker, synthetic_clips
+from model import estimate_pose
+from sample import mouth_opening_from_pixels
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +80,98 @@ def test_the_head_sways_at_natural_size_and_faces_differ(drawn):
     assert torch.pdist(portraits.flatten(1)).min() / portraits[0].numel() ** 0.5 > 8
 
 
-def test_half_a_minute_is_as_cheap_per_second_as_two_seconds():
-    def cost(index, frames):
-        start = time.process_time()
-        clip = render_talker(index, 0, 64, frames)
-        return time.process_time() - start, clip
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    short = min(cost(i, 50)[0] for i in range(8))
-    taken, long = cost(0, 750)
-    torch.set_num_threads(threads)
-    assert short < 0.2, f"{1e3 * short:.0f} ms of CPU for two seconds"          # about 30 ms on an idle core
-    assert taken / 750 < 1.5 * short / 50
+def test_a_talker_goes_on_for_half_a_minute():
+    long = render_talker(0, 0, 32, 750)
     assert (long.truth["blink"] > 0.5).any() and (long.truth["opening"][-250:] > 0.01).any()
+
+
+# ---------------------------------------------------------------- what is wrong with clips as they are found
+
+def found(drawn, clips=6, **faults):
+    """Pairs of the same talkers with these faults and without."""
+    return [(render_talker(i, 5, 64, 50, faults), drawn[i]) for i in range(clips)]
+
+
+def mouth(clip: Clip) -> np.ndarray:
+    return mouth_opening_from_pixels(clip.frames, clip.truth).numpy()
+
+
+@pytest.mark.parametrize("late", [-5, -1, 3, 7])
+def test_offset_moves_the_mouth_by_whole_frames_and_leaves_the_sound(drawn, late):
+    """The lag at which the mouth, from pixels, correlates most with the flawless clip's: by a loop over lags."""
+    for clip, flawless in found(drawn, offset=late):
+        moved, own = mouth(clip), mouth(flawless)
+        curve = {k: np.corrcoef(moved[max(k, 0):50 + min(k, 0)], own[max(-k, 0):50 - max(k, 0)])[0, 1]
+                 for k in range(-10, 11)}
+        assert max(curve, key=curve.get) == late and curve[late] > 0.9
+        assert torch.equal(clip.audio, flawless.audio)
+
+
+@pytest.mark.parametrize("lost", [0.1, 0.6])
+def test_mumble_takes_its_share_of_the_mouths_range_and_half_of_it_of_the_heads(drawn, lost):
+    for clip, flawless in found(drawn, mumble=lost):
+        assert mouth(clip).std() / mouth(flawless).std() == pytest.approx(1 - lost, abs=0.09)
+        assert torch.allclose(clip.truth["head"], (1 - lost / 2) * flawless.truth["head"], atol=1e-6)
+        assert torch.equal(clip.audio, flawless.audio)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.8])
+def test_tremble_jumps_by_a_hundredth_of_the_picture_and_turns_by_point_seven_degrees(drawn, strength):
+    """Deviations of what the pose, from pixels, has beyond the flawless clip's, frame by frame."""
+    pose = lambda clip: estimate_pose(clip.frames[None] / 255)[0]
+    jumps = torch.stack([pose(clip) - pose(flawless) for clip, flawless in found(drawn, tremble=strength)])
+    x, _, roll, y, *_ = jumps.std(1).mean(0).div(strength).tolist()
+    assert x == pytest.approx(0.02, rel=0.2) and y == pytest.approx(0.02, rel=0.2)         # the picture's side is 2
+    assert roll == pytest.approx(math.radians(0.7), rel=0.2)
+    assert (jumps.diff(dim=1).std(1) / jumps.std(1)).mean(0)[0] > 1.3                      # sqrt 2: no drift, but jumps
+
+
+def test_dubbing_changes_the_voice_and_nothing_that_is_seen(drawn):
+    own, dubbed = [], []
+    for clip, flawless in found(drawn, dubbed=1):
+        assert torch.equal(clip.frames, flawless.frames)
+        torch.testing.assert_close(clip.audio, normalise_loudness(clip.audio), atol=1e-3, rtol=1e-3)
+        for of, follow in ((clip, dubbed), (flawless, own)):
+            loud = of.audio.view(-1, 640).square().mean(1).add(4e-6).log()
+            follow.append(np.corrcoef(mouth(flawless), loud)[0, 1])
+    assert np.mean(own) > 0.4 and np.mean(dubbed) < np.mean(own) - 0.3
+
+
+def test_compression_leaves_blocks_that_grow_with_its_strength_and_the_sound_as_it_was(drawn):
+    """Steps across the borders of blocks of 8 pixels against steps inside of them: 1 without blocks."""
+    def blocks(x):
+        step = x.float().diff(dim=-1).abs().mean((0, 1, 2))
+        return step[7::8].mean() / step[torch.arange(63) % 8 != 7].mean()
+    errors, steps = [], [np.mean([blocks(clip.frames) for clip in drawn[:6]])]
+    for strength in 0.2, 0.6, 1.0:
+        pairs = found(drawn, compressed=strength)
+        errors.append(np.mean([(a.frames.float() - b.frames.float()).abs().mean() for a, b in pairs]))
+        steps.append(np.mean([blocks(clip.frames) for clip, _ in pairs]))
+        assert all(torch.equal(a.audio, b.audio) for a, b in pairs)
+    assert 1 < errors[0] < errors[1] < errors[2] < 10
+    assert steps[0] < steps[1] < steps[2] < steps[3] and steps[3] > 1.4 * steps[0]
+
+
+def test_faults_come_at_their_rates_and_strengths_each_by_itself():
+    """2000 draws: shares within four deviations of the table's, strengths spread evenly between its least and most."""
+    draws = [draw_faults(np.random.default_rng([9, i])) for i in range(2000)]
+    has = {name: np.array([draw[name] != 0 for draw in draws]) for name in FAULTS}
+    for name, (share, least, most, _) in FAULTS.items():
+        strength = np.abs([draw[name] for draw in draws])[has[name]]
+        assert abs(has[name].mean() - share) < 4 * math.sqrt(share * (1 - share) / 2000), name
+        assert strength.min() >= least and strength.max() <= most, name
+        assert strength.mean() == pytest.approx((least + most) / 2, rel=0.07), name
+    offsets = np.array([draw["offset"] for draw in draws])[has["offset"]]
+    assert set(offsets) == {*range(-7, 0), *range(1, 8)} and (offsets < 0).mean() == pytest.approx(EARLY, abs=0.05)
+    together = np.corrcoef([has[name] for name in FAULTS]) - np.eye(len(FAULTS))
+    assert np.abs(together).max() < 0.09
+
+
+def test_clips_as_found_are_the_talkers_with_what_was_drawn_for_them_and_others_record_nothing(tmp_path):
+    clips, flawless = (synthetic_clips(4, 32, 0.4, 3, world=world, cache=tmp_path) for world in ("found", "flawless"))
+    for i, (clip, plain) in enumerate(zip(clips, flawless)):
+        wrong = draw_faults(np.random.default_rng([3, i, 4]))
+        assert {name: clip.truth[f"fault_{name}"].item() for name in FAULTS} == pytest.approx(wrong)
+        for got, want in ((clip, render_talker(i, 3, 32, 10, wrong)), (plain, render_talker(i, 3, 32, 10))):
+            assert torch.equal(got.frames, want.frames) and torch.equal(got.audio, want.audio)
+        assert not any(name.startswith("fault") for name in plain.truth)

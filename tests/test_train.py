@@ -19,14 +19,15 @@ from PIL import Image
 import reward
 import sample
 import train
-from data import SAMPLES_PER_FRAME, MediaError, fitting, load_speech, write_video
-from extras.people import rate_whole
-from extras.talkers import render_talker
+from data import SAMPLES_PER_FRAME, Clip, MediaError, fitting, load_speech, write_video
+from extras.report import write_report
+from extras.talkers import FAULTS, render_talker
 from model import load_generator
+from reward import ASPECTS, COMPONENTS, REWARD_SYNC, Ratings, rate_whole
 
 TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
         "--channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2 "
-        "--updates 0 --judge none").split()
+        "--curate 0 --updates 0 --judge none").split()
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,14 @@ def cache(tmp_path_factory):
 def run(cache, tmp_path_factory):
     """A finished run of six steps, and the folder it left."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    train.main([*TINY, "--steps", "6", "--validate-every", "4", "--out", str(folder)])
+    train.main([*TINY, "--steps", "6", "--out", str(folder)])
     return folder
 
 
 def weights(folder, name="state.pt"):
-    state = torch.load(folder / name, weights_only=True)
-    flat = {}
+    """All that a checkpoint holds, but for the CPU time."""
+    state, flat = torch.load(folder / name, weights_only=True), {}
+    assert state.pop("cpu_seconds") > 0
 
     def walk(prefix, value):
         if isinstance(value, dict | list):
@@ -59,11 +61,15 @@ def weights(folder, name="state.pt"):
     return flat
 
 
-def assert_same_bits(one, other):
-    one, other = weights(one), weights(other)
+def assert_same_bits(one, other, name="state.pt"):
+    one, other = weights(one, name), weights(other, name)
     assert one.keys() == other.keys() and len(one) > 50
     for name, value in one.items():
         assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name], name
+
+
+def logged(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal_to_an_unbroken_one(run, tmp_path, monkeypatch):
@@ -83,8 +89,8 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_unbroken_one(run, tmp_path
         muon.step = interrupted
         return [muon, adam]
     monkeypatch.setattr(train, "optimizers", interrupting)
-    with pytest.raises(SystemExit, match="stopped at step 4; go on with: python train.py --resume"):
-        train.main([*TINY, "--steps", "6", "--validate-every", "4", "--out", str(tmp_path / "half")])
+    with pytest.raises(SystemExit, match="stopped at step 4 of pretraining; go on with: python train.py --resume"):
+        train.main([*TINY, "--steps", "6", "--out", str(tmp_path / "half")])
     monkeypatch.setattr(train, "optimizers", make)
     train.main(["--resume", str(tmp_path / "half")])
     assert_same_bits(run, tmp_path / "half")
@@ -95,59 +101,33 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_unbroken_one(run, tmp_path
 
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(run, tmp_path, monkeypatch):
     """Killed after step 5 with a checkpoint of step 4: step 5 is done again, and logged once."""
-    advance = train.Pretraining.advance
+    save, folder = train.Stage.save, tmp_path / "dead"
 
-    def dying(self, data):
+    def dying(self, out):
         if self.step == 5:
             raise EOFError("power cut")
-        return advance(self, data)
-    monkeypatch.setattr(train.Pretraining, "advance", dying)
-    folder = tmp_path / "dead"
-    with pytest.raises(EOFError):
-        train.main([*TINY, "--steps", "6", "--save-every", "4", "--validate-every", "4", "--out", str(folder)])
-    monkeypatch.setattr(train.Pretraining, "advance", advance)
+        save(self, out)
+    with monkeypatch.context() as patch, pytest.raises(EOFError):
+        patch.setattr(train.Stage, "save", dying)
+        train.main([*TINY, "--steps", "6", "--save-minutes", "0", "--out", str(folder)])
+    assert sum('"loss"' in line for line in open(folder / "log.jsonl")) == 5
     train.main(["--resume", str(folder)])
     assert_same_bits(run, folder)
-    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in logged(folder) if "loss" in e] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_leaves_everything_it_names(run):
     names = {p.name for p in run.iterdir()}
     assert names == {"config.json", "model.safetensors", "state.pt", "log.jsonl", "sheet.png", "sample.mp4",
-                     "portrait.png", "speech.wav", "held_out.json", "report.md", "pretraining.png",
-                     "validation.png"}
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+                     "portrait.png", "speech.wav", "held_out.json", "report.md", "pretraining.png"}
+    entries = logged(run)
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4, 5, 6]
-    assert [e["step"] for e in entries if "held_out" in e] == [4, 6]
+    assert [(e["arm"], e["sampler"]) for e in entries if "held_out" in e] == [("pretrained", "ode")]
     measured = {"lip_sync", "offset", "amplitude", "psnr", "mouth_psnr", "motion", "head", "jerk_ratio", "still_psnr",
                 "jerk", "seam", "sync_own", "sync_confidence", "identity"}
-    assert set(entries[-2]["held_out"]) == measured and set(entries[0]["codec"]) == measured
-    assert "rewarded" in entries[-1] and (run / "report.md").read_text().count("](pretraining.png)") == 1
+    assert set(entries[-1]["held_out"]) == measured and set(entries[0]["codec"]) == measured
+    assert (run / "report.md").read_text().count("](pretraining.png)") == 1
     assert Image.open(run / "sheet.png").size == (12 * 32, 2 * 2 * 32)
-
-
-def test_the_report_is_made_of_the_log_and_the_clips_values_alone(post_run, tmp_path):
-    """Three arms whose lip_sync is known by hand: means, intervals and paired differences of two clips."""
-    shutil.copytree(post_run, tmp_path / "copy")
-    for path in (tmp_path / "copy").iterdir():
-        if path.name not in ("log.jsonl", "held_out.json"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    values = json.loads((post_run / "held_out.json").read_text())
-    for arm, pair in {"pretrained": [0.2, 0.4], "control": [0.1, 0.3], "post-trained": [0.5, 0.9]}.items():
-        values["ode"][arm]["lip_sync"] = pair
-    (tmp_path / "copy" / "held_out.json").write_text(json.dumps(values))
-    train.write_report(tmp_path / "copy")
-    text = (tmp_path / "copy" / "report.md").read_text()
-    row = next(line for line in text.splitlines() if line.startswith("| lip_sync |")).split(" | ")
-    # 1.96 * std / sqrt(2) of two values is 1.96 * half their distance
-    assert row[2:] == ["0.300±0.196", "0.700±0.392", "0.200±0.196", "0.400±0.196", "0.500±0.196 |"]
-    for words in ("| seed | 0 |", "hardware", "CPU threads", "seconds an update, rollout", "minutes of post-training",
-                  "post-trained minus control", "python train.py --pretrained", "more steps of pretraining", "kept"):
-        assert words in text, words
-    for name in ("rewards.png", "watched.png"):
-        assert f"({name})" in text and Image.open(tmp_path / "copy" / name).size[0] > 300
-    assert "pretraining.png" not in text                               # those steps are in the other run's report
 
 
 def test_a_run_with_the_learned_codec_trains_it_first_keeps_it_and_animates(cache, tmp_path, monkeypatch):
@@ -155,13 +135,12 @@ def test_a_run_with_the_learned_codec_trains_it_first_keeps_it_and_animates(cach
     without training the codec again, to the same bits; sample.py uses it."""
     learned = [*TINY, "--codec", "learned", "--codec-steps", "12", "--steps", "3"]
     train.main([*learned, "--out", str(tmp_path / "whole")])
-    entries = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    stage = [e for e in entries if e.get("stage") == "codec"]
+    stage = [e for e in logged(tmp_path / "whole") if e.get("stage") == "codec"]
     assert [e["codec_step"] for e in stage] == list(range(1, 13)) and all(e["loss"] > 0 for e in stage)
     assert Image.open(tmp_path / "whole" / "codec.png").size == (12 * 32, 2 * 2 * 32)
     folder = tmp_path / "half"
     with monkeypatch.context() as patch:
-        patch.setattr(train.Pretraining, "advance", lambda *_: (_ for _ in ()).throw(EOFError))
+        patch.setattr(train.FlowMatching, "take_step", lambda *_: (_ for _ in ()).throw(EOFError))
         with pytest.raises(EOFError):
             train.main([*learned, "--out", str(folder)])
     monkeypatch.setattr(train, "train_codec", None)
@@ -184,7 +163,7 @@ def test_a_codec_that_cannot_be_is_one_clear_line(wrong, words, capsys):
 
 
 def test_the_seed_changes_the_run(run, cache, tmp_path):
-    train.main([*TINY, "--steps", "6", "--validate-every", "4", "--seed", "1", "--out", str(tmp_path)])
+    train.main([*TINY, "--steps", "6", "--seed", "1", "--out", str(tmp_path)])
     assert not torch.equal(weights(run)[".model.no_audio"], weights(tmp_path)[".model.no_audio"])
     assert json.loads((tmp_path / "config.json").read_text())["training"]["seed"] == 1
 
@@ -199,7 +178,8 @@ def test_the_loss_is_the_velocity_error_of_the_levels_it_draws(cache):
     def velocity(portrait, mel, context, noisy, sigma, heard):
         seen.update(noisy=noisy, sigma=sigma, context=context)
         return torch.zeros_like(noisy)
-    loss, bins = train.flow_matching_loss(velocity, data, args, step=7)
+    error, level = train.flow_matching_loss(velocity, train.draw_batch(data, args, step=7))
+    bins = train.by_noise_level(error, level)
     total, by_bin = [], [[] for _ in bins]
     for b in range(2):
         for k in range(3):
@@ -208,9 +188,9 @@ def test_the_loss_is_the_velocity_error_of_the_levels_it_draws(cache):
             noise = (x - (1 - sigma) * origin) / sigma
             total.append(min(sigma / 0.2, 1) ** 2 * ((noise - origin) ** 2).mean().item())
             by_bin[int(sigma * len(bins))].append(total[-1])
-    assert math.isclose(loss.item(), sum(total) / 6, rel_tol=1e-4)
-    for value, members in zip(bins.tolist(), by_bin):
-        assert math.isclose(value, sum(members) / len(members), rel_tol=1e-4) if members else math.isnan(value)
+    assert error.flatten().tolist() == pytest.approx(total, rel=1e-4)
+    for value, members in zip(bins, by_bin):
+        assert value == (pytest.approx(sum(members) / len(members), abs=1e-4) if members else None)
 
 
 @pytest.mark.parametrize("wrong", ["--steps 0", "--preset huge", "--crop 1,2", "--seconds 0.5", "--grid 4",
@@ -220,7 +200,8 @@ def test_the_loss_is_the_velocity_error_of_the_levels_it_draws(cache):
                                    "--group 1", "--draws 5", "--noise-level 2", "--parts 0", "--post-ema 1",
                                    "--control --updates 0", "--pretrained nowhere --out x", "--pretrained .",
                                    "--seed 9999999999999999999", "--batch 10000000000", "--seconds 1e30", "--clip inf",
-                                   "--width 1000000000", "--grad-clip 0", "--crop 0,0,32", "--out tests"])
+                                   "--width 1000000000", "--grad-clip 0", "--crop 0,0,32", "--out tests",
+                                   "--curate 1", "--looks 0", "--save-minutes -1", "--world real"])
 def test_bad_flags_end_with_one_clear_line(wrong, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(wrong.split())
@@ -258,7 +239,7 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_no
     with pytest.raises(MediaError, match="another run is at work there; wait for its end, or choose another --out"):
         train.main(["--resume", str(tmp_path / "run")])
     first.kill(), first.wait()
-    with train.alone(tmp_path / "run"), pytest.raises(MediaError), train.alone(tmp_path / "run"):
+    with train.lock(tmp_path / "run"), pytest.raises(MediaError), train.lock(tmp_path / "run"):
         pass
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in run.iterdir()}
 
@@ -269,8 +250,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(run, tmp_path, full):
     shutil.copytree(run, tmp_path / "run")
     old = (tmp_path / "run" / full).read_bytes()
     args = train.parse_arguments(["--resume", str(tmp_path / "run")])
-    again = train.Pretraining(train.Generator(args.config), args)
-    again.load(tmp_path / "run")
+    again = train.FlowMatching("pretraining", None, args, args.steps)
+    again.load(tmp_path / "run" / "state.pt")
     size, limits = (tmp_path / "run" / full).stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, limits[1]))
@@ -284,25 +265,30 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(run, tmp_path, full):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in run.iterdir()}
 
 
-def test_a_log_that_was_cut_short_loses_its_last_line_alone(run, tmp_path):
-    text = (run / "log.jsonl").read_text()
-    (tmp_path / "log.jsonl").write_text(text + '{"seconds": 3.1, "st')
-    train.Log(tmp_path, 6, 0.0)
-    assert (tmp_path / "log.jsonl").read_text() == text
+def test_a_log_that_was_cut_short_loses_its_last_line_and_the_steps_that_come_again(run, tmp_path):
+    """A stage at step 4 of 6: what it logged of steps 5 and 6 goes, and what other stages and lines say stays."""
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    other = '{"seconds": 3, "stage": "curation", "step": 6, "loss": 1.0}\n'
+    (tmp_path / "log.jsonl").write_text("".join(lines) + other + '{"seconds": 3.1, "st')
+    stage = SimpleNamespace(name="pretraining", unit="step", step=4, looks=0, progress=4 / 6,
+                            args=SimpleNamespace(looks=4))
+    train.Log(tmp_path, 0.0).rewind(stage)
+    kept = [line for line in lines if '"loss"' not in line or json.loads(line)["step"] <= 4] + [other]
+    assert (tmp_path / "log.jsonl").read_text() == "".join(kept) and len(kept) == len(lines) - 1
 
 
-@pytest.mark.parametrize("stage, words", [("load_clips", "before the first checkpoint, so nothing was kept"),
-                                          ("pretrain_longer", "go on with: python train.py --resume"),
-                                          ("report", "go on with: python train.py --resume")])
+@pytest.mark.parametrize("stage, words", [("load_clips", "start it again: .* nothing was kept"),
+                                          ("control_arms", "go on with: python train.py --resume"),
+                                          ("measure", "go on with: python train.py --resume")])
 def test_ctrl_c_says_how_to_go_on_wherever_it_comes(run, judge, cache, tmp_path, monkeypatch, stage, words):
-    """In preparation, in the control and while measuring; the steps between have tests of their own."""
+    """In preparation, in the controls and while measuring; the steps between have tests of their own."""
     def interrupt(*_):                               # a signal may be ignored where tests run in the background
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(train, stage, interrupt)
         with pytest.raises(SystemExit, match=words):
             train.main(["--pretrained", str(run), "--out", str(tmp_path / "run"), *POST, "--updates", "1", "--control"])
-    if stage == "report":
+    if stage == "measure":
         train.main(["--resume", str(tmp_path / "run")])
         assert (tmp_path / "run" / "report.md").exists()
 
@@ -311,11 +297,13 @@ CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCP
                         "tried to allocate 8000000000 bytes.\nError code 12")
 
 
-@pytest.mark.parametrize("full", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), CPU_FULL, MemoryError()])
-@pytest.mark.parametrize("owner, name, words", [
-    (train.Pretraining, "advance", "pretraining: does not fit into memory; lower --batch"),
-    (train.PostTraining, "advance", "post-training: does not fit into memory; lower --micro-batch"),
-    (train, "report", "measuring: does not fit into memory; lower --validate-clips")])
+FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), CPU_FULL, MemoryError()]
+
+
+@pytest.mark.parametrize("owner, name, words, full", [
+    (train.FlowMatching, "take_step", "pretraining: does not fit into memory; lower --batch", FULL[0]),
+    (train.PostTraining, "take_step", "post-training: does not fit into memory; lower --micro-batch", FULL[1]),
+    (train, "measure", "measuring: does not fit into memory; lower --validate-clips", FULL[2])])
 def test_too_little_memory_is_one_line_that_says_what_to_lower(cache, tmp_path, monkeypatch, owner, name, words, full):
     def fail(*_):
         raise full
@@ -326,13 +314,12 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(cache, tmp_path, 
 
 
 def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are():
-    class Big:
-        window, readouts = None, ()
-
-        def rate(self, *_):
-            raise CPU_FULL
-    with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
-        rate_whole(Big(), torch.zeros(1, 8, 3, 32, 32), torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
+    for full in FULL:
+        def fail(*_):
+            raise full
+        judge = SimpleNamespace(window=None, rate=fail)
+        with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
+            rate_whole(judge, torch.zeros(1, 8, 3, 32, 32), torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
     with pytest.raises(RuntimeError, match="shapes"), fitting("this", "that"):
         raise RuntimeError("shapes do not match")
 
@@ -368,17 +355,26 @@ def test_the_line_that_train_prints_works_and_max_seconds_is_obeyed(run, tmp_pat
     assert imageio_ffmpeg.count_frames_and_secs(str(out))[0] == 13
 
 
-def test_a_folder_of_clips_trains_and_resumes(cache, tmp_path):
-    """--data: drawn talkers written as videos; the metrics are those of real clips, which have no truth."""
-    videos = tmp_path / "clips"
-    videos.mkdir()
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A folder of twelve drawn talkers as videos."""
+    folder = tmp_path_factory.mktemp("clips")
     for i in range(12):
         clip = render_talker(i, 7, 32, 30)
-        write_video(videos / f"{i}.mp4", clip.frames, clip.audio)
-    flags = TINY[:TINY.index("--clips")] + TINY[TINY.index("--clips") + 2:]
-    train.main([*flags, "--data", str(videos), "--crop", "0,0,32", "--steps", "1", "--out", str(tmp_path / "run")])
-    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert {"mouth_own", "mouth_late", "over_late", "amplitude", "offset"} <= set(entries[-2]["held_out"])
+        write_video(folder / f"{i}.mp4", clip.frames, clip.audio)
+    return folder
+
+
+def test_a_folder_of_clips_trains_and_resumes_and_leaves_curation_out_where_nobody_knows_them(
+        cache, videos, tmp_path, capsys):
+    """--data: the metrics are those of real clips, which have no truth; with neither a judge nor a sync network of the
+    user's own one line says that nothing is picked."""
+    flags = [*TINY, "--data", str(videos), "--crop", "0,0,32", "--steps", "1", "--curate", "0.5"]
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().out.count("no curation: neither a judge nor") == 1
+    arm, = (e for e in logged(tmp_path / "run") if "held_out" in e)
+    assert arm["arm"] == "pretrained"
+    assert {"mouth_own", "mouth_late", "over_late", "amplitude", "offset"} <= set(arm["held_out"])
     train.main(["--resume", str(tmp_path / "run")])
 
 
@@ -394,10 +390,100 @@ def test_bad_input_is_one_line_and_a_failing_exit(run, tmp_path):
         sample.main(["--checkpoint", str(tmp_path), "--image", "a", "--audio", "b", "--out", "c.mp4"])
 
 
-# ---------------------------------------------------------------- post-training
+# ---------------------------------------------------------------- what the judge picks
 
-POST = ("--updates 4 --prompts 2 --group 3 --rollout-steps 3 --draws 1 --micro-batch 2 --watch-every 2 --watch-clips 2 "
-        "--post-lr 1e-3").split()
+class Taste:
+    """A judge of known ratings: of the six training clips these, of anything else how bright and how lively it is."""
+
+    window, fingerprint = None, "taste"
+    known = torch.tensor([[1.0, 5, 4], [4, 1, 1], [3, 2, 5], [2, 4, 2], [5, 3, 3], [1, 1, 1]])   # sums 10 6 10 8 11 3
+
+    def __init__(self):
+        self.asked = []
+
+    def rate(self, frames, audio, names):
+        assert 0 <= frames.min() and frames.max() <= 1 and audio.shape == (len(frames), frames.shape[1] * 640)
+        self.asked += names
+        bright, lively = 1 + 4 * frames.mean((1, 2, 3, 4)), 1 + 4 * frames.diff(dim=1).abs().mean((1, 2, 3, 4))
+        score = torch.stack([bright, lively, bright], 1)
+        for i, name in enumerate(names):
+            if name.startswith("talker-0-") and "rollout" not in name:
+                score[i] = self.known[int(name.split("-")[2])]
+        return Ratings(score, torch.ones_like(score))
+
+
+def picks(judge, *flags, change=lambda clips: clips):
+    args = train.parse_arguments([*TINY, "--curate", "0.5", *flags])
+    clips = change(list(train.load_clips(args)[0]))
+    entries = []
+    return train.pick_clips(judge, clips, args, lambda **entry: entries.append(entry)), clips, entries
+
+
+def numbers(clips) -> list[int]:
+    return [int(clip.name.split("-")[2]) for clip in clips]
+
+
+def test_the_judge_picks_by_its_ratings_alone(cache, monkeypatch):
+    """By hand: half of six clips by the sum, two exemplars each by liveliness and by motion; in whatever order the
+    clips come and whatever their truth says. They are rated once, and the CPU time of that is kept."""
+    monkeypatch.setattr(train, "EXEMPLARS", 2)
+    nonsense = lambda truth: dict.fromkeys(truth, torch.tensor(math.nan))
+    garble = lambda clips: [Clip(c.name, c.frames, c.audio, nonsense(c.truth)) for c in clips]
+    judge = Taste()
+    for change in (lambda clips: clips, lambda clips: clips[::-1], garble):
+        picked, clips, entries = picks(judge, change=change)
+        assert sorted(numbers(clips[i] for i in picked.curated)) == [0, 2, 4]
+        assert sorted(numbers(picked.lively)) == [0, 3] and sorted(numbers(picked.smooth)) == [0, 2]
+        assert picked.cpu_seconds > 0 and [row["fault"] for row in entries[0]["funnel"]] == list(FAULTS)
+    assert len(judge.asked) == 12                                      # once in either order
+    assert len(picks(judge, "--curate", "0")[0].curated) == 0          # no curation, but exemplars
+
+
+def test_a_clip_without_a_rating_is_never_picked(cache, monkeypatch):
+    """Also where fewer clips are rated than are wanted: of six with two sums, three shall be picked."""
+    class Silent(Taste):
+        fingerprint = "silent"
+        known = Taste.known.clone()
+    Silent.known[[0, 2, 4], 0], Silent.known[3] = math.nan, math.nan
+    picked, *_ = picks(Silent())
+    assert picked.curated.tolist() == [1, 5]
+    assert sorted(numbers(picked.lively)) == sorted(numbers(picked.smooth)) == [0, 1, 2, 4, 5]
+
+
+def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(cache, videos):
+    """--data and a network of its own; the embedded judge knows drawn talkers only and is not asked."""
+    for judge in None, SimpleNamespace(rate=None, window=None):
+        flags = ["--judge", str(reward.DEFAULT_JUDGE)] if judge else []
+        picked, clips, entries = picks(judge, "--data", str(videos), "--reward-sync", str(REWARD_SYNC), *flags)
+        confidence = sample.sync_metrics(reward.load_sync(REWARD_SYNC), train.pixels(clips, 24),
+                                         train.sounds(clips, 24))["sync_confidence"]
+        assert sorted(picked.curated.tolist()) == sorted(confidence.argsort()[-(len(clips) // 2):].tolist())
+        assert [c.name for c in picked.lively] == [c.name for c in picked.smooth] and not entries
+
+
+def test_exemplars_are_the_lively_and_the_smooth_clips_or_those_of_a_folder(run, videos, tmp_path, monkeypatch):
+    """What the reward is made of, where the run is stopped; a folder's clips are both, and are so when it goes on."""
+    monkeypatch.setattr(train, "EXEMPLARS", 2), monkeypatch.setattr(train, "make_judge", lambda args: Taste())
+    seen, flags = [], ["--pretrained", str(run), *POST, "--curate", "0"]
+
+    def stop(args, judge, lively, smooth, *_):
+        seen.append((lively, smooth))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "make_reward", stop)
+    for command in ([*flags, "--out", str(tmp_path / "a")], [*flags, "--exemplars", str(videos), "--out",
+                    str(tmp_path / "b")], ["--resume", str(tmp_path / "b")]):
+        with pytest.raises(SystemExit, match="stopped; go on with"):
+            train.main(command)
+    assert [sorted(numbers(clips)) for clips in seen[0]] == [[0, 3], [0, 2]]
+    for lively, smooth in seen[1:]:
+        assert all(".mp4" in clip.name for clip in [*lively, *smooth])
+        assert [c.name for c in lively] == [c.name for c in smooth] == [c.name for c in seen[1][0]]
+
+
+# ---------------------------------------------------------------- curation and post-training
+
+POST = ("--curate 0.5 --curate-steps 3 --updates 4 --prompts 2 --group 3 --rollout-steps 3 --draws 1 --micro-batch 2 "
+        "--looks 2 --watch-clips 2 --post-lr 1e-3").split()
 
 
 class Brightness:
@@ -405,9 +491,6 @@ class Brightness:
 
     def __init__(self):
         self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
-
-    def resemble(self, clips, codec):
-        """Hold nothing against real clips."""
 
     def __call__(self, frames, audio, portrait, names, per_chunk=False):
         assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
@@ -423,84 +506,169 @@ class Brightness:
 
 @pytest.fixture
 def judge(monkeypatch):
+    """Instead of the reward, and of a judge: nothing is curated."""
     judge = Brightness()
     monkeypatch.setattr(train, "make_reward", lambda *args: judge)
+    monkeypatch.setattr(train, "pick_clips", lambda judge, clips, *_: train.Picks(torch.empty(0).long(), clips, clips))
     return judge
 
 
-def post_weights(folder):
-    flat = weights(folder, "post.pt")
-    assert flat.pop(".cpu_seconds") > 0
-    return flat
+@pytest.fixture
+def taste(monkeypatch):
+    """A judge of known ratings, in the reward as it is."""
+    monkeypatch.setattr(train, "make_judge", lambda args: Taste())
 
 
 @pytest.fixture(scope="module")
 def post_run(run, tmp_path_factory):
-    """The finished run, post-trained for four updates with the control beside it, and the folder that it left."""
+    """The finished run, curated for three steps and post-trained for four updates with the controls beside it, and the
+    folder that it left."""
     folder = tmp_path_factory.mktemp("runs") / "post"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_reward", lambda *args: Brightness())
+        patch.setattr(train, "make_judge", lambda args: Taste())
         train.main(["--pretrained", str(run), "--out", str(folder), "--control", *POST])
     return folder
 
 
-def test_post_training_leaves_its_arms_and_logs_every_update(post_run, run):
-    """The reference stands in pretrained/, the control in control/, the best policy on top; each measured twice."""
-    entries = [json.loads(line) for line in (post_run / "log.jsonl").read_text().splitlines()]
-    updates = [e for e in entries if "parts" in e]
+ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
+
+
+def test_the_stages_leave_their_arms_and_log_every_step(post_run, run):
+    """What was taught before in folders of their own, the best policy on top; each arm measured twice."""
+    entries = logged(post_run)
+    steps = [e for e in entries if e.get("stage") == "curation"]
+    assert [e["step"] for e in steps if "loss" in e] == [1, 2, 3]
+    assert [e["step"] for e in steps if "watched" in e] == [0, 2, 3]              # the first at each half or after it
+    updates = [e for e in entries if e.get("stage") == "post-training"]
+    assert [e["update"] for e in updates if "watched" in e] == [0, 2, 4]
+    updates = [e for e in updates if "parts" in e]
     assert [e["update"] for e in updates] == [1, 2, 3, 4]
-    assert [e["update"] for e in entries if "watched" in e] == [0, 2, 4]
     for entry in updates:
         first, second = entry["parts"]
-        assert set(entry["components"]) == {"bright", "end", "total"} and entry["seconds_for"].keys() == {
+        assert set(entry["components"]) == {*COMPONENTS, "total"} and entry["seconds_for"].keys() == {
             "rollout", "reward", "update"}
         assert abs(first["ratio_max"][0] - 1) <= 1e-6 < abs(second["ratio_max"][0] - 1)          # 1, then off 1
-        assert first["grad_norm"] > 0 and second["clip_high"] + second["clip_low"] > 0
-        assert entry["sigma"] == pytest.approx(2 / 3)
-    arms = [(e["arm"], e["sampler"]) for e in entries if "arm" in e]
-    assert sorted(arms) == sorted((a, s) for a in ("pretrained", "post-trained", "control") for s in ("ode", "cps"))
-    control = next(e for e in entries if "control_steps" in e)
-    spent = torch.load(post_run / "post.pt", weights_only=True)["cpu_seconds"]
-    assert control["control_steps"] >= 1 and spent <= control["cpu_seconds"] < spent + 0.25
-    values = json.loads((post_run / "held_out.json").read_text())
-    assert len(values["cps"]["control"]["lip_sync"]) == 2
-    assert Image.open(post_run / "sheet.png").size == (12 * 32, 2 * 4 * 32)
-    for name, value in load_generator(run).state_dict().items():
-        assert torch.equal(load_generator(post_run / "pretrained").state_dict()[name], value)
-    assert not torch.equal(load_generator(post_run / "control").no_audio, load_generator(run).no_audio)
+        assert first["grad_norm"] > 0 and entry["sigma"] == pytest.approx(2 / 3)
+    assert sorted((e["arm"], e["sampler"]) for e in entries if "arm" in e) == sorted(
+        (arm, sampler) for arm in ARMS for sampler in ("ode", "cps"))
+    assert "rewarded" in entries[-1] and len(json.loads((post_run / "held_out.json").read_text())["cps"]) == 6
+    assert Image.open(post_run / "sheet.png").size == (12 * 32, 2 * 7 * 32)
+    kept = [load_generator(folder).state_dict() for folder in (
+        run, post_run / "pretrained", post_run / "curated", post_run, *(post_run / "control").iterdir())]
+    for name, value in kept[0].items():
+        assert torch.equal(kept[1][name], value)
+    assert len(kept) == 7
 
 
-def test_one_command_does_the_whole_method(post_run, judge, tmp_path):
-    """Pretraining and post-training in one go end with the bits of post-training the saved pretraining."""
+def test_the_report_is_made_of_the_log_and_the_clips_values_alone(post_run, tmp_path):
+    """Arms whose lip_sync is known by hand: means, intervals and paired differences of two clips."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("log.jsonl", "held_out.json"):
+        shutil.copy(post_run / name, copy)
+    values = json.loads((copy / "held_out.json").read_text())
+    known = {"pretrained": [0.2, 0.4], "curated": [0.1, 0.3], "post-trained": [0.5, 0.9]}
+    for arm, pair in known.items():
+        values["ode"][arm]["lip_sync"] = pair
+    (copy / "held_out.json").write_text(json.dumps({"ode": {arm: values["ode"][arm] for arm in known}}))
+    write_report(copy)
+    text = (copy / "report.md").read_text()
+    one, other = ([cell.strip(" |") for cell in line.split(" | ")] for line in text.splitlines()
+                  if line.startswith("| lip_sync |"))
+    # 1.96 * std / sqrt(2) of two values is 1.96 * half their distance
+    assert one[2:] == ["0.300±0.196", "0.200±0.196", "0.700±0.392"]
+    assert other[1:] == ["-0.100±0.000", "0.500±0.196", "0.400±0.196"]           # of PAIRS, in their order
+    for words in ("| seed | 0 |", "hardware", "CPU threads", "seconds an update, rollout", "minutes of post-training",
+                  "post-trained minus curated", "python train.py --pretrained", "steps in", "kept, ", "last, ",
+                  "What was found", "| tremble |", "no part of the reward contains or resembles them"):
+        assert words in text, words
+    for name in ("rewards.png", "watched.png"):
+        assert f"({name})" in text and Image.open(copy / name).size[0] > 300
+    assert "pretraining.png" not in text                               # those steps are in the other run's report
+
+
+def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(post_run):
+    """More curation that of post-training, more pretraining that of GRPO without curation: to within a step, by the
+    times of their own folders; and what the rating took is charged to curation."""
+    spent = {e["control"]: e for e in logged(post_run) if "control" in e}
+    post = torch.load(post_run / "post.pt", weights_only=True)["cpu_seconds"]
+    budget = {"more curation": post, "more pretraining": spent["GRPO without curation"]["cpu_seconds"]}
+    for name, seconds in budget.items():
+        one = spent[name]["cpu_seconds"]
+        assert seconds <= one < seconds + 0.25 and spent[name]["steps"] > 3, name
+        saved = json.loads((post_run / "control" / name.replace(" ", "-") / "config.json").read_text())
+        assert (saved["cpu_seconds"], saved["steps"]) == (one, spent[name]["steps"])
+    assert spent["GRPO without curation"]["steps"] == 4
+
+
+def test_controls_that_were_stopped_go_on_with_the_same_budgets(post_run, taste, tmp_path):
+    """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation took."""
+    shutil.copytree(post_run, tmp_path / "run")
+    name, config = "more pretraining", "control/GRPO-without-curation/config.json"
+    shutil.rmtree(tmp_path / "run" / "control" / "more-pretraining")
+    saved = json.loads((tmp_path / "run" / config).read_text())
+    (tmp_path / "run" / config).write_text(json.dumps(saved | {"cpu_seconds": 0.2}))
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    train.main(["--resume", str(tmp_path / "run")])
+    again = logged(tmp_path / "run")
+    steps = [e["step"] for e in again if e.get("stage") == name and "loss" in e]
+    assert steps == [*range(1, len(steps) + 1)]                        # those of the first time are gone
+    added = [e for e in again if "control" in e and json.dumps(e) not in before]
+    assert [e["control"] for e in added] == [name] and 0.2 <= added[0]["cpu_seconds"] < 0.45
+
+
+@pytest.mark.parametrize("garbled", [False, True])
+def test_one_command_does_the_whole_method_and_the_record_of_faults_changes_no_bit_of_it(
+        post_run, taste, tmp_path, monkeypatch, garbled):
+    """All stages in one go end with the bits of curating and post-training the saved pretraining, reward and all; with
+    every clip's record of faults exchanged for another's, or for nonsense, too."""
+    load = train.load_clips
+
+    def exchanged(args):
+        clips, *others = load(args)
+        faults = [{k: v for k, v in clip.truth.items() if k.startswith("fault")} for clip in clips]
+        assert any(faults[0].values()) and len(faults[0]) == len(FAULTS)
+        faults = faults[1:] + [dict.fromkeys(faults[0], torch.tensor(math.nan))]
+        return [Clip(c.name, c.frames, c.audio, c.truth | f) for c, f in zip(clips, faults)], *others
+    if garbled:
+        monkeypatch.setattr(train, "load_clips", exchanged)
     train.main([*TINY, "--steps", "6", "--out", str(tmp_path), *POST])
-    one, other = post_weights(post_run), post_weights(tmp_path)
-    assert all(torch.equal(v, other[k]) if torch.is_tensor(v) else v == other[k] for k, v in one.items())
+    for name in "state.pt", "curate.pt", "post.pt":
+        assert_same_bits(post_run, tmp_path, name)
+    one, other = ([e["components"] for e in logged(folder) if e.get("stage") == "post-training" and "parts" in e]
+                  for folder in (post_run, tmp_path))
+    assert one == other and len(one) == 4
     assert all(torch.equal(v, load_generator(tmp_path).state_dict()[k])
                for k, v in load_generator(post_run).state_dict().items())
 
 
-def test_a_stopped_post_training_goes_on_bit_equal(post_run, run, judge, tmp_path, monkeypatch):
-    """Ctrl-C in update 3, between its two gradient steps: the update is finished and saved, and the resumed run ends
-    with the same bits in policy, average, optimizer and best."""
-    improve, calls = train.PostTraining.improve, []
+def test_a_stopped_curation_and_a_stopped_post_training_go_on_bit_equal(post_run, run, taste, tmp_path, monkeypatch):
+    """Ctrl-C in step 2 of curation, then in update 3, between its two gradient steps: each is finished and saved, and
+    the resumed run ends with the same bits in weights, average, optimizers and best."""
+    folder, calls = tmp_path / "half", []
 
-    def interrupted(self, *args):
-        calls.append(improve(self, *args))
-        if len(calls) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return calls[-1]
-    monkeypatch.setattr(train.PostTraining, "improve", interrupted)
-    folder = tmp_path / "half"
-    with pytest.raises(SystemExit, match="stopped at update 3; go on with: python train.py --resume"):
-        train.main(["--pretrained", str(run), "--out", str(folder), *POST])
+    def interrupting(owner, name, at):
+        whole, calls = getattr(owner, name), []
+
+        def interrupted(self, *args):
+            calls.append(whole(self, *args))
+            if self.name != "pretraining" and len(calls) == at:
+                signal.raise_signal(signal.SIGINT)
+            return calls[-1]
+        return owner, name, interrupted
+    for stop, words, flags in (
+            (interrupting(train.FlowMatching, "take_step", 2), "step 2 of curation", ["--pretrained", str(run), *POST,
+                                                                                    "--out", str(folder)]),
+            (interrupting(train.PostTraining, "improve", 5), "update 3 of post-training", ["--resume", str(folder)])):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"stopped at {words}; go on with"):
+            patch.setattr(*stop)
+            train.main(flags)
     train.main(["--resume", str(folder)])
-    one, other = post_weights(post_run), post_weights(folder)
-    assert one.keys() == other.keys() and len(one) > 100
-    for name, value in one.items():
-        assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name], name
-    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [e["update"] for e in logged if "parts" in e] == [1, 2, 3, 4]
-    assert_same_bits(post_run, folder)                                # pretraining's state, untouched
+    for name in "state.pt", "curate.pt", "post.pt":
+        assert_same_bits(post_run, folder, name)
+    both = [[(e["stage"], e.get("step", e.get("update")), "watched" in e) for e in logged(of)
+             if e.get("stage") in ("curation", "post-training")] for of in (post_run, folder)]
+    assert both[0] == both[1]
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, capsys):
@@ -509,20 +677,21 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, capsys):
     assert "holds no run; one that stopped before its first checkpoint starts anew" in capsys.readouterr().err
 
 
-def test_a_finished_run_resumes_to_its_report_without_another_update(post_run, judge):
-    before = post_weights(post_run)
-    train.main(["--resume", str(post_run)])
-    assert not judge.asked
-    after = post_weights(post_run)
-    assert all(torch.equal(v, after[k]) if torch.is_tensor(v) else v == after[k] for k, v in before.items())
+def test_a_finished_run_resumes_to_its_report_without_another_step(post_run, taste, tmp_path, monkeypatch):
+    shutil.copytree(post_run, tmp_path / "run")
+    monkeypatch.setattr(train.Stage, "advance", None)
+    train.main(["--resume", str(tmp_path / "run")])
+    for name in "state.pt", "curate.pt", "post.pt":
+        assert_same_bits(post_run, tmp_path / "run", name)
+    assert all(torch.equal(v, load_generator(tmp_path / "run").state_dict()[k])
+               for k, v in load_generator(post_run).state_dict().items())
 
 
 def test_what_an_earlier_run_left_in_the_folder_is_not_taken_up(post_run, cache, tmp_path):
     """A new run stopped before its post-training would otherwise be resumed with the old one's policy and control."""
     shutil.copytree(post_run, tmp_path / "again")
-    train.main([*TINY, "--steps", "1", "--out", str(tmp_path / "again")])
-    assert not {"post.pt", "control/config.json"} & {str(p.relative_to(tmp_path / "again"))
-                                                     for p in (tmp_path / "again").rglob("*")}
+    train.main([*TINY, "--steps", "1", "--exemplars", "unused", "--out", str(tmp_path / "again")])
+    assert not {"post.pt", "curate.pt", "control"} & {p.name for p in (tmp_path / "again").iterdir()}
 
 
 def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_too_little():
@@ -535,29 +704,31 @@ def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_to
     assert score(mouth_own=[0.6], **right | {"head": [2.0, 2.0]}) == pytest.approx(0.6 - 0.05 * math.log(2))
 
 
-def test_patience_ends_a_post_training_that_helps_nobody_and_the_best_is_kept(run, judge, tmp_path, monkeypatch):
-    """Held-out scores 0.5, 0.9, 0.8, 0.7 ... at updates 0, 1, 2, ...: stop two updates after the best, keep it."""
-    looks = iter([0.5, 0.9, 0.8, 0.7, 0.6])
-    kept = []
-    monkeypatch.setattr(train, "held_out_score", lambda metrics: next(looks))
-    watch = train.PostTraining.watch
+def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(run, judge, tmp_path, monkeypatch):
+    """Held-out scores .5, .9, .8, .7, .6 at updates 0 .. 4: the average of update 1 it is."""
+    scores, seen, look = iter([0.5, 0.9, 0.8, 0.7, 0.6]), [], train.Stage.look
+    monkeypatch.setattr(train, "held_out_score", lambda metrics: next(scores))
 
     def noting(self, clips):
-        kept.append({k: v.clone() for k, v in self.average.items()})
-        return watch(self, clips)
-    monkeypatch.setattr(train.PostTraining, "watch", noting)
-    train.main(["--pretrained", str(run), "--out", str(tmp_path), *POST, "--updates", "9", "--watch-every", "1",
-                "--patience", "2"])
+        seen.append({k: v.clone() for k, v in self.average.items()})
+        return look(self, clips)
+    monkeypatch.setattr(train.Stage, "look", noting)
+    train.main(["--pretrained", str(run), "--out", str(tmp_path), *POST, "--looks", "4"])
     state = torch.load(tmp_path / "post.pt", weights_only=True)
-    assert (state["update"], state["best"]["update"], state["best"]["score"]) == (3, 1, 0.9)
-    assert all(torch.equal(v, kept[1][k]) for k, v in load_generator(tmp_path).state_dict().items())
+    assert (state["update"], state["best"]["step"], state["best"]["score"]) == (4, 1, 0.9) and len(seen) == 5
+    assert all(torch.equal(v, seen[1][k]) for k, v in load_generator(tmp_path).state_dict().items())
 
 
-def test_what_chooses_the_checkpoint_is_watched_and_what_is_reported_is_not(cache):
+def test_what_chooses_the_checkpoint_is_watched_and_what_is_reported_is_not_and_neither_has_faults(cache):
     args = train.parse_arguments([*TINY, *POST, "--validate-clips", "3"])
-    clips, reported, watched = ({clip.name for clip in clips} for clips in train.load_clips(args))
+    parts = train.load_clips(args)
+    faulty = [{name for clip in clips for name in clip.truth if name.startswith("fault")} for clips in parts]
+    assert faulty == [{f"fault_{name}" for name in FAULTS}, set(), set()]
+    clips, reported, watched = ({clip.name for clip in clips} for clips in parts)
     assert len(clips) == 6 and len(reported) == 3 and len(watched) == 2
     assert not clips & reported and not clips & watched and not reported & watched
+    flawless = train.load_clips(train.parse_arguments([*TINY, "--world", "flawless"]))[0]
+    assert not any(name.startswith("fault") for clip in flawless for name in clip.truth)
 
 
 def test_a_rollout_that_cannot_be_rescored_stops_the_run_at_once(run, judge, tmp_path, monkeypatch):
@@ -593,8 +764,8 @@ def test_post_training_samples_as_the_run_did_unless_told_otherwise(run, tmp_pat
 
 
 def first_updates(run, folder, *more):
-    train.main(["--pretrained", str(run), "--out", str(folder), *POST, "--parts", "1", *more])
-    return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "parts" in e]
+    train.main(["--pretrained", str(run), "--out", str(folder), *POST, "--looks", "1", "--parts", "1", *more])
+    return [e for e in logged(folder) if "parts" in e]
 
 
 def test_micro_batches_save_memory_and_change_nothing_else(run, judge, tmp_path):
@@ -615,39 +786,10 @@ def test_every_update_has_prompts_and_noise_of_its_own(run, judge, tmp_path):
 
 
 def test_flags_choose_the_reward(cache):
-    args = train.parse_arguments([*TINY, "--weights", "still=2,seam=0"])
+    args = train.parse_arguments([*TINY, "--weights", "background=2,seams=0"])
     clips, _, _ = train.load_clips(args)
-    reward = train.make_reward(args, clips, args.config.chunk_frames)
-    assert reward.judge is None and reward.weights == {"sync": 2.0, "still": 2.0, "identity": 0.25, "drift": 0.5,
-                                                       "activity": 0.5, "jerk": 0.5, "flicker": 0.25}
-    alone = train.make_reward(train.parse_arguments([*TINY, "--reward-sync", "none"]), clips, args.config.chunk_frames)
+    make = lambda args: train.make_reward(args, None, clips, clips, args.config.chunk_frames)
+    weights = {k: c.weight for k, c in COMPONENTS.items() if k[6:] not in ASPECTS and k != "seams"}
+    assert make(args).weights == weights | {"background": 2.0}
+    alone = make(train.parse_arguments([*TINY, "--reward-sync", "none"]))
     assert alone.sync is None and "sync" not in alone.weights
-
-
-def test_a_reward_of_your_own_is_a_component_like_the_others(run, tmp_path, monkeypatch):
-    """README's example: it is logged, and counts in the advantage."""
-    text = (Path(train.__file__).parent / "README.md").read_text()
-    example = text.split("import reward, train")[1].split("reward.Reward = Mine")[0]
-    names = {"reward": reward, "train": train}
-    monkeypatch.setattr(reward, "Reward", reward.Reward)                             # undone after the test
-    exec(example, names)
-    reward.Reward = names["Mine"]
-    train.main(["--pretrained", str(run), "--updates", "1", "--prompts", "2", "--group", "2", "--watch-clips", "2",
-                "--judge", "none", "--out", str(tmp_path)])
-    update = next(e for e in map(json.loads, open(tmp_path / "log.jsonl")) if "parts" in e)
-    assert update["components"]["warmth"]["group_std"] > 0
-
-
-def test_a_judge_of_your_own_is_asked(cache, monkeypatch):
-    """README's example: its ratings are components, and what needs readouts is left out."""
-    text = (Path(train.__file__).parent / "README.md").read_text()
-    example = text.split("import reward, torch, train")[1].split("reward.make_judge =")[0]
-    names = {"reward": reward, "torch": torch}
-    exec(example, names)
-    monkeypatch.setattr(reward, "make_judge", lambda args: names["MyJudge"]())
-    args = train.parse_arguments(TINY)
-    clips, _, _ = train.load_clips(args)
-    mine, frames = train.make_reward(args, clips, args.config.chunk_frames), train.pixels(clips[:2], 16)
-    scores = mine(frames, torch.zeros(2, 16 * 640), frames[:, 0], ["a", "b"])
-    torch.testing.assert_close(scores.components["motion"], 1 + 4 * frames[:, -1].mean((1, 2, 3)))
-    assert "lip_course" not in scores.components
