@@ -22,8 +22,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (FPS, LATENCY, MEL_DIM, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, folder_clips, hear, load_clip,
-                  load_portrait, load_speech, log_mel, one_line, pixels, sounds, with_interval, write_video)
+from data import (FPS, LATENCY, MEL_DIM, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, LogMel, MediaError, folder_clips,
+                  hear, load_clip, load_portrait, log_mel, one_line, pixels, read_speech, sounds, with_interval,
+                  write_video)
 from model import SAMPLING_STEPS, Generator, estimate_pose, load_generator, ode_step, unwarp
 from reward import DEFAULT_SYNC, SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork, load_sync, make_judge, make_reward, reward_flags, table
 
@@ -376,7 +377,9 @@ def animate(model: Generator, portrait: Tensor, speech: Tensor, steps: int, guid
     """Yield the frames (3, S, S) uint8 of a portrait (3, S, S) uint8 speaking (T,) 16 kHz; ceil(T / 640) of them."""
     c, device = model.config, next(model.parameters()).device
     frames = math.ceil(len(speech) / SAMPLES_PER_FRAME)
-    mel = hear(speech, math.ceil(frames / c.chunk_frames) * c.chunk_frames, c.audio_encoder, device)[None].to(device)
+    whole = math.ceil(frames / c.chunk_frames) * c.chunk_frames
+    mel = (hear(speech, whole, c.audio_encoder, device)[None].to(device) if c.audio_encoder else
+           LogMel(speech, whole, device))
     noise = seeded_noise(seed, [0], (c.video_tokens, c.channels), device)
     left = frames
     for _, chunk in model.generate(portrait[None].to(device) / 255, mel, noise, steps, guidance):
@@ -389,7 +392,14 @@ def animate(model: Generator, portrait: Tensor, speech: Tensor, steps: int, guid
 def score_videos(args: argparse.Namespace) -> None:
     """Score videos one by one: the components and the total, and, apart, what no reward uses."""
     from extras.talkers import synthetic_clips       # the one place of this file that needs an extra
-    clips = [load_clip(path, args.size, args.crop) for path in args.score]
+    clips, broken = [], []
+    for path in args.score:
+        try:
+            clips.append(load_clip(path, args.size, args.crop))
+        except MediaError as error:
+            broken.append(str(error))
+    if not clips:
+        raise MediaError("; ".join(broken))
     real = folder_clips(args.data, args.size, 3.0, args.crop)[0] if args.data else synthetic_clips(64, args.size, 2.0)
     reward, sync = make_reward(args, make_judge(args), real, real, args.chunk_frames), load_sync(args.sync)
     for clip in clips:
@@ -400,6 +410,8 @@ def score_videos(args: argparse.Namespace) -> None:
         held_out = {k: v.item() for k, v in sync_metrics(sync, frames, clip.audio[None]).items()}
         held_out["identity"] = identity_cosine(sync, frames, portrait).mean().item()
         print("held out, no part of the reward:  " + "  ".join(f"{k} {v:.3f}" for k, v in held_out.items()))
+    if broken:
+        raise MediaError(f"{len(broken)} of {len(args.score)} videos could not be scored", "; ".join(broken))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -408,6 +420,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--checkpoint", help="the folder of a run, as train.py writes it")
     g.add_argument("--image", help="the portrait: any picture, its centre square is used")
     g.add_argument("--audio", help="the speech: any file with sound that ffmpeg reads")
+    g.add_argument("--track", type=track_argument, metavar="TRACK[:CHANNEL]",
+                   help="which sound of that file, from 1 (default: what has speech in it)")
     g.add_argument("--out", help="the mp4 to write")
     g.add_argument("--steps", type=int, default=SAMPLING_STEPS, help="flow steps per chunk (default %(default)s)")
     g.add_argument("--guidance", type=float, default=1.0,
@@ -434,7 +448,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         return args
     if not all(needed):
         p.error("want --checkpoint, --image, --audio and --out; or --score")
-    if Path(args.out).suffix != ".mp4":
+    if Path(args.out).suffix.lower() != ".mp4":
         p.error(f"--out is the video to write, so let it end in .mp4: got {args.out}")
     return args
 
@@ -459,6 +473,14 @@ def crop_argument(text: str) -> tuple[int, int, int]:
     return x, y, size
 
 
+def track_argument(text: str) -> tuple[int, int]:
+    """Read 'TRACK' or 'TRACK:CHANNEL' into two numbers from 1, the second 0 where it is left open."""
+    track, _, channel = text.partition(":")
+    if not (track.isdecimal() and int(track) and (channel or "1").isdecimal() and int(channel or "1")):
+        raise argparse.ArgumentTypeError(f"want TRACK or TRACK:CHANNEL, such as 2 or 2:1, got {text!r}")
+    return int(track), int(channel or 0)
+
+
 def device_argument(text: str | None = None) -> str:
     """Check the name of a device by using it; without a name, choose CUDA where it is present."""
     text = text or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -474,13 +496,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.score:
         score_videos(args)
         return
+    if (out := Path(args.out)).exists() and any(out.samefile(given) for given in (args.image, args.audio)):
+        raise MediaError(out, "is read and would be overwritten; choose another --out")
     model = load_generator(args.checkpoint).to(args.device).eval()
     portrait = load_portrait(args.image, model.config.size, args.crop)
-    speech = load_speech(args.audio, args.max_seconds)
+    speech, track = read_speech(args.audio, args.max_seconds, args.track)
+    if note := track.note():
+        print(f"{args.audio}: {note}; --track TRACK[:CHANNEL] chooses another")
     seconds = len(speech) / SAMPLE_RATE
     frames = animate(model, portrait, speech, args.steps, args.guidance, args.seed)
     start = time.perf_counter()
-    write_video(args.out, tqdm(frames, "frames", math.ceil(seconds * FPS), leave=False), speech)
+    write_video(args.out, tqdm(frames, "frames", math.ceil(seconds * FPS), leave=False), track)
     spent = time.perf_counter() - start
     latency = f"{1000 * (LATENCY + model.config.chunk_frames / FPS):.0f} ms of sound"
     if model.config.audio_encoder:

@@ -195,25 +195,24 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
     """
     watch = args.watch_clips if args.updates or args.curate else 0
     if args.data:
-        train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop)
+        train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop, frames=args.frames)
     else:
         size, seed = args.config.size, HELD_OUT_SEED + args.seed
         train = synthetic_clips(args.clips, size, args.seconds, args.seed, world=args.world)
         held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
         if watch:
             held_out += synthetic_clips(watch, size, args.seconds, seed, first=WATCHED)
-    long = [[clip for clip in clips if len(clip.frames) >= args.frames] for clips in (train, held_out)]
-    if not all(long):
-        raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(long[0])} to train on, "
-                                    f"{len(long[1])} held out); add files or lower --seconds")
-    if args.updates and len(long[0]) < args.prompts:
-        raise MediaError(args.data or "--clips", f"has {len(long[0])} clips for {args.prompts} --prompts; lower these")
-    wanted, watch = watch, min(watch, len(long[1]) // 2)
+    if not (train and held_out):
+        raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(train)} to train on, "
+                                    f"{len(held_out)} held out); add files or lower --seconds")
+    if args.updates and len(train) < args.prompts:
+        raise MediaError(args.data or "--clips", f"has {len(train)} clips for {args.prompts} --prompts; lower these")
+    wanted, watch = watch, min(watch, len(held_out) // 2)
     if wanted and not watch:
         raise MediaError(args.data, "has one held-out clip, and the stages after pretraining want one more to watch; "
                                     "add files, or give --curate 0 --updates 0")
-    reported = long[1][: len(long[1]) - watch]
-    return long[0], reported[: args.validate_clips], long[1][len(reported):]
+    reported = held_out[: len(held_out) - watch]
+    return train, reported[: args.validate_clips], held_out[len(reported):]
 
 
 def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace, log: "Log | None" = None) -> None:
@@ -236,7 +235,8 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
     for i in tqdm(range(0, len(clips), batch), "encoding", leave=False):
         latents.append(model.codec.encode(pixels(clips[i:i + batch], frames).to(device)).cpu())
     mel = torch.stack([hear(clip.audio, frames, model.config.audio_encoder, device) for clip in clips])
-    return Latents(torch.stack([clip.frames[0] for clip in clips]), mel, torch.cat(latents))
+    portrait = torch.stack([clip.frames[0].clone() for clip in clips])       # a view would hold its file's map
+    return Latents(portrait, mel, torch.cat(latents))
 
 
 # ---------------------------------------------------------------- what the judge picks

@@ -250,7 +250,7 @@ def study_clips(args: argparse.Namespace, models: Sequence[Generator]) -> tuple[
     seconds, chunk = args.max_seconds or STUDY_SECONDS, math.lcm(*(model.config.chunk_frames for model in models))
     frames = round(seconds * FPS) // chunk * chunk
     if args.data:
-        clips = [c for c in folder_clips(args.data, sizes[0], seconds, args.crop)[1] if len(c.frames) >= frames]
+        clips = folder_clips(args.data, sizes[0], seconds, args.crop, frames=frames)[1]
     else:
         clips = synthetic_clips(args.clips, sizes[0], seconds, HELD_OUT_SEED + args.seed)
     if not clips or not frames:

@@ -4,7 +4,9 @@ All files are made on the fly with ffmpeg and Pillow. The picture that they show
 column a frame, so that a decoded frame says which one it is.
 """
 
+import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 from extras import talkers as drawn_talkers
@@ -186,6 +188,102 @@ def test_folders_that_cannot_serve_are_errors_in_plain_words(tmp_path, cache):
         data.folder_clips(tmp_path, 32, cache=blocked / "cache")
     with pytest.raises(ValueError, match="seconds"):
         data.folder_clips(tmp_path, 32, seconds=0.5, cache=cache)
+
+
+def test_one_long_video_of_one_person_holds_its_end_out(tmp_path, cache, capsys):
+    """Eleven clips: the last two, a tenth rounded up, are held out; of a long and a short file, not the long."""
+    make_video(tmp_path / "talk.mp4", seconds=11, sound=SPEECH.replace("d=3", "d=11"))
+    train, held_out = data.folder_clips(tmp_path, 16, 1.0, cache=cache)
+    assert held_out.names == ["talk.mp4#9", "talk.mp4#10"] and train.names == [f"talk.mp4#{i}" for i in range(9)]
+    assert "the last 2 clips of talk.mp4" in capsys.readouterr().out
+    for sources in (["a"] * 20 + ["b"], ["b"] * 20 + ["a"]):
+        assert data._split(sources)[0] in ({18, 19}, {17, 18, 19}, {20})
+
+
+def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, cache, capsys):
+    """Whichever file a hash would hold out, with a window of 2.9 s it is one of the two that are long enough."""
+    for name, seconds in (("a.mp4", 3), ("b.mp4", 2), ("c.mp4", 2), ("d.mp4", 3)):
+        make_video(tmp_path / name, seconds=seconds)
+    train, held_out = data.folder_clips(tmp_path, 16, cache=cache, frames=72)
+    assert sorted(train.names + held_out.names) == ["a.mp4#0", "d.mp4#0"] and len(held_out) == 1
+    assert "2 clips are shorter than 2.88 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
+    with pytest.raises(data.MediaError, match="no clip of 4.00 s"):
+        data.folder_clips(tmp_path, 16, cache=cache, frames=100)
+
+
+def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, capsys, monkeypatch):
+    """A loop ends, a second way to a file gives no second clip, and a generated sample is no training clip."""
+    folder, elsewhere = tmp_path / "12:30", tmp_path / "elsewhere"
+    for place in (folder / "run", folder / ".hidden", elsewhere):
+        place.mkdir(parents=True)
+    plain = make_video(elsewhere / "linked.mp4", seconds=1.2)
+    for name in (b"-dash.mp4", b"a: b 50%d.MP4", b"caf\xe9.mp4", b"run/sample.mp4", b".hidden/x.mp4"):
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(plain.read_bytes())
+    (folder / "run" / "log.jsonl").touch()
+    (folder / "loop").symlink_to(folder)
+    (folder / "far").symlink_to(elsewhere)
+    (folder / "again.mp4").symlink_to(folder / "-dash.mp4")
+    (folder / "broken.mp4").symlink_to(folder / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    train, held_out = data.folder_clips("12:30", 16, cache="12:30/cache")
+    assert sorted(train.names + held_out.names) == ["-dash.mp4#0", "a: b 50%d.MP4#0", "caf\\xe9.mp4#0",
+                                                    "far/linked.mp4#0"]
+    said = capsys.readouterr().out
+    assert "skipped run: is the folder of a run" in said and "skipped broken.mp4: cannot be read (no such file" in said
+
+
+# ---- Colour ----------------------------------------------------------------------------------------------------------
+
+SHOWN = np.array([(224, 172, 140), (220, 40, 40), (128, 128, 128), (255, 255, 255)])       # skin, lips, greys
+WIDE = np.array([[.6274, .3293, .0433], [.0691, .9195, .0114], [.0164, .0880, .8956]])     # BT.709 to BT.2020
+
+
+def stored(transfer: str) -> np.ndarray:
+    """The colours SHOWN as a file stores them, (4, 3) in [0, 1]: white is 203 cd/m2 where range is high (BT.2408)."""
+    light = (SHOWN / 255) ** 2.4
+    if transfer == "bt709":
+        return SHOWN / 255
+    if transfer == "bt2020-10":
+        return (light @ WIDE.T) ** (1 / 2.4)
+    nits = 203 * light @ WIDE.T
+    if transfer == "smpte2084":
+        y = (nits / 10000) ** 0.1593017578125
+        return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+    scene = nits / 1000 / (nits / 1000 @ [0.2627, 0.678, 0.0593])[:, None] ** (0.2 / 1.2)
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene),
+                    0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)
+
+
+@pytest.mark.parametrize("matrix, primaries, transfer, extent, width", [
+    ("bt709", "bt709", "bt709", "tv", 320), ("bt709", "bt709", "bt709", "pc", 320),
+    ("bt709", "unknown", "bt709", "tv", 1280), ("bt601", "unknown", "bt709", "tv", 320),
+    ("bt2020nc", "bt2020", "bt2020-10", "tv", 320), ("bt2020nc", "bt2020", "smpte2084", "tv", 320),
+    ("bt2020nc", "bt2020", "arib-std-b67", "tv", 320)])
+def test_a_video_shows_its_colours_in_srgb(tmp_path, matrix, primaries, transfer, extent, width):
+    """Full and limited range, untagged large and small pictures, wide gamut, PQ and HLG: skin is skin, to within 8."""
+    height = width * 9 // 16
+    picture = np.repeat(stored(transfer)[None], width // 4, 1).repeat(height, 0)     # four upright stripes
+    tags = "color_primaries={0}:color_trc={1}:colorspace={2}:range={3}".format(
+        *(["unknown"] * 4 if primaries == "unknown" else
+          [primaries, transfer, matrix.replace("bt601", "smpte170m"), extent]))
+    subprocess.run([FFMPEG, "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", f"{width}x{height}",
+                    "-r", "25", "-i", "-", "-f", "lavfi", "-i", SPEECH, "-shortest", "-vf",
+                    f"scale=out_color_matrix={matrix}:out_range={extent},format=yuv444p10le,setparams={tags}",
+                    "-c:v", "libx264", "-crf", "8", "-preset", "ultrafast", tmp_path / "a.mp4"],
+                   input=(picture * 65535).round().astype("<u2").tobytes() * 25, check=True)
+    frame = data.load_clip(tmp_path / "a.mp4", 90, crop=(0, 0, height)).frames[5].float()    # (3, 90, 90)
+    step = 90 * width // 4 // height                         # a stripe in it, of which the first two are whole
+    assert (frame[:, 45, step // 2] - torch.tensor(SHOWN[0])).abs().max() <= 8
+    assert (frame[:, 45, step + step // 2] - torch.tensor(SHOWN[1])).abs().max() <= 8
+
+
+def test_an_interlaced_video_has_no_combs(tmp_path):
+    """A bar that moves 4 pixels a field has, in a frame, the same edge in rows that are neighbours."""
+    ffmpeg("-f", "lavfi", "-i", "color=black:s=128x96:r=50:d=2,format=yuv420p,geq=lum='if(lt(X,mod(200*T,128)),200,30)'"
+           ":cb=128:cr=128,tinterlace=interleave_top,setfield=tff", "-f", "lavfi", "-i", SPEECH, "-t", 2,
+           "-flags", "+ilme+ildct", "-c:v", "mpeg2video", "-q:v", 2, tmp_path / "a.mpg")
+    frames = data.load_clip(tmp_path / "a.mpg", 96).frames[5:30, 0].float()          # (25, 96, 96)
+    assert (frames[:, 2:-2] - frames[:, 3:-1]).abs().mean() < 1.5     # 7 as it is stored
 
 
 def test_adding_files_never_moves_one_from_training_to_held_out():
@@ -385,6 +483,64 @@ def test_unusable_portraits_are_errors_that_name_the_file(tmp_path):
         assert reason in message and message.startswith(str(tmp_path / name)) and "\n" not in message
 
 
+def profile_of(*primaries: tuple[float, float, float]) -> bytes:
+    """The sRGB profile with other primaries, each (X, Y, Z)."""
+    raw = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for at in range(132, 132 + 12 * int.from_bytes(raw[128:132], "big"), 12):         # the table of tags
+        tag, start = raw[at : at + 4], int.from_bytes(raw[at + 4 : at + 8], "big") + 8
+        if tag in (b"rXYZ", b"gXYZ", b"bXYZ"):
+            xyz = primaries[b"rgb".index(tag[0])]
+            raw[start : start + 12] = b"".join(round(x * 65536).to_bytes(4, "big", signed=True) for x in xyz)
+    return bytes(raw)
+
+
+DISPLAY_P3 = (0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)
+
+
+@pytest.mark.parametrize("mode, alpha", [("RGB", 255), ("RGBA", 255), ("P", 255), ("RGBA", 0)])
+def test_a_photo_of_a_wide_gamut_shows_its_colours_in_srgb(tmp_path, mode, alpha):
+    """Red 220, 40, 40 as a phone stores it, in Display P3, comes back as 220, 40, 40, and the transparent as white."""
+    p3 = ImageCms.ImageCmsProfile(io.BytesIO(profile_of(*DISPLAY_P3)))
+    red = Image.new("RGB", (64, 64), (220, 40, 40))
+    photo = ImageCms.profileToProfile(red, ImageCms.createProfile("sRGB"), p3, outputMode="RGB").convert(mode)
+    if mode == "RGBA":
+        photo.putalpha(alpha)
+    photo.save(tmp_path / "a.png", icc_profile=p3.tobytes())
+    want = torch.tensor([220, 40, 40]) if alpha else torch.tensor([255, 255, 255])
+    assert (data.load_portrait(tmp_path / "a.png", 32)[:, 5, 5] - want).abs().max() <= 2
+
+
+LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+
+@pytest.mark.parametrize("profile", [b"no profile", LAB])
+def test_a_profile_that_does_not_fit_is_as_if_there_were_none(tmp_path, profile):
+    Image.fromarray(colours(64, 64)).save(tmp_path / "a.png", icc_profile=profile)
+    portrait = data.load_portrait(tmp_path / "a.png", 64).permute(1, 2, 0)
+    assert torch.equal(portrait, torch.from_numpy(colours(64, 64)))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_huge_photo_is_scaled_down_while_it_is_read(tmp_path, orientation):
+    """A crop of a JPEG of 25 megapixels is the same place and colour as in the same scene at a hundredth of that."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, times in (("small", 1), ("large", 10)):
+        Image.fromarray(colours(600, 420)).resize((600 * times, 420 * times)).save(
+            tmp_path / f"{name}.jpg", exif=exif, quality=95)
+    small = data.load_portrait(tmp_path / "small.jpg", 60, (100, 200, 180)).float()
+    large = data.load_portrait(tmp_path / "large.jpg", 60, (1000, 2000, 1800)).float()
+    assert (small - large).abs().mean() < 2
+
+
+def test_what_is_too_large_or_too_new_for_pillow_is_told_what_to_do(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "200_megapixels.png")
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    for name, words in (("200_megapixels.png", "20000x10000 are too many"), ("phone.jpg", "is HEIC; export it")):
+        with pytest.raises(data.MediaError, match=words):
+            data.load_portrait(tmp_path / name, 64)
+
+
 # ---- Speech ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, arguments", [
@@ -445,6 +601,49 @@ def test_unusable_speech_is_an_error_in_plain_words(tmp_path):
         assert reason in message and message.startswith(str(tmp_path / name)) and "\n" not in message
 
 
+HUM = "aevalsrc='0.5*sin(2*PI*50*t)':s=48000:d=3"                            # louder than SPEECH, but it says nothing
+SILENCE = "anullsrc=r=48000:cl=mono:d=3"
+
+
+def mixed(path: Path, *sounds: str, merge: bool = True) -> Path:
+    """A file with each of the sounds, as channels of one track or as tracks."""
+    inputs = [word for sound in sounds for word in ("-f", "lavfi", "-i", sound)]
+    tracks = (["-filter_complex", f"{''.join(f'[{i}]' for i in range(len(sounds)))}join=inputs={len(sounds)}"
+               f":channel_layout={len(sounds)}c"] if merge else
+              [word for i in range(len(sounds)) for word in ("-map", f"{i}:a")])
+    ffmpeg(*inputs, *tracks, "-c:a", "pcm_s16le", path)
+    return path
+
+
+@pytest.mark.parametrize("sounds, merge, number, channel", [
+    ([SPEECH], True, 1, 0), ([SILENCE, SPEECH], False, 2, 0), ([HUM, SPEECH], False, 2, 0),
+    ([SPEECH, SPEECH], False, 1, 0), ([SPEECH, SPEECH.replace("0.3*", "-0.3*")], True, 1, 1),
+    ([SILENCE] * 3 + [SPEECH], True, 1, 4), ([SILENCE] * 11 + [SPEECH], True, 1, 12)])
+def test_the_track_and_the_channel_with_speech_are_heard(tmp_path, sounds, merge, number, channel):
+    """A desktop's track before the microphone's, an inverted channel, four or twelve channels of which one speaks."""
+    sound, track = data.read_speech(mixed(tmp_path / "a.mkv", *sounds, merge=merge))
+    assert (track.number, track.channel) == (number, channel) and ("hears" in track.note()) == (len(sounds) > 1)
+    alone = data.load_speech(mixed(tmp_path / "b.wav", SPEECH))
+    assert np.corrcoef(sound[:47000], alone[:47000])[0, 1] > 0.99
+
+
+def test_a_flag_chooses_another_track_or_channel(tmp_path):
+    path = mixed(tmp_path / "a.mkv", HUM, SPEECH, merge=False)
+    assert data.read_speech(path, choice=(1, 0))[1].number == 1
+    with pytest.raises(data.MediaError, match="track 1 with 1 channels, track 2 with 1 channels"):
+        data.read_speech(path, choice=(2, 2))
+
+
+def test_a_clap_leaves_the_speech_as_loud_as_it_is_without(tmp_path):
+    """44 dB above quiet speech, with an echo: the speech still has the loudness of all speech."""
+    torch.manual_seed(0)
+    speech = 0.006 * torch.sin(torch.arange(80000) / 10) * torch.sin(torch.arange(80000) / 2500).abs()
+    clapped = speech.clone()
+    clapped[40000:41600] += 0.95 * torch.exp(-torch.arange(1600) / 300) * torch.randn(1600).clamp(-1, 1)
+    ratio = data.normalise_loudness(clapped)[:38000].std() / data.normalise_loudness(speech)[:38000].std()
+    assert 0.8 < ratio < 1.25
+
+
 # ---- Log-mel ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("frame", [0, 7, 19])
@@ -503,6 +702,17 @@ def test_a_batch_is_its_rows_and_short_audio_is_zero_padded():
     assert torch.equal(batch, data.log_mel(padded, 10))
 
 
+def test_long_speech_is_heard_in_pieces_that_are_the_whole():
+    """Frames 390 to 410 lie on either side of a piece's end, and a chunk alone is what it is among all."""
+    torch.manual_seed(0)
+    audio = torch.randn(900 * 640) * 0.1
+    whole, lazy = data.log_mel(audio, 900), data.LogMel(audio, 900)
+    alone = data.log_mel(audio[380 * 640 : 420 * 640], 40)
+    assert whole.shape == (900, data.MEL_DIM) and lazy.shape == (1, 900, data.MEL_DIM)
+    torch.testing.assert_close(whole[390:410], alone[10:30], atol=1e-4, rtol=0)
+    torch.testing.assert_close(lazy[:, 396:404], whole[None, 396:404], atol=1e-4, rtol=0)
+
+
 # ---- Writing video ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_samples", [640, 16001, 47648])
@@ -536,6 +746,26 @@ def test_browsers_can_play_it_and_colours_survive(tmp_path):
     assert raw.index(b"moov") < raw.index(b"mdat")
 
 
+@pytest.mark.parametrize("name, arguments, seconds, kept", [
+    ("a.wav", ["-ac", 2, "-ar", 44100], None, "aac (LC).*44100 Hz, stereo"),
+    ("a.mp3", ["-ac", 2, "-ar", 44100], None, "mp3.*44100 Hz, stereo"), ("a.flac", ["-ac", 2], None, "flac.*stereo"),
+    ("a.mp3", ["-ac", 2], 1.5, "aac (LC).*48000 Hz, stereo"), ("a.wav", ["-ar", 8000], None, "aac.*48000 Hz, mono"),
+    ("a.mka", ["-af", "atrim=start=1"], None, "aac.*48000 Hz, mono"),
+    ("a.wav", ["-af", "pan=12c|c11=c0"], None, "aac.*48000 Hz, mono")])
+def test_the_video_carries_the_sound_that_was_given(tmp_path, name, arguments, seconds, kept):
+    """At its own rate and with its channels, in time, as long as the video: a copy where browsers play it."""
+    ffmpeg("-f", "lavfi", "-i", SPEECH, *arguments, tmp_path / name)
+    speech, track = data.read_speech(tmp_path / name, seconds)
+    n_frames = -(-len(speech) // 640)
+    data.write_video(tmp_path / "a.mp4", torch.zeros(n_frames, 3, 32, 32, dtype=torch.uint8), track)
+    streams = subprocess.run([FFMPEG, "-i", tmp_path / "a.mp4"], capture_output=True, text=True).stderr
+    assert re.search(kept.replace("(LC)", r"\(LC\)"), streams), streams
+    heard, written = data.load_speech(tmp_path / "a.mp4"), pixels(tmp_path / "a.mp4")
+    assert abs(len(heard) - len(speech)) <= 640 and len(written) == n_frames
+    overlap = min(len(heard), len(speech))
+    assert np.corrcoef(heard[:overlap], speech[:overlap])[0, 1] > 0.95
+
+
 def test_an_error_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path):
     """The name changes hands only when the new file is whole."""
     (tmp_path / "a.mp4").write_bytes(b"old")
@@ -556,6 +786,15 @@ def test_a_place_that_cannot_be_written_is_an_error_in_plain_words(tmp_path):
     for path, words in ((tmp_path / "no" / "a.mp4", "make its folder"), (tmp_path, "choose a name")):
         with pytest.raises(data.MediaError, match=words):
             data.write_video(path, frames, torch.zeros(1280))
+
+
+def test_what_cannot_be_written_is_refused_before_the_first_frame(tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    asked = []
+    for path in (tmp_path / "folder.mp4", tmp_path / ("x" * 256 + ".mp4"), tmp_path / "no" / "a.mp4"):
+        with pytest.raises(data.MediaError, match="cannot be written"):
+            data.write_video(path, (asked.append(i) for i in range(3)), torch.zeros(1280))
+    assert not asked and [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
 
 
 # ---- The real collection ---------------------------------------------------------------------------------------------

@@ -251,7 +251,9 @@ def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, mon
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("extras.talkers.synthetic_clips", lambda *a, **k: clips)
     write_video(tmp_path / "v.mp4", clips[0].frames, clips[0].audio)
-    sample.main(["--score", str(tmp_path / "v.mp4")])
+    (tmp_path / "broken.mp4").write_text("no video")
+    with pytest.raises(MediaError, match="1 of 2 videos could not be scored: .*broken.mp4: is not audio or video"):
+        sample.main(["--score", str(tmp_path / "broken.mp4"), str(tmp_path / "v.mp4")])
     said = capsys.readouterr().out
     before, _, after = said.partition("held out, no part of the reward:")
     assert all(name in before for name in (*COMPONENTS, "total")) and "sync_confidence" in after

@@ -1,0 +1,79 @@
+"""What sample.py's command line promises: the sound that was given comes out, and nothing that was given is harmed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+from PIL import Image
+
+import data
+import sample
+from model import Config, Generator, save_generator
+
+ROOT = Path(__file__).resolve().parents[1]
+FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+ASCII = {"PYTHONIOENCODING": "ascii"}
+SPEECH = "aevalsrc='0.3*sin(2*PI*220*t)*abs(sin(2*PI*2*t))':s=48000:d=1.3"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> dict[str, str]:
+    """A generator of random weights, a portrait, and speech in the second track, beside a silent one."""
+    folder = tmp_path_factory.mktemp("given")
+    save_generator(Generator(Config(size=32, space_channels=6, channels=8, width=32, layers=1, heads=2, kv_heads=1,
+                                    head_dim=16, mlp_width=32)), folder / "run")
+    Image.linear_gradient("L").convert("RGB").save(folder / "face.png")
+    subprocess.run([FFMPEG, "-v", "error", "-f", "lavfi", "-i", "anullsrc=d=1.3", "-f", "lavfi", "-i", SPEECH, "-map",
+                    "0", "-map", "1", "-ac", "2", "-c:a", "flac", folder / "speech.mkv"], check=True)
+    return {"--checkpoint": f"{folder}/run", "--image": f"{folder}/face.png", "--audio": f"{folder}/speech.mkv"}
+
+
+def command(given: dict[str, str], *more: str) -> list[str]:
+    return [word for pair in given.items() for word in pair] + ["--steps", "1", *more]
+
+
+@pytest.mark.parametrize("out", ["A.MP4", "12:30/a.mp4", "-dash/a.mp4", "50%d.mp4"])
+def test_any_name_of_a_video_is_written_with_the_sound_that_was_chosen(given, out, tmp_path, monkeypatch, capsys):
+    """The track with speech, which a message names with the flag that chooses another, as it was: FLAC, stereo."""
+    monkeypatch.chdir(tmp_path)
+    Path(out).parent.mkdir(exist_ok=True)
+    sample.main(command(given, f"--out={out}"))
+    assert "hears sound track 2 of 2; --track TRACK[:CHANNEL] chooses another" in capsys.readouterr().out
+    streams = subprocess.run([FFMPEG, "-i", f"file:{out}"], capture_output=True, text=True).stderr
+    assert re.search("flac.*48000 Hz, stereo", streams)
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / out))[0] == 33
+
+
+@pytest.mark.parametrize("flag", ["--image", "--audio"])
+def test_what_is_read_is_never_overwritten(given, flag, tmp_path):
+    """Not by its own name, not by a link's."""
+    (copy := tmp_path / "source").write_bytes(Path(given[flag]).read_bytes())
+    (tmp_path / "link.mp4").symlink_to(copy)
+    with pytest.raises(data.MediaError, match="would be overwritten"):
+        sample.main(command(given | {flag: str(copy)}, "--out", f"{tmp_path}/link.mp4"))
+    assert (tmp_path / "link.mp4").is_symlink() and copy.read_bytes() == Path(given[flag]).read_bytes()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--track", "1"], "is silent"), (["--track", "3"], "track 1 with 2 channels, track 2 with 2 channels"),
+    (["--track", "2:3"], "has no such sound"), (["--track", "x"], "want TRACK or TRACK:CHANNEL"),
+    (["--out", "x" * 256 + ".mp4"], "name too long"), (["--out", "no/a.mp4"], "cannot be written")])
+def test_what_cannot_be_done_is_one_line_in_any_encoding(given, flags, words, tmp_path):
+    """On a terminal that knows only ASCII, with a name that is no UTF-8 among the arguments."""
+    odd = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.mkv")
+    Path(odd).write_bytes(Path(given["--audio"]).read_bytes())
+    words_given = command(given | {"--audio": odd}, "--out", "a.mp4", *flags)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *words_given], cwd=tmp_path, env=os.environ | ASCII,
+                          capture_output=True, text=True)
+    assert done.returncode and words.lower() in done.stderr.lower() and "Traceback" not in done.stderr
+    assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [b"caf\xe9.mkv"]
+
+
+def test_signs_that_a_terminal_lacks_are_spelled_out():
+    code = "from data import one_line\nwith one_line('', ''):\n    print('0.1±0.2')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | ASCII, capture_output=True)
+    assert done.stdout.strip() == rb"0.1\xb10.2" and not done.stderr
