@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -717,8 +718,8 @@ def judge_flags(p: argparse.ArgumentParser) -> list[str]:
     """Add the flags that name a judge, as `make_judge` reads them. Returns: their names."""
     g, names = p.add_argument_group("judge"), []
     flag = lambda *name, **settings: names.append(g.add_argument(*name, **settings).dest)
-    flag("--judge", default=str(DEFAULT_JUDGE), metavar="NAME", help="a folder, or a model of the hub such as "
-         "Qwen/Qwen2.5-Omni-3B, which is then downloaded; none: no judge (the embedded one)")
+    flag("--judge", default="default", metavar="NAME", help="a folder, or a model of the hub such as "
+         "Qwen/Qwen2.5-Omni-3B, which is then downloaded; none: no judge (default: the embedded one)")
     flag("--judge-url", metavar="URL", help="ask an OpenAI-compatible endpoint, http://host:port/v1, instead")
     flag("--judge-model", metavar="NAME", help="the model's name at that endpoint")
     flag("--judge-timeout", type=float, default=120.0, metavar="SECONDS", help="of its silence after which a request "
@@ -749,6 +750,11 @@ def reward_flags(p: argparse.ArgumentParser) -> list[str]:
     return names
 
 
+def judge_knows(args: argparse.Namespace) -> bool:
+    """Say whether the judge has seen such clips: the embedded one has seen drawn talkers alone."""
+    return bool(args.judge_url) or not args.data or args.judge not in ("default", str(DEFAULT_JUDGE))
+
+
 def make_judge(args: argparse.Namespace):
     """Make the judge that the flags name. Returns: a Judge, a RemoteJudge, or None for --judge none."""
     orders = {"ascending": (False,), "descending": (True,), "both": (False, True)}[args.judge_order]
@@ -763,10 +769,11 @@ def make_judge(args: argparse.Namespace):
     if args.judge == "none":
         return None
     size = {} if args.judge_size is None else {"side": args.judge_size}
-    if args.data and args.judge == str(DEFAULT_JUDGE):
-        print("note: the embedded judge knows drawn talkers only; teach one on your clips: "
-              f"python -m extras.school teach --data {args.data}", file=sys.stderr)
-    return Judge.load(args.judge, args.judge_dtype, orders=orders, batch=args.judge_batch, device=args.device,
+    if not judge_knows(args):
+        teach = shlex.join(["python", "-m", "extras.school", "teach", "--data", str(args.data)])
+        print(f"note: the embedded judge knows drawn talkers only; teach one on your clips: {teach}", file=sys.stderr)
+    name = DEFAULT_JUDGE if args.judge == "default" else args.judge
+    return Judge.load(name, args.judge_dtype, orders=orders, batch=args.judge_batch, device=args.device,
                       offload=args.judge_offload, **size)
 
 
@@ -779,12 +786,24 @@ def make_reward(args: argparse.Namespace, judge, lively: Sequence[Clip], smooth:
     return Reward(judge, exemplars, args.weights, chunk_frames, calibration, alike, reward_sync(args))
 
 
+def sync_name(name: str | None, shipped: Path, args: argparse.Namespace) -> Path | None:
+    """Say which sync network a flag means: without it the shipped one, which knows drawn talkers alone."""
+    name = name or ("none" if args.data else shipped)
+    return None if name == "none" else Path(name)
+
+
+def measuring_sync(args: argparse.Namespace) -> SyncNetwork | None:
+    """Load the sync network that measures. Raises: MediaError where it is broken."""
+    name = sync_name(args.sync, DEFAULT_SYNC, args)
+    return name and load_sync(name)
+
+
 def reward_sync(args: argparse.Namespace) -> SyncNetwork | None:
     """Load the reward's sync network. Raises: MediaError where it is broken, or the one that measures."""
-    name = args.reward_sync or ("none" if args.data else str(REWARD_SYNC))
-    if name == "none":
+    name, measures = sync_name(args.reward_sync, REWARD_SYNC, args), sync_name(args.sync, DEFAULT_SYNC, args)
+    if name is None:
         return None
-    if args.sync and Path(name).resolve() == Path(args.sync).resolve():
+    if measures and name.resolve() == measures.resolve():
         raise MediaError(name, "is the sync network of --sync, which measures what the reward does; teach the reward "
                                "another: python -m extras.school sync --seed 1")
     return load_sync(name).to(args.device)

@@ -280,6 +280,8 @@ def frechet(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- measure
 
+STILL = 0.25                       # of the mean of the true clips: drawn talkers and GRID have more
+
 @torch.no_grad()
 def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = SAMPLING_STEPS,
             guidance: float = 1.0, seed: int = 0, step: Callable[..., Tensor] = ode_step) -> Tensor:
@@ -290,6 +292,16 @@ def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = S
     shape = (model.config.video_tokens, model.config.channels)
     noise = seeded_noise(seed, range(len(clips)), shape, device)
     return torch.cat([video.cpu() for _, video in model.generate(portrait, mel, noise, steps, guidance, step)], 1)
+
+
+def relative(made: Sequence[Tensor], true: Sequence[Tensor]) -> Tensor:
+    """Divide by what the true clips have, but by no less than STILL of their mean.
+
+    A clip in which nothing moves would have a ratio beyond all bounds, and decide the mean of all.
+    Args: values of B clips. Returns: (B,).
+    """
+    made, true = torch.stack(tuple(made)), torch.stack(tuple(true))
+    return made / true.clamp_min(STILL * true.mean()).clamp_min(1e-6)
 
 
 NEED_NO_TRUTH = "still_psnr", "jerk", "seam", "sync_confidence", "sync_own", "identity"      # reported on a line apart
@@ -306,7 +318,7 @@ def lips_drawn(videos: Tensor, truths: Tensor, clips: Sequence[Clip]) -> tuple[d
     seen = [mouth_opening_from_pixels(t, k) for t, k in zip(truths, truth)]
     true = [t["opening"] * t["width"] for t in truth]
     return {"lip_sync": [correlation(m, t) for m, t in zip(made, true)],
-            "amplitude": [m.std() / s.std().clamp_min(1e-6) for m, s in zip(made, seen)]}, made, true
+            "amplitude": relative([m.std() for m in made], [s.std() for s in seen])}, made, true
 
 
 def lips_real(mouths: Tensor, true_mouths: Tensor, audio: Tensor) -> tuple[dict, list[Tensor], list[Tensor]]:
@@ -323,7 +335,7 @@ def lips_real(mouths: Tensor, true_mouths: Tensor, audio: Tensor) -> tuple[dict,
     if len(true) > 1:
         values["mouth_other"] = other = [correlation(m, t) for m, t in zip(made, true[1:] + true[:1])]
         values["over_other"] = [a - b for a, b in zip(own, other)]
-    return values | {"amplitude": [m.std() / t.std() for m, t in zip(made, true)]}, made, true
+    return values | {"amplitude": relative([m.std() for m in made], [t.std() for t in true])}, made, true
 
 
 def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
@@ -344,9 +356,9 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
               for vs, some in zip((videos, truths), poses)]
     values = {"psnr": [psnr(v, t) for v, t in zip(videos, truths)],
               "mouth_psnr": [psnr(made, true) for made, true in zip(*mouths)],
-              "motion": [motion(v) / motion(t) for v, t in zip(videos, truths)],
-              "head": heads / true_heads.mean(),
-              "jerk_ratio": [jerk(v) / jerk(t) for v, t in zip(videos, truths)],
+              "motion": relative(map(motion, videos), map(motion, truths)),
+              "head": relative(heads, true_heads.mean().expand(len(heads))),
+              "jerk_ratio": relative(map(jerk, videos), map(jerk, truths)),
               "still_psnr": [still_psnr(v, t[0]) for v, t in zip(videos, truths)],
               "jerk": [jerk(v) for v in videos],
               "seam": [seam(v, chunk_frames) for v in videos]}

@@ -6,6 +6,8 @@
     python train.py --curate 0 --updates 0             pretraining alone
     python train.py --control                          and what each stage's time would have bought otherwise
     python train.py --pretrained runs/tiny --out runs/other    curate and post-train a finished run anew
+    python train.py --pretrained runs/tiny --data my_clips --out runs/mine    train it first on your own clips
+    python train.py --resume runs/tiny --steps 6000    give a run more; its later stages are then done anew
     torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
 
 1. Pretraining by flow matching on all clips. A clip's chunks are noised, each to a noise level of its own,
@@ -71,9 +73,9 @@ from extras.pretrained import encoder_width, load_trunk, trunk_shape
 from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED, funnel,
                            funnel_table, hardware, paired, write_report)
 from extras.talkers import FAULTS, synthetic_clips
-from model import PRESETS, SAMPLING_STEPS, Config, Generator, load_generator, ode_step, save_generator
-from reward import (ASPECTS, DEFAULT_JUDGE, DEFAULT_SYNC, NO_JUDGE, JudgeError, Reward, Scores, load_sync, make_judge, make_reward, rate_whole, reward_flags,
-                    reward_sync, table, to_bytes)
+from model import PRESETS, SAMPLING_STEPS, Config, Generator, ode_step, save_generator
+from reward import (ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, judge_knows, make_judge, make_reward,
+                    measuring_sync, rate_whole, reward_flags, reward_sync, table, to_bytes)
 from sample import (check_numbers, crop_argument, device_argument, evaluate, frechet, generator, imitate, seeded_noise,
                     summary, sync_metrics)
 
@@ -94,6 +96,13 @@ NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"       # of Config: these
 CODEC_CLIPS = 256                  # enough to fit the codec's components
 EXEMPLARS = 64                     # clips that say what is normal: enough for means, few enough to be good
 SIGMA_BINS = 5
+LOADS = {"validate_clips", "sampling_steps", "micro_batch", "save_minutes", "judge_batch", "judge_timeout",
+         "judge_patience"}         # flags that say how much at once, or how long to wait
+LOCAL = "data", "exemplars", "judge", "sync", "reward_sync", "calibration", "perceptual", "init_from"
+PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}     # where a thing is: it may have moved
+GROW = {"steps", "curate_steps", "updates", "control"}             # of these a run may be given more
+SESSION = {"config", "command", "resume", "pretrained", "further", "refit_codec", "overwrite", "out",
+           "device"}               # these are no part of a run
 UNRATED_OVER, MOST_UNRATED = 10, 0.1       # updates over which a judge may leave less than this share of videos unrated
 
 
@@ -193,7 +202,8 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
 
     Training sees neither of the latter; the watched choose the checkpoints, so the reported may not be among them.
     """
-    watch = args.watch_clips if args.updates or args.curate else 0
+    rated = args.judge_url or args.judge != "none" and judge_knows(args)
+    watch = args.watch_clips if args.updates or args.curate and (rated or reward_sync(args)) else 0
     if args.data:
         train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop, frames=args.frames)
     else:
@@ -280,9 +290,8 @@ def pick_clips(judge, clips: list[Clip], args: argparse.Namespace, log: "Log") -
     sum tremble as all clips do. With neither a judge nor a network that knows the clips, nothing is picked.
     """
     count, most = round(args.curate * len(clips)), min(EXEMPLARS, len(clips))
-    knows = judge is not None and not (args.data and args.judge_url is None and args.judge == str(DEFAULT_JUDGE))
     sync, ratings, start = reward_sync(args), None, time.process_time()
-    if knows:
+    if judge is not None and judge_knows(args):
         ratings, spent = rate_clips(judge, clips, args)
         score = ratings.sum(1)
     elif sync is not None:
@@ -376,6 +385,14 @@ def snapshot(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in weights.items()}
 
 
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """Tell weights from others: a stage that went on from them is only as old as they are."""
+    sign = hashlib.sha256()
+    for tensor in weights.values():
+        sign.update(tensor.cpu().numpy().tobytes())
+    return sign.hexdigest()
+
+
 # ---------------------------------------------------------------- stages
 
 class Stage:
@@ -406,7 +423,11 @@ class Stage:
         return self.best["weights"] if self.looks else self.average
 
     def advance(self) -> dict:
-        """Take a step and charge its CPU time. Returns: what to log. Raises: MediaError where it cannot be taken."""
+        """Take a step and charge its CPU time. Returns: what to log.
+
+        Raises: JudgeError or KeyboardInterrupt before anything has changed.
+        MediaError where the loss is no number.
+        """
         start = time.process_time()
         entry = self.take_step()
         self.cpu_seconds = all_gather(self.cpu_seconds + time.process_time() - start)[0]
@@ -414,7 +435,8 @@ class Stage:
 
     def look(self, watched: list[Clip]) -> dict[str, Tensor]:
         """Measure the moving average on the watched clips, always from the same noise, and keep it if it is best."""
-        metrics = None if rank() else validate(loaded(self.average, self.args), watched, self.args)[0]
+        with signals(signal.default_int_handler):
+            metrics = None if rank() else validate(loaded(self.average, self.args), watched, self.args)[0]
         metrics = all_gather(metrics)[0]
         score = held_out_score(metrics)
         self.looks += 1
@@ -423,19 +445,33 @@ class Stage:
         return metrics
 
     def save(self, folder: Path) -> None:
-        """Write the weights for sample.py, and the state apart, each renamed into place. Controls are not resumed."""
-        if rank() or self.name not in CHECKPOINTS:
+        """Write the state, then the weights for sample.py with the flags, each renamed into place.
+
+        Flags come last: where they are, there is a state to go on from.
+        """
+        if rank():
             return
-        save_generator(self.model, folder, self.kept, training=flags(self.args))
-        with replacing(folder / CHECKPOINTS[self.name]) as path:
+        checkpoint = self.checkpoint(folder)
+        with writing(folder):
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(checkpoint) as path:
             torch.save({self.unit: self.step, "model": self.model.state_dict(), "average": self.average,
                         "optimizers": [o.state_dict() for o in self.optimizers], "best": self.best,
                         "looks": self.looks, "cpu_seconds": self.cpu_seconds, "recipe": self.recipe}, path)
+        save_generator(self.model, checkpoint.parent, self.kept, training=flags(self.args))
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Name the stage's file in the folder of a run; a control has a folder of its own."""
+        control = f"control/{self.name.replace(' ', '-')}/state.pt"
+        return folder / CHECKPOINTS.get(self.name, control)
 
     def continues(self, folder: Path) -> bool:
         """Take up the stage's own checkpoint, if a folder has one of the same recipe."""
-        path = folder / CHECKPOINTS.get(self.name, "")
-        if not path.is_file() or torch.load(path, map_location="cpu", weights_only=True)["recipe"] != self.recipe:
+        path = self.checkpoint(folder)
+        if not path.is_file():
+            return False
+        if torch.load(path, map_location="cpu", weights_only=True)["recipe"] != self.recipe:
+            print(f"{self.name} is done anew: {path} went on from other weights, or is of other clips")
             return False
         self.load(path)
         return True
@@ -455,8 +491,9 @@ class Stage:
             if anew:
                 self.best = {"step": 0, "score": -math.inf, "weights": self.average}
             else:
-                self.step, self.best, self.looks = state[self.unit], state["best"], state["looks"]
-                self.cpu_seconds = state["cpu_seconds"]
+                self.step, self.best, self.cpu_seconds = state[self.unit], state["best"], state["cpu_seconds"]
+                due = math.floor(self.args.looks * self.progress + 1e-9) + 1
+                self.looks = min(state["looks"], due)      # fewer where the stage has been given more steps
         except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise MediaError(path, f"cannot be resumed from ({first_line(error)}); "
                                    "start the run anew without --resume") from None
@@ -526,10 +563,10 @@ class PostTraining(Stage):
         rng = generator(self.args.seed, POST_STREAM + self.step)
         rows = torch.randperm(len(self.data), generator=rng)[: self.args.prompts]
         steps = grpo.window(self.settings, self.step, rng)
-        rollout = self.roll_out(rows, steps, rng)
-        clock.append(time.perf_counter())
-
-        scores = self.score(rollout, [self.clips[i] for i in rows[shard()]])
+        with signals(signal.default_int_handler):          # this may take long, and changes nothing
+            rollout = self.roll_out(rows, steps, rng)
+            clock.append(time.perf_counter())
+            scores = self.score(rollout, [self.clips[i] for i in rows[shard()]])
         advantage, components = grpo.advantages(scores, self.reward.weights, self.settings, rollout.latents.shape[1],
                                                 self.reward.floors)                  # (B, K) of all processes
         self.count_unrated(components, len(advantage))
@@ -601,64 +638,82 @@ class PostTraining(Stage):
 
 
 @contextmanager
-def deferred_signals() -> Iterator[list]:
-    """Let Ctrl-C and SIGTERM wait for the end of a step: the list that is given fills; a second one stops at once."""
-    asked, stops = [], (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in stops}
-    if world() > 1:                                        # torchrun ends all of them, wherever each one is
-        yield asked
-        return
+def signals(handler) -> Iterator[None]:
+    """Have a handler answer Ctrl-C and SIGTERM in a block.
 
-    def note(number, frame):
-        asked.append(number)
-        for each in stops:
-            signal.signal(each, before[each])
-    for number in stops:
-        signal.signal(number, note)
+    Not under torchrun, which ends all processes, wherever each one is.
+    """
+    stops = (signal.SIGINT, signal.SIGTERM) if world() == 1 else ()
+    before = {number: signal.signal(number, handler) for number in stops}
     try:
-        yield asked
+        yield
     finally:
-        for number in stops:
-            signal.signal(number, before[number])
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def carry_out(stage: Stage, watched: list[Clip], log: "Log") -> dict[str, Tensor]:
     """Take a stage to its end, with looks at the watched clips, log lines and checkpoints on the way.
 
     Looks are spread evenly, the first one before the first step; without watched clips there are none.
+    Ctrl-C and SIGTERM wait for the end of a step, but for rollouts, rewards and looks, which change nothing.
+    A second one stops at once, and then nothing is saved.
     Returns: the weights to go on with.
     """
-    args, saved = stage.args, time.monotonic()
+    args, saved, asked = stage.args, time.monotonic(), []
+    log.rewind(stage)
     bar = tqdm(None, stage.name, initial=stage.step, total=stage.total or None, unit=stage.unit)
-    with deferred_signals() as asked, bar:
+
+    def note(*signal_and_frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    def stop():
+        stage.save(args.out)
+        bar.close()
+        sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: {go_on(args)}")
+
+    with signals(note), bar:
         while True:
-            if watched and stage.looks <= args.looks * stage.progress + 1e-9:
-                metrics = stage.look(watched)
-                log(stage=stage.name, **{stage.unit: stage.step}, watched=means(metrics), best=stage.best["step"])
-                bar.write(f"{stage.name}, {stage.unit} {stage.step}, {len(watched)} watched clips:\n{summary(metrics)}")
-            if stage.progress >= 1:
-                break
             try:
+                if watched and stage.looks <= args.looks * stage.progress + 1e-9:
+                    metrics = stage.look(watched)
+                    log(stage=stage.name, **{stage.unit: stage.step}, watched=means(metrics),
+                        best=stage.best["step"])
+                    bar.write(f"{stage.name}, {stage.unit} {stage.step}, {len(watched)} watched clips:\n"
+                              f"{summary(metrics)}")
+                if stage.progress >= 1:
+                    break
                 entry = stage.advance()
-            except MediaError:                             # a judge that is away, say: what was reached is kept
+            except KeyboardInterrupt:
+                if asked:                                  # the second one: what it tore is not saved
+                    raise
+                stop()
+            except JudgeError:                             # it is away, say: what was reached is kept
                 stage.save(args.out)
                 raise
             log(stage=stage.name, **{stage.unit: stage.step}, **entry)
             bar.update()
             bar.set_postfix(reward=f"{entry['reward']:.3f}") if "reward" in entry else bar.set_postfix(
                 loss=f"{entry['loss']:.3f}")
-            if asked or time.monotonic() - saved > 60 * args.save_minutes:
+            if asked:
+                stop()
+            if time.monotonic() - saved > 60 * args.save_minutes:
                 stage.save(args.out)
                 saved = time.monotonic()
-            if asked:
-                bar.close()
-                sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: "
-                         f"{shlex.join(['python', 'train.py', '--resume', str(args.out)])}")
+        if stage.name not in CHECKPOINTS and stage.step > bar.initial:
+            log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
         stage.save(args.out)
     if watched:
         print(f"{stage.name}: kept {stage.unit} {stage.best['step']} of {stage.step}; "
               f"{stage.cpu_seconds:.0f} s of CPU time")
     return stage.kept
+
+
+def go_on(args: argparse.Namespace) -> str:
+    """The command that goes on with a run: with what was given anew, if this one already did."""
+    return shlex.join(["python", "train.py", *(args.command if args.resume else ["--resume", str(args.out)])])
 
 
 # ---------------------------------------------------------------- measuring
@@ -672,7 +727,7 @@ def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
 
 def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
     """Measure videos by what no reward uses, with the sync network of --sync."""
-    return evaluate(videos, clips, args.config.chunk_frames, None if args.sync == "none" else load_sync(args.sync))
+    return evaluate(videos, clips, args.config.chunk_frames, measuring_sync(args))
 
 
 def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
@@ -693,7 +748,7 @@ def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
 
 def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> float:
     """Return the Frechet distance of generated mouths in motion, windows of five frames, to the true clips'."""
-    net = load_sync(args.sync)
+    net = measuring_sync(args)
     return frechet(*(net.visual(v).flatten(0, 1) for v in (videos, pixels(clips, videos.shape[1])))).item()
 
 
@@ -733,7 +788,7 @@ def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argpars
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
             together = {}
-            if args.sync != "none":
+            if measuring_sync(args):
                 together["mouth_distance"] = mouth_distance(videos, clips, args)
                 print(f"  all clips together   Frechet distance of mouths {together['mouth_distance']:.3f}")
             log(arm=name, sampler=sampler, held_out=means(made[name]), **together)
@@ -741,7 +796,7 @@ def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argpars
             print(f"{title}, clip by clip, {sampler}:\n{summary(difference)}")
         values[sampler] = {name: {k: v.tolist() for k, v in metrics.items()} for name, metrics in made.items()}
     with replacing(args.out / "held_out.json") as path:
-        path.write_text(json.dumps(values))
+        path.write_text(plain_json(values))
     return shown
 
 
@@ -771,6 +826,11 @@ def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: in
     write_video(folder / "sample.mp4", enlarged, clips[0].audio[: frames * SAMPLES_PER_FRAME])
 
 
+def plain_json(entry: dict) -> str:
+    """Write JSON as everyone reads it: null for what is no number."""
+    return json.dumps(json.loads(json.dumps(entry), parse_constant=lambda name: None))
+
+
 class Log:
     """One line of JSON per event in RUN/log.jsonl; a resumed run drops the steps and updates that it will repeat."""
 
@@ -796,7 +856,7 @@ class Log:
         if rank():
             return
         with writing(self.path), open(self.path, "a") as file:
-            file.write(json.dumps({"seconds": round(time.perf_counter() - self.start, 2), **entry}) + "\n")
+            file.write(plain_json({"seconds": round(time.perf_counter() - self.start, 2), **entry}) + "\n")
 
 
 # ---------------------------------------------------------------- command line
@@ -806,14 +866,14 @@ def pretraining_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and training defaults (%(default)s)")
     g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
-    g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, with the flags it had")
+    g.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run")
     g.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     g.add_argument("--device", type=device_argument, default=device_argument(), help="cpu or cuda (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile the generator: slow to start, faster steps")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="keep the inputs of blocks alone for "
                    "the backward pass and compute the rest again: less memory, slower steps (by preset)")
     g = p.add_argument_group("data")
-    g.add_argument("--data", type=Path, help="a folder of video clips; without it, synthetic talkers")
+    g.add_argument("--data", metavar="DIR", help="a folder of video clips; without it, synthetic talkers")
     g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips; without it, the centre square")
     g.add_argument("--clips", type=int, help="how many synthetic talkers to train on (by preset)")
     g.add_argument("--world", choices=("found", "flawless"), default="found", help="synthetic talkers to train on: as "
@@ -839,7 +899,7 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--curate", type=float, default=0.15, metavar="SHARE", help="of the training clips, the highest rated, to "
          "fine-tune on before; 0 leaves it out (%(default)s)")
     flag("--curate-steps", type=int, help="of fine-tuning (by preset)")
-    flag("--exemplars", type=Path, metavar="DIR", help="a folder of clips that say how much and how smoothly things "
+    flag("--exemplars", metavar="DIR", help="a folder of clips that say how much and how smoothly things "
          "should move (the training clips that the judge picks)")
     flag("--updates", type=int, help="of post-training; 0 leaves it out (by preset)")
     flag("--prompts", type=int, help="portraits and speeches per update (by preset)")
@@ -851,8 +911,6 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--looks", type=int, default=4, help="at the watched clips, in each stage after pretraining (%(default)s)")
     flag("--watch-clips", type=int, default=48, help="held-out clips that choose the checkpoint (%(default)s)")
     g.add_argument("--control", action="store_true", help="spend its CPU time otherwise too, and compare")
-    g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a finished run anew, with these "
-                   "flags and its other ones, into --out")
     g = p.add_argument_group("GRPO", "grpo.Settings; grpo.py explains it")
     for f in fields(grpo.Settings):
         flag("--" + f.name.replace("_", "-"), type=f.type, default=f.default, choices=f.metadata["choices"],
@@ -872,8 +930,22 @@ def generator_flags(p: argparse.ArgumentParser) -> None:
             g.add_argument("--" + field.name.replace("_", "-"), type=field.type, help=f"tiny: {field.default}")
 
 
+def run_flags() -> argparse.ArgumentParser:
+    """Make the flags that name a run of before, whose own flags all others are then compared with."""
+    p = argparse.ArgumentParser(add_help=False)
+    g = p.add_argument_group("a run of before")
+    g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, or, with more --steps, "
+                   "--curate-steps or --updates, with a finished one; its other flags stay, but where things moved")
+    g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew, with these "
+                   "flags and its other ones, into --out; with --data, first train it for --steps on those clips")
+    g.add_argument("--refit-codec", action="store_true", help="to those clips (it stays as it is)")
+    return p
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Read the flags; those of a run of before stand where none is given."""
+    runs = run_flags()
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[runs])
     pretraining_flags(p)
     of_post_training = post_training_flags(p)
     g = p.add_argument_group("validation and checkpoints")
@@ -881,49 +953,84 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--sampling-steps", type=int, default=SAMPLING_STEPS,
                    help="flow steps per chunk when generating (%(default)s)")
     g.add_argument("--save-minutes", type=float, default=2.0, help="between checkpoints (%(default)s)")
-    g.add_argument("--sync", help="folder of a sync network for these clips, from reward.py --train-sync, or none "
-                   "(the one for drawn talkers; with --data none)")
+    g.add_argument("--sync", metavar="DIR", help="a sync network for these clips, from extras.school sync, or "
+                   "none (the one for drawn talkers; with --data none)")
     of_reward = reward_flags(p)
     generator_flags(p)
-    args = p.parse_args(argv)
-    nothing = argparse.Namespace(**dict.fromkeys(vars(args)))                   # instead of the defaults
-    given = {name for name, value in vars(p.parse_args(argv, nothing)).items() if value is not None}
+    before = runs.parse_known_args(argv)[0]
+    saved = saved_flags(p, before.resume or before.pretrained)
+    if before.pretrained:
+        anew = {"control", "sync", *of_post_training, *of_reward} - LOADS
+        saved = {name: value for name, value in saved.items() if name not in anew}
+    args = p.parse_args(argv, argparse.Namespace(**saved))       # where it has a value, no default is taken
+    args.command = sys.argv[1:] if argv is None else list(argv)
+    for name in LOCAL:
+        setattr(args, name, local_name(getattr(args, name)))
+    if before.resume or before.pretrained:
+        compare(p, args, saved)
+    return complete(p, args)
+
+
+def saved_flags(p: argparse.ArgumentParser, run: Path | None) -> dict:
+    """Read the flags of a run of before, those of its generator too."""
+    if run is None:
+        return {}
+    if not (run / "config.json").exists():
+        p.error(f"{run} holds no run; one that stopped before its first checkpoint starts anew, "
+                "without --resume")
+    try:
+        kept = json.loads((run / "config.json").read_text())
+        return kept["training"] | kept["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        p.error(f"{run} is not a run of this version ({error}); name the folder that train.py wrote")
+
+
+def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -> None:
+    """End with one clear line where a flag differs that a run of before has settled."""
+    changed = {name for name, value in saved.items() if json.loads(json.dumps(getattr(args, name))) != value}
+    shape, what = {f.name for f in fields(Config)} - {"audio_encoder"}, "--resume"
     if args.resume:
-        args = resumed(p, args, given, args.resume, {"resume", "device", "micro_batch", "judge_batch", "judge_timeout",
-                                                      "judge_patience"})
-        check_shares(p, args)
-        return args
-    if args.pretrained:
+        if args.pretrained or args.out not in (None, args.resume):
+            p.error("--resume goes on in the folder of the run; leave out --out and --pretrained")
+        had_none = {name for name in ("data", "audio_encoder", "init_from") if not saved.get(name)}
+        args.out, fixed = args.resume, changed - LOADS - (PLACES - had_none) - GROW
+        for name in changed & GROW:
+            if getattr(args, name) < saved[name]:
+                p.error(f"--{name.replace('_', '-')} {getattr(args, name)} is less than the run's {saved[name]}, "
+                        "and what is learned stays learned; give more")
+        if "judge" in changed and "judge_url" not in changed:
+            args.judge_url = None                                # the one that was named last
+    else:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
-        args = resumed(p, args, given, args.pretrained,
-                       {"resume", "device", "out", "pretrained", "control", "sync", "validate_clips", "sampling_steps",
-                        *of_post_training, *of_reward})
-    return complete(p, args)
+        what = "--pretrained"
+        fixed = changed & shape if "data" in changed else changed - LOADS - {"audio_encoder"}
+    if fixed:
+        p.error(f"{what} goes on with the flags the run had; leave out --{min(fixed).replace('_', '-')}")
+    args.further = bool(args.pretrained and "data" in changed)
+    if args.refit_codec and not args.further:
+        p.error("--refit-codec is for --pretrained RUN --data OTHER")
 
 
 def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Fill what was not given from the preset, which explicit flags win over."""
-    if not args.pretrained:
-        given = {f.name: vars(args).pop(f.name, None) for f in fields(Config)}
-        given = {k: v for k, v in given.items() if v is not None}
-        if args.init_from:
-            shape = trunk_shape(args.init_from)
-            for name in sorted(shape.keys() & given):
-                p.error(f"--init-from fixes --{name.replace('_', '-')}; leave it out")
-            args.init_from = local_name(args.init_from)
-            given |= shape
-        if encoder := given.get("audio_encoder"):
-            given |= {"audio_encoder": local_name(encoder), "mel_channels": encoder_width(encoder)}
-        try:
-            args.config = replace(PRESETS[args.preset], **given)
-        except ValueError as error:
-            p.error(str(error))
+    given = {f.name: vars(args).pop(f.name, None) for f in fields(Config)}
+    given = {k: v for k, v in given.items() if v is not None}
+    if args.init_from and not (args.resume or args.pretrained):
+        shape = trunk_shape(args.init_from)
+        for name in sorted(shape.keys() & given):
+            p.error(f"--init-from fixes --{name.replace('_', '-')}; leave it out")
+        given |= shape
+    if encoder := given.get("audio_encoder"):
+        given |= {"audio_encoder": local_name(encoder), "mel_channels": encoder_width(encoder)}
+    try:
+        args.config = replace(PRESETS[args.preset], **given)
+    except ValueError as error:
+        p.error(str(error))
     for name, value in TRAINING[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.preset
-    args.sync = args.sync or ("none" if args.data else str(DEFAULT_SYNC))
     if args.seconds is None:
         args.seconds = 3.0 if args.data else 2.0
     check(p, args)
@@ -931,9 +1038,10 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
     return args
 
 
-def local_name(name: str) -> str:
-    """Make the name of a folder whole, so that it is found from anywhere; leave one of the hub as it is."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
+def local_name(name: str | None) -> str | None:
+    """Make the name of a file or folder whole, so that it is found from anywhere; leave other names as they are."""
+    local = name not in (None, "none", "default") and Path(name).exists()
+    return str(Path(name).absolute()) if local else name
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -942,6 +1050,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--out {args.out} is a file; name a folder")
     elif args.out.is_dir() and [*args.out.glob("[!.]*")] and not (args.out / "log.jsonl").exists():
         p.error(f"--out {args.out} holds files, none of them a run's log.jsonl; name a folder of the run's own")
+    if args.data and not Path(args.data).is_dir():
+        p.error(f"{args.data} is not a folder; say where the clips are with --data")
     if args.crop and not args.data:
         p.error("--crop is of the clips of --data; drawn talkers need none")
     check_numbers(p, args, seed=0, steps=1, codec_steps=1, batch=1, clips=1, warmup=1, validate_clips=1,
@@ -977,41 +1087,15 @@ def check_shares(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"{world()} processes on --device {args.device} want a GPU each, or cpu")
 
 
-def resumed(p: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], run: Path,
-            free: set[str]) -> argparse.Namespace:
-    """Take every flag from a run, but for those that are free to be given."""
-    if fixed := sorted(given - free):
-        p.error(f"--{'pretrained' if args.pretrained else 'resume'} goes on with the flags the run had; "
-                f"leave out --{fixed[0].replace('_', '-')}")
-    if not (run / "config.json").exists():
-        p.error(f"{run} holds no run; one that stopped before its first checkpoint starts anew, without --resume")
-    try:
-        saved = json.loads((run / "config.json").read_text())
-        new = {k: getattr(args, k) for k in free}
-        for name in {"validate_clips", "sampling_steps", "micro_batch", "judge_batch", "judge_timeout",
-                     "judge_patience"} - given:
-            new.pop(name, None)                                   # as many as the run had, unless asked otherwise
-        known = {k: v for k, v in vars(args).items() if not hasattr(Config, k)}     # flags that an older run lacks
-        old = argparse.Namespace(**known | saved["training"] | new)
-        old.config, old.data = Config(**saved["model"]), old.data and Path(old.data)
-        if not args.pretrained:
-            old.out, old.pretrained = run, None
-            settings(old)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        p.error(f"{run} is not a run of this version ({error}); name the folder that train.py wrote")
-    return old
-
-
 def flags(args: argparse.Namespace) -> dict:
     """The flags that define a run, as config.json keeps them beside the generator's Config."""
-    kept = {k: v for k, v in vars(args).items() if k not in ("config", "resume", "pretrained", "device", "out")}
-    return kept | {k: kept[k] and str(Path(kept[k]).absolute()) for k in ("data", "exemplars")}
+    return {name: value for name, value in vars(args).items() if name not in SESSION}
 
 
 # ---------------------------------------------------------------- the run
 
 def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: "Log") -> FlowMatching:
-    """Make a new run with its codec fitted, or take up a stopped or a finished one. Its data are set by the caller."""
+    """Make a new run with its codec fitted, or go on with one of before. Its data are set by the caller."""
     torch.manual_seed(args.seed)
     stage = FlowMatching("pretraining", None, args, args.steps)
     if args.resume:
@@ -1023,28 +1107,28 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: "Log") -
             (args.out / stale).unlink(missing_ok=True)
         shutil.rmtree(args.out / "control", ignore_errors=True)
     if args.pretrained:
-        stage.load(args.pretrained / "state.pt")
-        stage.save(args.out)
-        return stage
-    if args.init_from:
+        stage.load(args.pretrained / "state.pt", anew=args.further)
+    elif args.init_from:
         load_trunk(stage.model, args.init_from)
-    if not rank():
-        fit_codec(stage.model, clips, args, log)
-    stage.model.codec.load_state_dict(all_gather({k: v.cpu() for k, v in stage.model.codec.state_dict().items()})[0])
-    stage.average = snapshot(stage.model.state_dict())
-    if args.config.codec == "learned":                              # minutes of work that --resume shall not repeat
+    if args.refit_codec or not args.pretrained:
+        if not rank():
+            fit_codec(stage.model, clips, args, log)
+        codec = stage.model.codec
+        codec.load_state_dict(all_gather({k: v.cpu() for k, v in codec.state_dict().items()})[0])
+        stage.average = snapshot(stage.model.state_dict())
+    if args.pretrained or args.config.codec == "learned":      # minutes of work that --resume shall not repeat
         stage.save(args.out)
     return stage
 
 
-def curate(args: argparse.Namespace, data: Latents, picks: Picks, watched: list[Clip], log: "Log") -> FlowMatching:
+def curate(args: argparse.Namespace, start: dict[str, Tensor], data: Latents, picks: Picks,
+           watched: list[Clip], log: "Log") -> FlowMatching:
     """Fine-tune the pretrained generator on the clips that were picked."""
     stage = FlowMatching("curation", data[picks.curated], args, args.curate_steps, first=args.steps)
-    stage.recipe = {"picked": picks.curated.tolist(), "steps": args.curate_steps}
-    if not (args.resume and stage.continues(args.out) or args.pretrained and stage.continues(args.pretrained)):
+    stage.recipe = {"picked": picks.curated.tolist(), "start": fingerprint(start)}
+    if not (stage.continues(args.out) or args.pretrained and stage.continues(args.pretrained)):
         stage.load(args.out / "state.pt", anew=True)
         stage.cpu_seconds = picks.cpu_seconds
-    log.rewind(stage)
     carry_out(stage, watched, log)
     return stage
 
@@ -1053,9 +1137,8 @@ def post_train(args: argparse.Namespace, start: dict[str, Tensor], reward: Rewar
                watched: list[Clip], log: "Log", name: str = "post-training") -> PostTraining:
     """Reinforce a generator by the reward."""
     stage = PostTraining(name, loaded(start, args), reward, data, clips, args)
-    if args.resume:
-        stage.continues(args.out)
-    log.rewind(stage)
+    stage.recipe = {"start": fingerprint(start)}
+    stage.continues(args.out)
     carry_out(stage, watched, log)
     return stage
 
@@ -1067,41 +1150,24 @@ def control_arms(args: argparse.Namespace, arms: dict[str, dict], spent: float, 
     More curation goes on from the curated generator, for as long as its post-training took. GRPO without curation
     starts from the pretrained one, and more pretraining takes as long as that.
     """
-    def folder_of(name: str) -> Path:
-        return args.out / "control" / name.replace(" ", "-")
-
-    def finished(name: str) -> dict[str, Tensor] | None:
-        folder = folder_of(name)
-        return load_generator(folder).state_dict() if args.resume and (folder / "config.json").exists() else None
-
-    def keep(stage: Stage) -> dict[str, Tensor]:
-        if not rank():
-            save_generator(stage.model, folder_of(stage.name), stage.kept, training=flags(args),
-                           cpu_seconds=stage.cpu_seconds, steps=stage.step)
-        log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
-        return stage.kept
-
-    def longer(name: str, rows: Tensor | slice, checkpoint: str, first: int, seconds: float) -> dict[str, Tensor]:
-        if (weights := finished(name)) is not None:
-            return weights
+    def longer(name: str, start: str, rows: Tensor | slice, first: int, seconds: float) -> Stage:
         stage = FlowMatching(name, data[rows], args, budget=seconds, first=first)
-        stage.load(args.out / checkpoint, anew=True)
-        log.rewind(stage)
+        stage.recipe = {"start": fingerprint(arms[start]), "budget": seconds}
+        if not stage.continues(args.out):
+            stage.load(args.out / ("curate.pt" if start == CURATED else "state.pt"), anew=True)
         carry_out(stage, watched, log)
-        return keep(stage)
+        return stage
 
-    more = {}
+    stages = []
     if CURATED in arms:
-        more[MORE_CURATION] = longer(MORE_CURATION, picks.curated, "curate.pt", args.steps + args.curate_steps, spent)
-        more[UNCURATED] = finished(UNCURATED)
-        if more[UNCURATED] is None:
-            more[UNCURATED] = keep(post_train(args, arms[PRETRAINED], reward, data, clips, watched, log, UNCURATED))
-        all_gather(None)                                   # the first process may still be writing it
-        spent = json.loads((folder_of(UNCURATED) / "config.json").read_text())["cpu_seconds"]
-    return more | {MORE_PRETRAINING: longer(MORE_PRETRAINING, slice(None), "state.pt", args.steps, spent)}
+        stages = [longer(MORE_CURATION, CURATED, picks.curated, args.steps + args.curate_steps, spent),
+                  post_train(args, arms[PRETRAINED], reward, data, clips, watched, log, UNCURATED)]
+        spent = stages[-1].cpu_seconds
+    stages += [longer(MORE_PRETRAINING, PRETRAINED, slice(None), args.steps, spent)]
+    return {stage.name: stage.kept for stage in stages}
 
 
-def describe(stage: FlowMatching, held_out: list[Clip], log: "Log", argv: list[str]) -> None:
+def describe(stage: FlowMatching, held_out: list[Clip], log: "Log") -> None:
     """Say what is about to be trained, and what the codec alone can reach; draw it, if it was learned."""
     args, model = stage.args, stage.model
     coded = encode(model, held_out, args.frames, args.device)                        # nothing generated can be better
@@ -1110,7 +1176,7 @@ def describe(stage: FlowMatching, held_out: list[Clip], log: "Log", argv: list[s
     codec = held_out_metrics(torch.cat(videos), held_out, args)
     parameters = sum(p.numel() for p in model.parameters())
     log(config=asdict(args.config), seed=args.seed, parameters=parameters, codec=means(codec),
-        command=shlex.join(["python", "train.py", *argv]), hardware=hardware(args.device, world()))
+        command=shlex.join(["python", "train.py", *args.command]), hardware=hardware(args.device, world()))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(stage.data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
           f"on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
@@ -1141,6 +1207,8 @@ def lock(folder: Path) -> Iterator[None]:
         held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.glob(".*.[0-9]*"):        # half-written by a run that was killed, see `replacing`
+            left.unlink()
     except BlockingIOError:
         raise MediaError(folder, "another run is at work there; wait for its end, or choose another --out") from None
     except OSError:                                  # a file system without locks
@@ -1155,15 +1223,14 @@ def lock(folder: Path) -> Iterator[None]:
 def interruptible(args: argparse.Namespace, start: float) -> Iterator[None]:
     """End at Ctrl-C or SIGTERM, or where the judge is away, with a line that says how to go on: from a checkpoint, if
     this run has left one."""
-    began, go_on = time.time() - (time.perf_counter() - start), ["python", "train.py", "--resume", str(args.out)]
-    if world() == 1:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began, state = time.time() - (time.perf_counter() - start), args.out / "state.pt"
     try:
-        yield
+        with signals(signal.default_int_handler):
+            yield
     except (JudgeError, KeyboardInterrupt) as error:
-        said, state = f"error: {error}; then" if isinstance(error, JudgeError) else "stopped;", args.out / "state.pt"
+        said = f"error: {error}; then" if isinstance(error, JudgeError) else "stopped;"
         kept = args.resume or state.exists() and state.stat().st_mtime >= began
-        sys.exit(f"{said} go on with: {shlex.join(go_on)}" if kept else
+        sys.exit(f"{said} go on with: {go_on(args)}" if kept else
                  f"{said} start it again: it was before the first checkpoint, so nothing was kept")
 
 
@@ -1174,47 +1241,49 @@ def main(argv: list[str] | None = None) -> None:
     with redirect_stderr(sys.stdout if rank() else sys.stderr):         # one of them may complain of flags
         args = parse_arguments(argv)
     with lock(args.out), interruptible(args, start):
-        run(args, start, sys.argv[1:] if argv is None else argv)
+        run(args, start)
 
 
-def run(args: argparse.Namespace, start: float, argv: list[str]) -> None:
+def run(args: argparse.Namespace, start: float) -> None:
     """Do all that the flags ask for, from data to report."""
+    if (args.out / "config.json").exists() and not (args.resume or args.overwrite):
+        raise MediaError(args.out, f"holds a run; go on with --resume {shlex.quote(str(args.out))}, choose "
+                                   "another --out, or begin anew there with --overwrite")
     with rank_zero_first():
         clips, held_out, watched = load_clips(args)
-    if args.sync != "none":                                         # all this before the minutes that would be lost
-        load_sync(args.sync)
-    reward_sync(args)
+    measuring_sync(args), reward_sync(args)                    # all this before the minutes that would be lost
     judge, log = make_judge(args) if args.curate or args.updates else None, Log(args.out, start)
     pretraining = begin_pretraining(args, clips, log)
     pretraining.data = data = encode(pretraining.model, clips, args.frames, args.device)
     if not rank():
-        describe(pretraining, held_out, log, argv)
+        describe(pretraining, held_out, log)
     with rank_zero_first():
         picks = pick_clips(judge, clips, args, log) if args.curate or args.updates else None
     if picks and args.exemplars:
         parts = folder_clips(args.exemplars, args.config.size, args.seconds, args.crop)
         picks.lively = picks.smooth = spread([clip for part in parts for clip in part], EXEMPLARS)
 
+    resume, anew = (shlex.join([flag, str(args.out)]) for flag in ("--resume", "--pretrained"))
     with fitting("pretraining", "lower --batch, or give --checkpointing"):
         arms = {PRETRAINED: carry_out(pretraining, [], log)}
         if picks and len(picks.curated):
             keep_arm(args, PRETRAINED, arms)
-            arms[CURATED] = curate(args, data, picks, watched, log).kept
+            arms[CURATED] = curate(args, arms[PRETRAINED], data, picks, watched, log).kept
     reward = None
     if args.updates:
         *_, (last, weights) = arms.items()
         keep_arm(args, last, arms)
         reward = make_reward(args, judge, picks.lively, picks.smooth, args.config.chunk_frames,
                              pretraining.model.codec)
-        with fitting("post-training", f"lower --micro-batch, with --resume {args.out}; or --prompts or --group, with "
-                                      f"--pretrained {args.out}"):
+        with fitting("post-training",
+                     f"lower --micro-batch, with {resume}; or --prompts or --group, with {anew}"):
             post = post_train(args, weights, reward, data, clips, watched, log)
             arms[POST_TRAINED] = post.kept
             if args.control:
                 arms |= control_arms(args, arms, post.cpu_seconds, reward, data, clips, picks, watched, log)
     if rank():
         return
-    with fitting("measuring", f"lower --validate-clips, with --pretrained {args.out}"):
+    with fitting("measuring", f"lower --validate-clips, with {resume}"):
         videos = measure(arms, held_out, args, log)
     write_pictures(args.out, list(videos.values()), held_out)
     if reward:

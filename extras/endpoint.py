@@ -17,8 +17,8 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -104,12 +104,11 @@ class RemoteJudge:
         """
         if audio.shape != (len(names), frames.shape[1] * SAMPLES_PER_FRAME) or len(frames) != len(names):
             raise ValueError(f"clips disagree: {frames.shape=} {audio.shape=} {len(names)=}")
-        stop, pool = threading.Event(), ThreadPoolExecutor(self.at_once)
+        stop, pool = threading.Event(), ThreadPool(self.at_once)
         try:
-            jobs = [pool.submit(self._rate_clip, *clip, stop) for clip in zip(frames, audio)]
-            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                job.result()                         # raises what went wrong, if anything did
-            return drop_unrated(expected_rating(torch.stack([job.result() for job in jobs])), names)
+            jobs = pool.imap_unordered(lambda i: (i, self._rate_clip(frames[i], audio[i], stop)), range(len(names)))
+            answers = [p for _, p in sorted(jobs)]   # raises what goes wrong as soon as it does
+            return drop_unrated(expected_rating(torch.stack(answers)), names)
         except openai.OpenAIError as error:
             remedy = "check --judge-model, the key in OPENAI_API_KEY and the server"
             if isinstance(error, OUTAGE):
@@ -118,8 +117,8 @@ class RemoteJudge:
                 remedy += f", or the proxy {self.proxy.rpartition('@')[2]}, which NO_PROXY=host goes around"
             raise JudgeError(self.url, f"{reason(error)}; {remedy}") from None
         finally:
-            stop.set()                               # after an error or Ctrl-C: wait for nobody
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()                               # after an error or Ctrl-C: wait for nobody,
+            pool.terminate()                         # nor does Python at its end, as these threads are daemons
 
     def _rate_clip(self, frames: Tensor, audio: Tensor, stop: threading.Event) -> Tensor:
         """Ask all questions about one clip. Returns: p (aspects, orders, digits)."""

@@ -49,6 +49,17 @@ def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     return {f"{a} minus {b}": {k: v - made[b][k] for k, v in made[a].items()} for a, b in shown}
 
 
+def read(text: str):
+    """Read JSON, in which null stands for what is no number."""
+    def numbers(value):
+        if isinstance(value, dict):
+            return {key: numbers(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [numbers(part) for part in value]
+        return math.nan if value is None else value
+    return numbers(json.loads(text))
+
+
 def having(entries: list[dict], key: str) -> list[dict]:
     """Choose the entries of a log that have this key."""
     return [e for e in entries if key in e]
@@ -238,8 +249,8 @@ def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
 
 def write_report(folder: Path) -> None:
     """Write report.md and the curves that it shows, of what the run has logged and measured."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    values = json.loads((folder / "held_out.json").read_text())
+    entries = [read(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    values = read((folder / "held_out.json").read_text())
     by_reward = "".join(f"\n## By the reward\n\n```\n{e['rewarded']}\n```\n" for e in having(entries, "rewarded")[-1:])
     text = (f"# {folder.resolve().name}\n\n" + facts(entries) + funnel_part(entries) + held_out_part(values, entries)
             + by_reward + looks_part(folder, entries) + reward_part(folder, entries) + loss_part(folder, entries)

@@ -16,7 +16,6 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as nnf
 from PIL import Image, ImageCms
 
 import data

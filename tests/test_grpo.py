@@ -160,6 +160,18 @@ def test_a_rescoring_that_does_not_repeat_the_rollout_is_refused():
         check_rescoring(nudged(model), rollout, SMALL)
 
 
+@pytest.mark.parametrize("sampler", ["flow-sde", "cps", "precise"])
+@pytest.mark.parametrize("noise_level", [0.001, 0.01, 0.8])
+def test_with_little_noise_rescoring_is_as_exact_as_rounding_lets_it_be(sampler, noise_level):
+    """Log-probabilities are further apart, by 1 / step_std, and a wrong context is still found."""
+    model, settings = generator(), Settings(group=2, sampler=sampler, noise_level=noise_level, rollout_steps=4)
+    rollout = roll_out(model, settings)
+    gap = check_rescoring(model, rollout, settings)
+    assert gap < settings.clip                       # so a ratio means something
+    with pytest.raises(RuntimeError, match="does not repeat the rollout"):
+        check_rescoring(model, replace(rollout, latents=rollout.latents + 0.05), settings)
+
+
 # ---------------------------------------------------------------- advantages
 
 def test_a_group_of_four_worked_by_hand():
