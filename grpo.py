@@ -78,7 +78,7 @@ class Settings:
     draws: int = setting(2, "how many of them draw, M; the others follow the ODE")
     draw_at: str = setting("random", "where these stand: drawn anew per update, or sliding from noise to clean",
                            "random", "sliding")
-    group_noise: str = setting("different", "initial noise within a group", "same", "different")
+    group_noise: str = setting("same", "initial noise within a group", "same", "different")
     normalise: str = setting("group", "divide a reward by its group's std, or by the largest of the update's groups",
                              "group", "max-group")
     std_floor: float = setting(1e-3, "least std to divide by, as a share of a reward's size, where it has no floor")

@@ -906,7 +906,7 @@ def post_training_flags(p: argparse.ArgumentParser) -> list[str]:
     flag("--parts", type=int, default=2, help="gradient steps per update, each on a part of its rollouts; with one the "
          "clip is never met (%(default)s)")
     flag("--micro-batch", type=int, help="rollouts per backward pass (by preset)")
-    flag("--post-lr", type=float, default=8e-4, help="of AdamW, which falls to zero by the last update (%(default)s)")
+    flag("--post-lr", type=float, default=6e-4, help="of AdamW, which falls to zero by the last update (%(default)s)")
     flag("--post-ema", type=float, default=0.95, help="decay of the moving average of the policy (%(default)s)")
     flag("--looks", type=int, default=4, help="at the watched clips, in each stage after pretraining (%(default)s)")
     flag("--watch-clips", type=int, default=48, help="held-out clips that choose the checkpoint (%(default)s)")
