@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -173,12 +174,18 @@ def test_the_same_command_twice_leaves_the_first_run_as_it_is(filmed, videos, tm
 
 # ---------------------------------------------------------------- stopped
 
-def begin(*command: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+@contextmanager
+def begun(*command: str):
+    """A run in a process of its own, which the test does not leave behind."""
+    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        yield process
+    finally:
+        process.kill(), process.wait()
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until and process.poll() is None
@@ -192,9 +199,8 @@ def test_sigterm_while_a_remote_judge_is_waited_for_saves_and_ends_within_second
     def answer(k, body):
         time.sleep(60 if k >= rated else 0)
         return 200, {}, GOOD
-    with serving(answer) as (url, seen):
-        command = [*WHOLE, "--judge-url", url, "--judge-model", "m"]
-        process = begin(*command, "--out", str(out))
+    judged = ["--judge-model", "m", "--out", str(out)]
+    with serving(answer) as (url, seen), begun(*WHOLE, "--judge-url", url, *judged) as process:
         wait_for(lambda: len(seen) > rated, process)
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
@@ -208,12 +214,12 @@ def test_sigterm_while_a_remote_judge_is_waited_for_saves_and_ends_within_second
 
 def test_sigterm_while_data_are_prepared_is_one_line(tmp_path):
     """Two thousand talkers are being drawn."""
-    process = begin(*TINY, "--clips", "2000", "--out", str(tmp_path / "run"))
-    wait_for((tmp_path / "run").exists, process)
-    time.sleep(2)
-    asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1].replace("\r", "\n").strip().splitlines()[-1]
+    with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
+        wait_for((tmp_path / "run").exists, process)
+        time.sleep(2)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1].replace("\r", "\n").strip().splitlines()[-1]
     assert time.monotonic() - asked < 20
     assert said == "stopped; start it again: it was before the first checkpoint, so nothing was kept"
 
