@@ -660,7 +660,7 @@ def carry_out(stage: Stage, watched: list[Clip], log: "Log") -> dict[str, Tensor
     A second one stops at once, and then nothing is saved.
     Returns: the weights to go on with.
     """
-    args, saved, asked = stage.args, time.monotonic(), []
+    args, saved, asked, first = stage.args, time.monotonic(), [], stage.step
     log.rewind(stage)
     bar = tqdm(None, stage.name, initial=stage.step, total=stage.total or None, unit=stage.unit)
 
@@ -702,7 +702,7 @@ def carry_out(stage: Stage, watched: list[Clip], log: "Log") -> dict[str, Tensor
             if time.monotonic() - saved > 60 * args.save_minutes:
                 stage.save(args.out)
                 saved = time.monotonic()
-        if stage.name not in CHECKPOINTS and stage.step > bar.initial:
+        if stage.name not in CHECKPOINTS and stage.step > first:
             log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
         stage.save(args.out)
     if watched:

@@ -247,9 +247,10 @@ def test_disagreeing_clips_are_refused():
 
 RUN = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
        "--channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2 --steps 2 "
-       "--updates 4 --watch-every 20 --watch-clips 2 --prompts 2 --group 3 --rollout-steps 3 --draws 1 --parts 1 "
-       "--judge-model m --judge-batch 1").split()
+       "--updates 4 --looks 1 --watch-clips 2 --prompts 2 --group 3 --rollout-steps 3 --draws 1 --parts 1 "
+       "--judge-model m --judge-batch 1 --curate 0").split()
 REQUESTS = 2 * 3 * 3                                 # of an update: prompts, group, aspects
+RATING = 6 * 3                                       # of all training clips, once, before the first update
 
 
 def rated(k: int, body: dict) -> tuple:
@@ -287,7 +288,7 @@ def test_a_run_leaves_an_unrated_video_out_and_ends_where_a_tenth_is_unrated(tmp
     updates' sixty, so the third update is refused, and two are saved."""
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
     odd = completion(**{"4": 0.45, "The": 0.55})
-    with serving(lambda k, body: (200, {}, odd) if k == 20 else rated(k, body)) as (url, _):
+    with serving(lambda k, body: (200, {}, odd) if k == RATING + 20 else rated(k, body)) as (url, _):
         train.main([*RUN, "--judge-url", url, "--out", str(tmp_path / "one")])
     assert [e["components"]["total"]["unrated"] for e in updates(tmp_path / "one")] == [0, 1, 0, 0]
     assert "| unrated videos | 1 |" in (tmp_path / "one" / "report.md").read_text()

@@ -246,7 +246,7 @@ def test_a_model_that_cannot_be_the_trunk_is_named_with_the_reason(tmp_path):
 
 
 FLAGS = ("--size 32 --space-channels 6 --channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 "
-         "--sampling-steps 1 --steps 2 --judge none --checkpointing").split()
+         "--sampling-steps 1 --steps 2 --judge none --curate 0 --checkpointing").split()
 
 
 @pytest.fixture
