@@ -13,6 +13,7 @@ A video is (F, 3, S, S), uint8 or float in [0, 1]; B clips, F frames, S pixels p
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -508,7 +509,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.score:
         score_videos(args)
         return
-    if (out := Path(args.out)).exists() and any(out.samefile(given) for given in (args.image, args.audio)):
+    out = Path(args.out)
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):      # before the speech is read
+        raise MediaError(out, "is a folder, or in none that can be written; choose another --out")
+    if out.exists() and any(out.samefile(given) for given in (args.image, args.audio)):
         raise MediaError(out, "is read and would be overwritten; choose another --out")
     model = load_generator(args.checkpoint).to(args.device).eval()
     portrait = load_portrait(args.image, model.config.size, args.crop)

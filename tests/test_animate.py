@@ -61,7 +61,7 @@ def test_what_is_read_is_never_overwritten(given, flag, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--track", "1"], "is silent"), (["--track", "3"], "track 1 with 2 channels, track 2 with 2 channels"),
     (["--track", "2:3"], "has no such sound"), (["--track", "x"], "want TRACK or TRACK:CHANNEL"),
-    (["--out", "x" * 256 + ".mp4"], "name too long"), (["--out", "no/a.mp4"], "cannot be written")])
+    (["--out", "x" * 256 + ".mp4"], "name too long"), (["--out", "no/a.mp4"], "in none that can be written")])
 def test_what_cannot_be_done_is_one_line_in_any_encoding(given, flags, words, tmp_path):
     """On a terminal that knows only ASCII, with a name that is no UTF-8 among the arguments."""
     odd = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.mkv")
