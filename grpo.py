@@ -1,49 +1,50 @@
-"""Reinforcement learning on an autoregressive flow model, in six steps: group-relative policy optimisation (GRPO).
+"""Reinforcing an autoregressive flow model: group-relative policy optimisation (GRPO), in six steps.
 
-1. A policy. Generation by the flow's ODE is deterministic: there is nothing to reinforce. With fresh noise a flow
-   step is a draw whose probability is known (kernels/flow_step.py),
+1. A policy. Generation by the flow's ODE is deterministic: there is nothing to reinforce. With fresh noise a
+   flow step is a draw whose probability is known (kernels/flow_step.py),
 
        x' = mean + step_std eps,     mean = c_x x + c_v velocity,     p(x' | x) = N(mean, step_std^2).
 
-   Only a window of steps is made so, never the first (sigma = 1, where there is nothing yet to choose from) and never
-   the last (whose noise would stay in the picture); the others stay ODE steps.
-2. A rollout. G videos of one portrait and one speech, a group, are generated chunk by chunk by the same `generate()`,
-   cache and all, that serves sampling. Every draw is kept: x, x', mean, log-probability.
-3. A reward. Each video is judged as a whole, and, where a component can say when, chunk by chunk: a draw is then
-   credited with its own chunk and, discounted, with the later ones. Sound and lips are a matter of the moment, and
-   credit that is not shared with the rest of the video is less noisy.
-4. An advantage: how much better than its group a video is. Each reward component is a z-score within its group,
+   Only a window of steps is made so, never the first (sigma = 1, where there is nothing yet to choose from)
+   and never the last (whose noise would stay in the picture); the others stay ODE steps.
+2. A rollout. G videos of one portrait and one speech, a group, are generated chunk by chunk by the same
+   `generate()`, cache and all, that serves sampling. Every draw is kept: x, x', mean, log-probability.
+3. A reward. Each video is judged as a whole, and, where a component can say when, chunk by chunk: a draw is
+   then credited with its own chunk and, discounted, with the later ones. Sound and lips are a matter of the
+   moment, and credit that is not shared with the rest of the video is less noisy.
+4. An advantage: how much better than its group a video is. Each component is a z-score within its group,
 
-       advantage = clamp( sum_i weight_i (reward_i - mean_group reward_i) / max(std_group reward_i, floor), -5, 5 ).
+       z_i = (reward_i - mean_group reward_i) / max(std_group reward_i, floor)
+       advantage = clamp( sum_i weight_i z_i, -5, 5 ).
 
    A judge may fail to rate a video. Its advantage is 0, and the others are compared as if it were not there.
 
-5. Rescoring. The gradient needs the log-probability of every draw under the present weights. Since the clean past of
-   each chunk is known, all K chunks and all M draws of a rollout are rescored in ONE parallel pass over
+5. Rescoring. The gradient needs the log-probability of every draw under the present weights. Since the clean
+   past of each chunk is known, all K chunks and all M draws of a rollout are rescored in ONE pass over
 
        [clean context | noisy chunks before draw 1 | noisy chunks before draw 2 | ...]
 
-   whose mask (kernels/attention.py) lets every noisy chunk see exactly what the cache held. Public trainers replay
-   the denoising chunk by chunk and step by step instead. `check_rescoring` asserts that both agree.
+   whose mask (kernels/attention.py) lets every noisy chunk see exactly what the cache held. Public trainers
+   replay the denoising chunk by chunk and step by step instead. `check_rescoring` asserts that both agree.
 6. A loss, per chunk k and draw m, averaged with equal weight over videos, chunks and draws:
 
        ratio = exp(log_prob - old_log_prob)
        loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight kl
 
-The ratio is one per chunk and draw, not one per video: each draw is an action of its own, and the product of all
-of them would leave the clip's range as soon as any one did. Equal weights are not equal forces: the gradient of a
-log-probability goes with c_v / step_std, more for late draws; GRPO-Guard's ratio takes step_std out. Log-probabilities
-are means over a chunk's N x C latent elements, so a ratio moves N x C times less than that of a sum would: clip is 1e-4
-where PPO has 0.2 (at N x C = 1280, 0.2 / 1280 = 1.6e-4). All is fp32, where cached and parallel log-probabilities are
-1e-7 apart; in bf16 it is 5e-4, more than the clip.
+The ratio is one per chunk and draw, not one per video: each draw is an action of its own, and the product of
+all of them would leave the clip's range as soon as any one did. Equal weights are not equal forces: the
+gradient of a log-probability goes with c_v / step_std, more for late draws. Log-probabilities are means over
+a chunk's N x C latent elements, so a ratio moves N x C times less than that of a sum would: clip is 1e-4
+where PPO has 0.2 (at N x C = 1280, 0.2 / 1280 = 1.6e-4). All is fp32, where cached and parallel
+log-probabilities are 1e-7 apart; in bf16 it is 5e-4, more than the clip.
 
-Deviations from the papers. Flow-GRPO (2505.05470) normalises the total reward, here each component (as DanceGRPO,
-2505.07818); its KL is the closed form, here by default the squared velocity difference, which weighs all noise levels
-alike. The window is MixGRPO's (2507.21802), the re-centred ratio GRPO-Guard's (2510.22319). The parallel rescoring
-and the credit per chunk are this project's. FlowPortrait's own hyper-parameters are not public.
+Deviations from the papers. Flow-GRPO (2505.05470) normalises the total reward, here each component (as
+DanceGRPO, 2505.07818); its KL is the closed form, here the squared velocity difference, which weighs all
+noise levels alike. The window is MixGRPO's (2507.21802), but drawn anew for every update. The parallel
+rescoring and the credit per chunk are this project's. FlowPortrait's own hyper-parameters are not public.
 
-Shapes: P prompts, G group, B = P G rollouts (a group stands together), K chunks, M draws of the window, F frames,
-N tokens, C channels, S pixels per side.
+Shapes: P prompts, G group, B = P G rollouts (a group stands together), K chunks, M draws of the window,
+F frames, N tokens, C channels, S pixels per side.
 """
 
 import math
@@ -58,8 +59,9 @@ from torch import Tensor
 from kernels.flow_step import STOCHASTIC, flow_step, sigma_schedule, step_coefficients, stochastic_step
 from model import Generator
 
-SLIDE_EVERY = 10           # updates for which a sliding window stays where it is (MixGRPO: 25, of 300)
 MOST_ADVANTAGE = 5.0
+STD_FLOOR = 1e-3           # least std to divide by, as a share of a reward's size, where none is given
+DISCOUNT = 0.5             # of each later chunk, in the credit of a chunk
 
 
 def setting(default, text: str, *choices: str):
@@ -76,20 +78,11 @@ class Settings:
     noise_level: float = setting(0.8, "how much noise is fresh; the papers: cps 0.8, flow-sde 0.7")
     rollout_steps: int = setting(6, "flow steps per chunk of a rollout")
     draws: int = setting(2, "how many of them draw, M; the others follow the ODE")
-    draw_at: str = setting("random", "where these stand: drawn anew per update, or sliding from noise to clean",
-                           "random", "sliding")
     group_noise: str = setting("same", "initial noise within a group", "same", "different")
-    normalise: str = setting("group", "divide a reward by its group's std, or by the largest of the update's groups",
-                             "group", "max-group")
-    std_floor: float = setting(1e-3, "least std to divide by, as a share of a reward's size, where it has no floor")
     credit: str = setting("chunk", "reward whole videos, or each chunk by itself and what comes after it",
                           "video", "chunk")
-    discount: float = setting(0.5, "of later chunks, in the credit of a chunk")
-    ratio: str = setting("plain", "plain, or re-centred as by GRPO-Guard", "plain", "guard")
     clip: float = setting(1e-4, "how far a ratio may leave 1, of mean log-probabilities")
-    kl: str = setting("velocity", "to the reference: squared velocity difference, or the closed form",
-                      "velocity", "closed")
-    kl_weight: float = setting(0.03, "of the KL; 0: no reference is computed")
+    kl_weight: float = setting(0.03, "of the KL to the reference; 0: none is computed")
 
     def __post_init__(self):
         for f in fields(self):
@@ -101,16 +94,14 @@ class Settings:
         if self.group < 2:
             raise ValueError(f"a group of {self.group} has no one to compare with; take at least 2")
         if not 1 <= self.draws <= self.rollout_steps - 2:
-            raise ValueError(f"draws must be 1 to rollout_steps - 2 = {self.rollout_steps - 2}, since neither the "
-                             f"first step nor the last is one; got {self.draws}")
-        if not self.clip > 0 or not self.std_floor > 0:
-            raise ValueError("clip and std_floor must be above 0")
-        if self.discount > 1:
-            raise ValueError(f"discount must be at most 1, got {self.discount}")
-        step_coefficients(self.sampler, 0.5, 0.25, self.noise_level)       # raises for a noise level out of range
+            raise ValueError(f"draws must be 1 to rollout_steps - 2 = {self.rollout_steps - 2}, since "
+                             f"neither the first step nor the last is one; got {self.draws}")
+        if not self.clip > 0:
+            raise ValueError("clip must be above 0")
+        step_coefficients(self.sampler, 0.5, 0.25, self.noise_level)   # raises for a noise level out of range
         if self.noise_level < 1e-3:
-            raise ValueError(f"noise_level must be at least 0.001, got {self.noise_level}: with less, rounding "
-                             "moves ratios by as much as the clip allows; 0 draws nothing")
+            raise ValueError(f"noise_level must be at least 0.001, got {self.noise_level}: with less, "
+                             "rounding moves ratios by as much as the clip allows; 0 draws nothing")
 
     def coefficients(self, step: tuple[float, float]) -> tuple[float, float, float]:
         """(c_x, c_v, step_std) of a step (sigma, next_sigma) that draws."""
@@ -132,14 +123,10 @@ def stochastic_steps(rollout_steps: int) -> list[tuple[float, float]]:
     return list(zip(sigmas, sigmas[1:]))[1:-1]
 
 
-def window(settings: Settings, update: int, rng: torch.Generator) -> list[tuple[float, float]]:
-    """Choose the M consecutive steps (sigma, next_sigma) that draw in this update."""
+def window(settings: Settings, rng: torch.Generator) -> list[tuple[float, float]]:
+    """Choose the M consecutive steps (sigma, next_sigma) that draw in an update."""
     steps = stochastic_steps(settings.rollout_steps)
-    places = len(steps) - settings.draws + 1
-    if settings.draw_at == "random":
-        at = int(torch.randint(places, (), generator=rng))
-    else:
-        at = update // SLIDE_EVERY % places
+    at = int(torch.randint(len(steps) - settings.draws + 1, (), generator=rng))
     return steps[at:at + settings.draws]
 
 
@@ -147,7 +134,7 @@ def drawing_step(settings: Settings, steps: list[tuple[float, float]], noise: Ca
                  record: Callable[..., None] = lambda *draw: None) -> Callable[..., Tensor]:
     """Make the `step` of `generate` that draws on the given steps and follows the ODE on the others.
 
-    Args: noise: chunk -> fresh noise (B, N, C), called once per draw; record: is given (x, x', mean, log_prob).
+    Args: noise: chunk -> fresh noise (B, N, C), once per draw; record: is given (x, x', mean, log_prob).
     """
     def step(x, velocity, sigma, next_sigma, chunk):
         if (sigma, next_sigma) not in steps:
@@ -183,19 +170,20 @@ class Rollout:
 
 
 @torch.no_grad()
-def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings, steps: list[tuple[float, float]],
-             rng: torch.Generator, mine: slice = slice(None)) -> Rollout:
+def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings,
+             steps: list[tuple[float, float]], rng: torch.Generator, mine: slice = slice(None)) -> Rollout:
     """Generate G videos of each prompt.
 
     Args:
         portrait: (P, 3, S, S) in [0, 1].    mel: (P, K T, mel_channels).
         steps: the window, (sigma, next_sigma) of each of the M draws.
         rng: on the CPU; of the initial and of the fresh noise.
-        mine: the prompts to make here; the noise of all is drawn, so that a video is the same whoever makes it.
+        mine: the prompts to make here; the noise of all is drawn, so that it is the same whoever makes it.
 
     Returns: B = P G rollouts, group after group.
     """
-    g, (p, shape) = settings.group, (len(portrait), (model.config.video_tokens, model.config.channels))
+    g, p = settings.group, len(portrait)
+    shape = model.config.video_tokens, model.config.channels
     portrait, mel = portrait[mine].repeat_interleave(g, 0), mel[mine].repeat_interleave(g, 0)
 
     def draw(each):
@@ -211,8 +199,10 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
     step = drawing_step(settings, steps, fresh, lambda *draw: draws.append(draw))
     chunks = model.generate(portrait, mel, initial, settings.rollout_steps, step=step)
     latents, frames = zip(*chunks)
-    x, next_x, mean, log_prob = (rearrange(list(d), "(k m) b ... -> b m k ...", m=len(steps)) for d in zip(*draws))
-    return Rollout(portrait, mel, torch.cat(frames, 1), torch.stack(latents, 1), x, next_x, mean, log_prob, steps)
+    x, next_x, mean, log_prob = (
+        rearrange(list(kept), "(k m) b ... -> b m k ...", m=len(steps)) for kept in zip(*draws))
+    frames, latents = torch.cat(frames, 1), torch.stack(latents, 1)
+    return Rollout(portrait, mel, frames, latents, x, next_x, mean, log_prob, steps)
 
 
 # ---------------------------------------------------------------- 3 and 4. advantages
@@ -232,16 +222,16 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
     """Compare every video with its group, component by component (equation 4 above), in float64.
 
     Args:
-        scores: components name -> (B,), and with credit "chunk" per_chunk name -> (B, K). A video of which any
-            component is NaN is unrated: its advantage is 0, and mean and std of its group are those of the others.
+        scores: components name -> (B,), and with credit "chunk" per_chunk name -> (B, K). A video of
+            which any component is NaN is unrated: its advantage is 0, mean and std of its group the others'.
         weights: name -> weight; a weight of 0 leaves a component out.
-        floors: name -> least std to divide by: differences below it are noise, and a z-score would blow them up, above
-            all those of a penalty that is nearly always 0. Where none is given, std_floor times the largest magnitude.
+        floors: name -> least std to divide by (default: STD_FLOOR of the largest magnitude). Differences
+            below it are noise; a z-score would blow them up, above all those of a penalty that is rarely met.
 
     Returns:
-        advantage (B, K) fp32; and per component its mean, its mean group std, and `flat`, the share of groups whose
-        std is below the floor; under "total" the share of groups in which every advantage is 0, and the number of
-        unrated videos.
+        advantage (B, K) fp32; and per component its mean, its mean group std, and `flat`, the share of groups
+        whose std is below the floor; under "total" the share of groups in which every advantage is 0, and the
+        number of unrated videos.
 
     Raises: ValueError where a reward is infinite.
     """
@@ -255,20 +245,20 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
         if reward.isinf().any():
             raise ValueError(f"reward {name} is {reward.tolist()}: infinite")
         report[name] = {"mean": reward.nanmean().item()}
-        floor = (floors or {}).get(name, settings.std_floor * reward.nan_to_num(0).abs().max().item()) + 1e-12
+        floor = (floors or {}).get(name, STD_FLOOR * reward.nan_to_num(0).abs().max().item()) + 1e-12
         if settings.credit == "chunk" and name in scores.per_chunk:
-            reward = reward_to_go(scores.per_chunk[name].double(), settings.discount)     # (B, K)
+            reward = reward_to_go(scores.per_chunk[name].double(), DISCOUNT)               # (B, K)
             reward = reward.masked_fill(unrated[:, None], math.nan)
         else:
             reward = reward[:, None].expand(-1, chunks)
         reward = rearrange(reward, "(p g) k -> p g k", g=settings.group)
-        gap = reward - reward.nanmean(1, keepdim=True)                                    # NaN where unrated
+        gap = reward - reward.nanmean(1, keepdim=True)                                     # NaN where unrated
         std = gap.square().nanmean(1, keepdim=True).sqrt().nan_to_num(0)
-        divisor = std if settings.normalise == "group" else std.amax(0, keepdim=True)
-        total = total + weight * gap / divisor.clamp_min(floor)
+        total = total + weight * gap / std.clamp_min(floor)
         report[name] |= {"group_std": std.mean().item(), "flat": (std <= floor).double().mean().item()}
     total = total.nan_to_num(0)
-    report["total"] = {"flat": (total == 0).all(2).all(1).double().mean().item(), "unrated": int(unrated.sum())}
+    flat = (total == 0).all(2).all(1).double().mean().item()
+    report["total"] = {"flat": flat, "unrated": int(unrated.sum())}
     return total.clamp(-MOST_ADVANTAGE, MOST_ADVANTAGE).flatten(0, 1).float(), report
 
 
@@ -282,18 +272,18 @@ def rescore(model: Generator, rollout: Rollout, settings: Settings) -> tuple[Ten
     sigma = torch.tensor([sigma for sigma, _ in rollout.steps], device=rollout.x.device)
     sigma = sigma[None, :, None].expand(rollout.old_log_prob.shape)
     velocity = model(rollout.portrait, rollout.mel, rollout.latents, rollout.x, sigma)
-    scored = [stochastic_step(rollout.x[:, m], velocity[:, m], settings.coefficients(step), next_x=rollout.next_x[:, m])
-              for m, step in enumerate(rollout.steps)]
+    scored = [stochastic_step(rollout.x[:, m], velocity[:, m], settings.coefficients(step),
+                              next_x=rollout.next_x[:, m]) for m, step in enumerate(rollout.steps)]
     _, log_prob, mean = (torch.stack(what, 1) for what in zip(*scored))
     return log_prob, mean, velocity
 
 
 @torch.no_grad()
 def check_rescoring(model: Generator, rollout: Rollout, settings: Settings, tolerance: float = 1e-6) -> float:
-    """Assert that rollout and rescoring give the same log-probabilities, while the weights are still the same.
+    """Assert that rollout and rescoring give the same log-probabilities while the weights are still the same.
 
-    This is the correctness test of the whole method: were they apart, every ratio would be wrong from the start.
-    Measured, trained `tiny` model: 1e-7 apart in fp32, 2e-4 to 5e-4 in bf16.
+    This is the correctness test of the whole method: were they apart, every ratio would be wrong from the
+    start. Measured, trained `tiny` model: 1e-7 apart in fp32, 2e-4 to 5e-4 in bf16.
 
     Args: tolerance: of means. Returns: the largest difference of log-probabilities.
     Raises: RuntimeError where it exceeds what the tolerance allows.
@@ -306,33 +296,23 @@ def check_rescoring(model: Generator, rollout: Rollout, settings: Settings, tole
     if not (gap * step_std <= tolerance).all():
         row, draw, chunk = (int(i) for i in torch.unravel_index((gap * step_std).argmax(), gap.shape))
         raise RuntimeError(
-            f"rescoring does not repeat the rollout: log-probabilities differ by {gap[row, draw, chunk]:.1e}, more "
-            f"than {tolerance / step_std[draw, 0]:.0e} (rollout {row}, draw {draw}, chunk {chunk}); the cached and "
-            "the parallel pass must see the same context, in fp32, with the same weights")
+            f"rescoring does not repeat the rollout: log-probabilities differ by {gap[row, draw, chunk]:.1e},"
+            f" more than {tolerance / step_std[draw, 0]:.0e} (rollout {row}, draw {draw}, chunk {chunk}); "
+            "the cached and the parallel pass must see the same context, in fp32, with the same weights")
     return gap.max().item()
 
 
 # ---------------------------------------------------------------- 6. the loss
 
 def surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The clipped objective of PPO (1707.06347, eq. 7), negated: a gain stops paying once the ratio has left 1 by clip.
+    """The clipped objective of PPO (1707.06347, eq. 7), negated: no gain beyond a ratio of 1 ± clip.
 
     Args: log_ratio, advantage: of any one shape.
-    Returns: loss, ratio, and where the clip stops the gradient, above (ratio too high) and below; all of that shape.
+    Returns: loss, ratio, and where the clip stops the gradient, above (ratio too high) and below; likewise.
     """
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return loss, ratio, (advantage > 0) & (ratio > 1 + clip), (advantage < 0) & (ratio < 1 - clip)
-
-
-def guarded_log_ratio(mean: Tensor, rollout: Rollout, step_std: Tensor) -> Tensor:
-    """Return GRPO-Guard's log-ratio (2510.22319), (B, M, K): without the bias that makes the plain one mostly negative.
-
-    (log_prob - old_log_prob + (mean - old_mean)^2 / (2 step_std^2)) step_std = eps_old (mean - old_mean): its average
-    is zero, and its size no longer depends on the noise level. The right side is computed, averaged over elements.
-    """
-    eps = (rollout.next_x - rollout.old_mean) / step_std
-    return (eps * (mean - rollout.old_mean)).mean((-2, -1))
 
 
 def gaussian_kl(mean: Tensor, other: Tensor, step_std: Tensor) -> Tensor:
@@ -344,26 +324,22 @@ def grpo_loss(model: Generator, reference: Generator, rollout: Rollout, advantag
               settings: Settings) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of rollouts with their advantages (B, K), and what to log.
 
-    Logged: ratio_mean and ratio_max, (M,), noisiest step first; clip_high and clip_low, the share of draws whose
-    gradient the clip stops; kl to the reference as the loss has it; moved, KL from the rollout's policy to this one.
+    Logged: ratio_mean and ratio_max, (M,), noisiest step first; clip_high and clip_low, the share of draws
+    whose gradient the clip stops; kl to the reference, the squared velocity difference; moved, the
+    closed-form KL from the rollout's policy to this one.
     """
     log_prob, mean, velocity = rescore(model, rollout, settings)
-    step_std = torch.tensor([settings.coefficients(step)[2] for step in rollout.steps], device=mean.device)
-    step_std = step_std[:, None, None, None]                                         # (M, 1, 1, 1)
-    if settings.ratio == "guard":
-        log_ratio = guarded_log_ratio(mean, rollout, step_std)                       # (B, M, K)
-    else:
-        log_ratio = log_prob - rollout.old_log_prob
-    loss, ratio, high, low = surrogate(log_ratio, advantage[:, None].expand_as(log_ratio), settings.clip)
+    log_ratio = log_prob - rollout.old_log_prob                                            # (B, M, K)
+    advantage = advantage[:, None].expand_as(log_ratio)
+    loss, ratio, high, low = surrogate(log_ratio, advantage, settings.clip)
     loss, kl = loss.mean(), loss.new_zeros(())
     if settings.kl_weight:
         with torch.no_grad():
-            _, reference_mean, reference_velocity = rescore(reference, rollout, settings)
-        if settings.kl == "velocity":
-            kl = (velocity - reference_velocity).square().mean()
-        else:
-            kl = gaussian_kl(mean, reference_mean, step_std).mean()
-    moved = gaussian_kl(rollout.old_mean, mean, step_std).mean()
-    log = {"loss": loss, "kl": kl, "moved": moved, "ratio_mean": ratio.mean((0, 2)), "ratio_max": ratio.amax((0, 2)),
+            reference_velocity = rescore(reference, rollout, settings)[2]
+        kl = (velocity - reference_velocity).square().mean()
+    step_std = torch.tensor([settings.coefficients(step)[2] for step in rollout.steps], device=mean.device)
+    moved = gaussian_kl(rollout.old_mean, mean, step_std[:, None, None, None]).mean()
+    log = {"loss": loss, "kl": kl, "moved": moved,
+           "ratio_mean": ratio.mean((0, 2)), "ratio_max": ratio.amax((0, 2)),
            "clip_high": high.float().mean(), "clip_low": low.float().mean()}
     return loss + settings.kl_weight * kl, {k: v.detach() for k, v in log.items()}

@@ -18,7 +18,7 @@ ROOT = Path(train.__file__).parent
 SHAPE = ("--size 32 --width 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
          "--channels 8 --seconds 1 --sampling-steps 1 --warmup 2 --judge none --watch-clips 1 --looks 1").split()
 TOY = [*SHAPE, *"--batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --rollout-steps 4 --draws 1 --micro-batch 4 "
-       "--post-lr 1e-2 --credit chunk --normalise max-group --clip 1e-2".split()]
+       "--post-lr 1e-2 --credit chunk --clip 1e-2".split()]
 
 
 class Light:
