@@ -68,7 +68,6 @@ from tqdm import tqdm
 import grpo
 from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, cached, first_line, fitting, folder_clips, hear,
                   one_line, pixels, replacing, sounds, write_speech, write_video, writing)
-from extras.learned_codec import train_codec
 from extras.pretrained import encoder_width, load_trunk, trunk_shape
 from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED, funnel,
                            funnel_table, hardware, paired, write_report)
@@ -82,11 +81,11 @@ from sample import (check_numbers, crop_argument, device_argument, evaluate, fre
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
     "tiny": dict(steps=3000, curate_steps=1000, updates=60, batch=8, clips=1000, ema=0.98, warmup=50, prompts=4,
-                 micro_batch=8, codec_steps=900, checkpointing=False),
+                 micro_batch=8, checkpointing=False),
     "small": dict(steps=40_000, curate_steps=5000, updates=80, batch=16, clips=4000, ema=0.999, warmup=500, prompts=8,
-                  micro_batch=4, codec_steps=5000, checkpointing=False),
+                  micro_batch=4, checkpointing=False),
     "base": dict(steps=200_000, curate_steps=20_000, updates=80, batch=32, clips=4000, ema=0.9999, warmup=1000,
-                 prompts=8, micro_batch=1, codec_steps=20_000, checkpointing=True),
+                 prompts=8, micro_batch=1, checkpointing=True),
 }
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 WATCHED = 100_000                  # the first of the talkers that are watched, beyond any that are reported
@@ -225,12 +224,10 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
     return train, reported[: args.validate_clips], held_out[len(reported):]
 
 
-def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace, log: "Log | None" = None) -> None:
-    """Fit the motion codec to clips that are spread over the training set; first train its network, if it has one."""
+def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace) -> None:
+    """Fit the motion codec to clips that are spread over the training set."""
     if len(clips) * args.frames < args.config.space_channels:
         raise MediaError(args.data or "--clips", f"{len(clips)} clips are too few to fit the codec; add some")
-    if args.config.codec == "learned":
-        train_codec(model.codec, clips, args, log)
     model.codec.fit(pixels(spread(clips, CODEC_CLIPS), args.frames).to(args.device))
 
 
@@ -562,7 +559,7 @@ class PostTraining(Stage):
         clock = [time.perf_counter()]
         rng = generator(self.args.seed, POST_STREAM + self.step)
         rows = torch.randperm(len(self.data), generator=rng)[: self.args.prompts]
-        steps = grpo.window(self.settings, self.step, rng)
+        steps = grpo.window(self.settings, rng)
         with signals(signal.default_int_handler):          # this may take long, and changes nothing
             rollout = self.roll_out(rows, steps, rng)
             clock.append(time.perf_counter())
@@ -882,7 +879,6 @@ def pretraining_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=int, help="training steps (by preset)")
     g.add_argument("--batch", type=int, help="clips per step (by preset)")
-    g.add_argument("--codec-steps", type=int, help="training steps of the learned codec, before (by preset)")
     g.add_argument("--lr", type=float, default=2e-3, help="of AdamW: embeddings, norms, modulation (%(default)s)")
     g.add_argument("--muon-lr", type=float, default=0.02, help="of Muon: the trunk's matrices (%(default)s)")
     g.add_argument("--warmup", type=int, help="steps of warm-up (by preset)")
@@ -1054,7 +1050,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"{args.data} is not a folder; say where the clips are with --data")
     if args.crop and not args.data:
         p.error("--crop is of the clips of --data; drawn talkers need none")
-    check_numbers(p, args, seed=0, steps=1, codec_steps=1, batch=1, clips=1, warmup=1, validate_clips=1,
+    check_numbers(p, args, seed=0, steps=1, batch=1, clips=1, warmup=1, validate_clips=1,
                   sampling_steps=1, save_minutes=0, lr=0, curate=0, curate_steps=1, muon_lr=0, grad_clip=1e-9, audio_dropout=0,
                   context_noise=0, ema=0, updates=0, prompts=1, parts=1, micro_batch=1, post_lr=0, post_ema=0,
                   looks=1, watch_clips=1,
@@ -1103,7 +1099,7 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: "Log") -
         log.rewind(stage)
         return stage
     if not rank():                                                  # nothing of an earlier run here may stay
-        for stale in (*CHECKPOINTS.values(), "config.json", "log.jsonl", "codec.png"):
+        for stale in (*CHECKPOINTS.values(), "config.json", "log.jsonl"):
             (args.out / stale).unlink(missing_ok=True)
         shutil.rmtree(args.out / "control", ignore_errors=True)
     if args.pretrained:
@@ -1112,11 +1108,11 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: "Log") -
         load_trunk(stage.model, args.init_from)
     if args.refit_codec or not args.pretrained:
         if not rank():
-            fit_codec(stage.model, clips, args, log)
+            fit_codec(stage.model, clips, args)
         codec = stage.model.codec
         codec.load_state_dict(all_gather({k: v.cpu() for k, v in codec.state_dict().items()})[0])
         stage.average = snapshot(stage.model.state_dict())
-    if args.pretrained or args.config.codec == "learned":      # minutes of work that --resume shall not repeat
+    if args.pretrained:                                        # minutes of work that --resume shall not repeat
         stage.save(args.out)
     return stage
 
@@ -1168,7 +1164,7 @@ def control_arms(args: argparse.Namespace, arms: dict[str, dict], spent: float, 
 
 
 def describe(stage: FlowMatching, held_out: list[Clip], log: "Log") -> None:
-    """Say what is about to be trained, and what the codec alone can reach; draw it, if it was learned."""
+    """Say what is about to be trained, and what the codec alone can reach."""
     args, model = stage.args, stage.model
     coded = encode(model, held_out, args.frames, args.device)                        # nothing generated can be better
     videos = [model.codec.decode(p[None].to(args.device) / 255, z[None].to(args.device)).cpu()
@@ -1180,11 +1176,6 @@ def describe(stage: FlowMatching, held_out: list[Clip], log: "Log") -> None:
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(stage.data)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
           f"on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
-    if args.config.codec == "learned":
-        few = held_out[:3]
-        true = pixels(few, args.frames)
-        made = model.codec.decode(true[:, 0].to(args.device), model.codec.encode(true.to(args.device)))
-        write_sheet(args.out / "codec.png", [true, made.cpu()])
 
 
 def keep_freed_memory() -> None:
