@@ -2,34 +2,34 @@
 
 What you learn here, in the order of the file:
 
-1. The motion codec. A frame is the portrait plus a residual, carried by a head pose; both become a few numbers,
+1. The motion codec. A frame is the portrait plus a residual, carried by a head pose, both in a few numbers:
 
-       frame = warp(portrait + residual, pose),      latent chunk (N, C) = [windows of the residual | pose] of T frames
+       frame = warp(portrait + residual, pose)
+       latent chunk (N, C) = [windows of the residual | pose] of T frames
 
-2. The transformer. Portrait, sound and video are tokens of one sequence (kernels/attention.py draws it). Context
-   block i = [video chunk i-1 | sound of chunk i]; the portrait stands in for video chunk -1. Every chunk is denoised
-   given the blocks up to its own, so one mask serves training, generation, and rescoring what was generated.
+2. The transformer. Portrait, sound and video are tokens of one sequence (drawn in kernels/attention.py).
+   Context block i = [video chunk i-1 | sound of chunk i]; the portrait stands in for video chunk -1. Every
+   chunk is denoised given the blocks up to its own: one mask serves training, generation, and rescoring.
 3. Flow matching. On the way from noise (sigma = 1) to the clean latent (sigma = 0),
 
        x_sigma = (1 - sigma) clean + sigma noise,     velocity = noise - clean = (x_sigma - clean) / sigma
 
    the network predicts the clean latent, which is read out as a velocity. One sigma per chunk.
-4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished chunk into
-   the cache, and goes on: constant memory and constant time per chunk, for speech of any length.
+4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished
+   chunk into the cache, and goes on: constant memory and time per chunk, for speech of any length.
 
-The paper's sizes and training data are not public. Chosen here, and why: a linear codec (it fits in seconds), a trunk
-shaped like a Qwen3 layer (so that one can be loaded), a portrait that stands outside rotary time (so that it is the
-same sink for chunk 3 and chunk 3000).
+The paper's sizes and training data are not public. Chosen here: a linear codec (it fits in seconds), a trunk
+shaped like a Qwen3 layer (so that one can be loaded), a portrait outside rotary time (never far away).
 
-Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk, C channels,
-S pixels per side, L tokens of a sequence, H heads, D head dim.
+Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk,
+C channels, S pixels per side, L tokens of a sequence, H heads, D head dim.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,15 +39,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import MEL_DIM, reading_weights, write_weights
+from data import MEL_DIM, MediaError, first_line, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
 POSE = 6                    # parameters of an affine head pose
-POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the head pose is measured on pictures of this size, in so many steps
-CODECS = "linear", "learned"
+POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the pose is measured on pictures of this size, in so many steps
 SAMPLING_STEPS = 2          # of the flow per chunk: of a small model more steps show more errors (README)
 PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
+REMOVED = {"codec": "linear", "prediction": "clean"}     # older checkpoints' options, and what they must be
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Config:
     space_channels: int = 64      # principal components kept per window and frame
     channels: int = 128           # C, channels per video token
     mel_channels: int = MEL_DIM   # audio features per frame
-    audio_encoder: str = ""       # the frozen speech encoder that makes them, a folder or a name; "": data.log_mel
+    audio_encoder: str = ""       # the speech encoder that makes them, a folder or a name; "": data.log_mel
     width: int = 96               # of a token in the trunk
     layers: int = 4
     heads: int = 3                # query heads
@@ -69,28 +69,21 @@ class Config:
     mlp_width: int = 256          # hidden width of SwiGLU
     window: int = 8               # W, context blocks that a token sees
     rope_base: float = 100.0      # slowest rotary wavelength, about 600 frames: the window is far shorter
-    prediction: str = "clean"     # the network's output: "clean" latent or "velocity"
     norm_eps: float = 1e-6        # added to the mean square in every RMSNorm
-    codec: str = "linear"         # how a pose carries the portrait: "linear" in closed form, or "learned"
 
     def __post_init__(self):
-        wrong = [k for k, v in asdict(self).items() if isinstance(v, int | float) and k != "norm_eps"
-                 and not 1 <= v < 1e6]
+        at_least_1 = asdict(self).keys() - {"audio_encoder", "norm_eps"}
+        wrong = [name for name in at_least_1 if not 1 <= getattr(self, name) < 1e6]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} must be at least 1 and below a million")
+            raise ValueError(f"{', '.join(sorted(wrong))} must be at least 1 and below a million")
         if self.grid % 2 == 0 or self.size % (self.grid + 1):
-            raise ValueError(f"grid {self.grid} must be odd, and size {self.size} a multiple of {self.grid + 1}")
-        if self.prediction not in ("clean", "velocity"):
-            raise ValueError(f"prediction must be clean or velocity, got {self.prediction!r}")
-        if self.codec not in CODECS:
-            raise ValueError(f"codec must be {' or '.join(CODECS)}, got {self.codec!r}")
-        if self.codec == "learned" and self.size % 8:
-            raise ValueError(f"the learned codec halves a picture three times: size {self.size} must divide by 8")
+            raise ValueError(f"grid {self.grid} must be odd, and size {self.size} divide by {self.grid + 1}")
         if self.heads % self.kv_heads or self.head_dim % 8:
-            raise ValueError(f"{self.kv_heads} kv_heads must divide {self.heads} heads, and 8 head_dim {self.head_dim}")
+            raise ValueError(f"{self.kv_heads} kv_heads must divide {self.heads} heads, "
+                             f"and 8 head_dim {self.head_dim}")
         if self.chunk_frames * self.space_channels < max(self.channels, self.chunk_frames * POSE):
-            raise ValueError(f"{self.channels} channels need as many components, and a pose {POSE} a frame; got "
-                             f"{self.chunk_frames} x {self.space_channels}")
+            raise ValueError(f"{self.channels} channels need as many components, and a pose {POSE} a frame; "
+                             f"got {self.chunk_frames} x {self.space_channels}")
 
     @property
     def video_tokens(self) -> int:
@@ -109,7 +102,7 @@ def pixel_grid(size: int, device=None) -> Tensor:
 def head_basis(grid: Tensor) -> Tensor:
     """Return (..., 3): 1, x, y under a soft mask that is 1 on the head and 0 at the sides of the picture.
 
-    A displacement linear in this basis moves the head as one affine piece; the still background stretches in between.
+    A displacement linear in this basis moves the head as one affine piece; the wall stretches in between.
     """
     def ramp(t):
         t = t.clamp(0, 1)
@@ -124,15 +117,10 @@ def displacement(pose: Tensor, grid: Tensor) -> Tensor:
     return head_basis(grid) @ rearrange(pose, "b (xy k) -> b 1 k xy", xy=2)
 
 
-def look_up(picture: Tensor, points: Tensor, mode: str = "bicubic") -> Tensor:
-    """Read pictures (B, C, S, S) at points (B, S, S, 2) of [-1, 1]; outside, the border goes on."""
-    return F.grid_sample(picture, points, mode, "border", align_corners=False)
-
-
 def warp(picture: Tensor, pose: Tensor, mode: str = "bicubic") -> Tensor:
     """Move the head: output(p) = picture(p + displacement(p)). picture (B, C, S, S), pose (B, 6)."""
     grid = pixel_grid(picture.shape[-1], picture.device)[None]
-    return look_up(picture, grid + displacement(pose, grid), mode)
+    return F.grid_sample(picture, grid + displacement(pose, grid), mode, "border", align_corners=False)
 
 
 def unwarp(picture: Tensor, pose: Tensor) -> Tensor:
@@ -141,30 +129,30 @@ def unwarp(picture: Tensor, pose: Tensor) -> Tensor:
     p = grid
     for _ in range(3):
         p = grid - displacement(pose, p)
-    return look_up(picture, p)
+    return F.grid_sample(picture, p, "bicubic", "border", align_corners=False)
 
 
-def estimate_pose(frames: Tensor, ridge: float = 1e-4, pyramid: Sequence[tuple[int, int]] = POSE_PYRAMID) -> Tensor:
+def estimate_pose(frames: Tensor) -> Tensor:
     """Find the pose that carries each clip's first frame onto each of its frames (Lucas and Kanade, 1981).
 
     Gauss-Newton on the grey difference, coarse to fine, so that motion of many pixels is found as well.
 
-    Args: frames (B, F, 3, S, S) in [0, 1]; pyramid: sizes, and steps at each.
-    Returns: (B, F, 6).
+    Args: frames (B, F, 3, S, S) in [0, 1]. Returns: (B, F, 6).
     """
     b, f = frames.shape[:2]
-    grey = frames.mean(2).flatten(0, 1)[:, None]                                   # (B F, 1, S, S)
+    grey = frames.mean(2).flatten(0, 1)[:, None]                                     # (B F, 1, S, S)
     pose = frames.new_zeros(b * f, POSE)
-    for size, steps in pyramid:
-        target = F.interpolate(grey, (size, size), mode="area")
+    for size, steps in POSE_PYRAMID:
+        target = F.interpolate(grey, (size, size), mode="area")                      # (B F, 1, s, s)
         first = target[::f].repeat_interleave(f, 0)
-        basis = head_basis(pixel_grid(size, frames.device))                        # (s, s, 3)
-        damping = ridge * size ** 2 * torch.eye(POSE, device=frames.device)
+        basis = head_basis(pixel_grid(size, frames.device))                          # (s, s, 3)
+        damping = 1e-4 * size ** 2 * torch.eye(POSE, device=frames.device)
         for _ in range(steps):
             moved = warp(first, pose, "bilinear")
-            error = (target - moved).flatten(1)[:, None]                           # (B F, 1, P)
+            error = (target - moved).flatten(1)[:, None]                             # (B F, 1, s s)
             dy, dx = torch.gradient(moved[:, 0], spacing=2 / size, dim=(1, 2))
-            jacobian = torch.cat([dx[..., None] * basis, dy[..., None] * basis], -1).flatten(1, 2)   # (B F, P, 6)
+            slopes = torch.cat([dx[..., None] * basis, dy[..., None] * basis], -1)
+            jacobian = slopes.flatten(1, 2)                                          # (B F, s s, 6)
             hessian = jacobian.mT @ jacobian + damping
             pose = pose + torch.linalg.solve(hessian, (error @ jacobian)[:, 0] - pose @ damping)
     return pose.view(b, f, POSE)
@@ -177,12 +165,9 @@ class MotionCodec(nn.Module):
 
         frame = warp(portrait + residual, pose)
 
-    so that identity comes from the portrait for free, and mouth and eyes stay in place in the residual. The residual is
-    cut into grid x grid windows that overlap by half under a sine window s (sum of s^2 = 1: no seams), each written in
-    its principal components, first in space, then over the frames of a chunk; the pose is one more token.
-
-    A codec offers `fit`, `encode` and `decode`. What extras/learned_codec.py changes is `analyse` and `compose`, each other's
-    inverse: how much of a frame the pose alone explains.
+    so that identity comes from the portrait for free, and mouth and eyes stay in place in the residual. It is
+    cut into grid x grid windows that overlap by half under a sine window s (sum of s^2 = 1: no seams), each
+    written in its principal components, first in space, then over the frames of a chunk. The pose comes last.
     """
 
     def __init__(self, config: Config):
@@ -208,8 +193,8 @@ class MotionCodec(nn.Module):
 
     def _focus(self) -> Tensor:
         """(1, 1, S, S): how much an error matters. A mouth is a few pixels wide, and hair and collar, never
-        quite aligned, would take the components that it needs. A portrait's mouth lies at about y = 0.47 of -1..1;
-        width and strength were chosen by the lip-sync and amplitude that are left after the codec."""
+        quite aligned, would take its components. A portrait's mouth lies at about y = 0.47 of -1..1; width
+        and strength were chosen by the lip-sync and amplitude that are left after the codec."""
         x, y = pixel_grid(self.config.size).unbind(-1)
         return (1 + 12 * torch.exp(-(x ** 2 + (y - 0.47) ** 2) / (2 * 0.2 ** 2)))[None, None]
 
@@ -228,12 +213,8 @@ class MotionCodec(nn.Module):
         still = unwarp(frames.flatten(0, 1), pose.flatten(0, 1)).view_as(frames)
         return pose, still - frames[:, :1]
 
-    def compose(self, portrait: Tensor, residual: Tensor, pose: Tensor) -> Tensor:
-        """Put frames (B, 3, S, S) together again from portrait, residual (B, 3, S, S) and pose (B, 6)."""
-        return warp(portrait + residual, pose)
-
     def _gather(self, pose: Tensor, space: Tensor) -> Tensor:
-        """Chunk up: pose (B, F, 6), space (N-1, B F, k) -> (N, B K, T k), the pose token last, zero-padded."""
+        """Chunk up pose (B, F, 6) and space (N-1, B F, k): (N, B K, T k), the pose last and zero-padded."""
         t = self.config.chunk_frames
         space = rearrange(space, "n (bk t) k -> n bk (t k)", t=t)
         pose = rearrange(pose, "b (k t) p -> 1 (b k) (t p)", t=t)
@@ -241,39 +222,42 @@ class MotionCodec(nn.Module):
 
     @torch.no_grad()
     def fit(self, frames: Tensor) -> None:
-        """Fit the components to clips (B, F, 3, S, S) in [0, 1], F a multiple of T; each clip's first frame is
-        its portrait. Components are not centred: latent zero is the portrait itself."""
+        """Fit the components to clips (B, F, 3, S, S) in [0, 1], F a multiple of T; first frames: portraits.
+
+        Components are not centred: latent zero is the portrait itself.
+        """
         c = self.config
         parts = [self.analyse(batch) for batch in frames.split(16)]
         pose, residual = (torch.cat(p) for p in zip(*parts))
-        residual = residual.flatten(0, 1)                                            # (B F, 3, S, S)
-        rows = torch.linspace(0, len(residual) - 1, min(len(residual), 6000), device=frames.device).long()
+        residual = residual.flatten(0, 1)                                        # (B F, 3, S, S)
+        some = torch.linspace(0, len(residual) - 1, min(len(residual), 6000), device=frames.device).long()
         space = []
         with torch.random.fork_rng():
-            torch.manual_seed(0)                                                     # svd_lowrank draws its probes
+            torch.manual_seed(0)                                                 # of svd_lowrank's probes
             for n in range(c.grid ** 2):
-                window = (self.view(residual, n) * self.analysis[n]).flatten(1)
-                self.space[n] = torch.svd_lowrank(window[rows], q=c.space_channels, niter=2)[2]
+                window = (self.view(residual, n) * self.analysis[n]).flatten(1)  # (B F, 3 side side)
+                self.space[n] = torch.svd_lowrank(window[some], q=c.space_channels, niter=2)[2]
                 space.append(window @ self.space[n])
-        tokens = self._gather(pose, torch.stack(space))
+        tokens = self._gather(pose, torch.stack(space))                          # (N, B K, T k)
         variance, axes = torch.linalg.eigh(tokens.mT @ tokens / tokens.shape[1])
         self.time.copy_(axes.flip(-1)[..., : c.channels])
-        std = variance.flip(-1)[..., : c.channels].clamp_min(0).sqrt()
-        # Half-whitened: strong components stay stronger, weak ones are not drowned by the flow's noise.
-        # One unit for all windows (the strongest component), another for the pose.
-        top = std.amax(-1, keepdim=True)
-        top[:-1] = top[:-1].max()
-        # The pose counts four times as much: what a head does next, given where it is, is a small part of its
-        # range, and a few flow steps would otherwise smooth it away (head motion .57 of the truth's, now .91).
-        top[-1] /= 4 ** 2
-        self.scale.copy_((std.clamp_min(1e-3 * top) * top).sqrt())
+        std = variance.flip(-1)[..., : c.channels].clamp_min(0).sqrt()           # (N, C), falling
+        # Half-whitening: components of deviations 1, 1/4, 1/100 become latents of 1, 1/2, 1/10. Left alone,
+        # the last would drown in the flow's noise; whitened to 1, 1, 1, what is hardly seen would count like
+        # lips. The 1 is the strongest component of all windows, but of the pose a 4: what a head does next,
+        # given where it is, is a small part of its range, and few flow steps smooth it away (.57 of the true
+        # motion).
+        strongest = std.amax(-1, keepdim=True)
+        strongest[:-1] = strongest[:-1].max()
+        strongest[-1] /= 4 ** 2
+        self.scale.copy_((std.clamp_min(1e-3 * strongest) * strongest).sqrt())
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Encode clips (B, F, 3, S, S) in [0, 1], F = K T, to latents (B, K, N, C) of about unit scale."""
         pose, residual = self.analyse(frames)
-        windows = self.cut(residual.flatten(0, 1)) * self.analysis                   # (N-1, B F, 3, side, side)
-        tokens = self._gather(pose, windows.flatten(2) @ self.space)
+        windows = self.cut(residual.flatten(0, 1)) * self.analysis               # (N-1, B F, 3, side, side)
+        tokens = self._gather(pose, windows.flatten(2) @ self.space)             # (N, B K, T k)
         return rearrange(tokens @ self.time, "n (b k) c -> b k n c", b=len(frames)) / self.scale
 
     def decode(self, portrait: Tensor, latents: Tensor) -> Tensor:
@@ -282,19 +266,11 @@ class MotionCodec(nn.Module):
         tokens = rearrange(latents * self.scale, "b k n c -> n (b k) c") @ self.time.mT
         space = rearrange(tokens[:-1], "n bk (t k) -> n (bk t) k", t=c.chunk_frames)
         pose = rearrange(tokens[-1, :, : c.chunk_frames * POSE], "bk (t p) -> (bk t) p", p=POSE)
-        windows = rearrange(space @ self.space.mT, "n b (c y x) -> n b c y x", c=3, y=self.side) * self.synthesis
-        windows = rearrange(windows, "n b c y x -> b (c y x) n")
-        residual = F.fold(windows, c.size, self.side, stride=self.stride)            # overlap and add: (B F, 3, S, S)
-        frames = self.compose(portrait.repeat_interleave(k * c.chunk_frames, 0), residual, pose)
+        windows = rearrange(space @ self.space.mT, "n b (c y x) -> n b c y x", c=3, y=self.side)
+        windows = rearrange(windows * self.synthesis, "n b c y x -> b (c y x) n")
+        residual = F.fold(windows, c.size, self.side, stride=self.stride)        # overlap-add: (B F, 3, S, S)
+        frames = warp(portrait.repeat_interleave(k * c.chunk_frames, 0) + residual, pose)
         return frames.clamp(0, 1).unflatten(0, (b, k * c.chunk_frames))
-
-
-def make_codec(config: Config) -> MotionCodec:
-    """Build the codec that a config asks for."""
-    if config.codec == "learned":
-        from extras.learned_codec import LearnedCodec          # the one place of this file that needs an extra
-        return LearnedCodec(config)
-    return MotionCodec(config)
 
 
 # ---------------------------------------------------------------- the transformer
@@ -302,14 +278,14 @@ def make_codec(config: Config) -> MotionCodec:
 def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Return cos and sin (L, D/2) of three-part rotary positions (L, 3): time in frames, row, column.
 
-    Frequencies are dealt out in turn (time, row, time, column), so that each part has fast and slow ones. A token whose
-    time is nan stands outside time: its time channels are zeroed, in queries and keys alike, so that it looks the same
-    from every instant, as the portrait must, which is a sink however far the video has gone.
+    Frequencies are dealt out in turn (time, row, time, column), so that each part has fast and slow ones. A
+    token whose time is nan stands outside time: its time channels are zeroed, in queries and keys alike, so
+    that it looks the same from every instant, as the portrait must, however far the video has gone.
     """
     index = torch.arange(head_dim // 2, device=positions.device)
-    part = torch.where(index % 2 == 0, 0, 1 + index % 4 // 2)             # 0 1 0 2, 0 1 0 2, ...
+    part = torch.where(index % 2 == 0, 0, 1 + index % 4 // 2)          # 0 1 0 2, 0 1 0 2, ...
     frequency = base ** (-index.double() / len(index))
-    angle = positions.double()[:, part] * frequency                       # (L, D/2), exact after hours of video
+    angle = positions.double()[:, part] * frequency                    # (L, D/2), exact after hours of video
     return angle.cos().nan_to_num(0).float(), angle.sin().nan_to_num(0).float()
 
 
@@ -320,46 +296,52 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the portrait and of the last W context blocks, in constant memory.
+    """A layer's keys and values of the portrait and of the last W context blocks, in constant memory.
 
-    A ring of tokens per layer: the portrait's first, never overwritten, then W blocks, oldest replaced first; and
-    behind it room for the chunk that is being denoised. Order inside the ring is free, since keys are rotated by
-    absolute positions before they are stored. The ring evicts whole blocks because only block 0, which lacks its video
-    part, is shorter, and it goes first.
+    First the portrait's, never overwritten; then a ring of W blocks, oldest replaced first; behind it room
+    for the chunk that is being denoised. Order inside the ring is free: keys are rotated by absolute position
+    before they are stored. Whole blocks are evicted, since only block 0, which lacks a video, is shorter.
     """
 
     def __init__(self, config: Config, batch: int, device, dtype):
-        ring = config.window * (config.video_tokens + config.chunk_frames)
-        shape = (batch, config.kv_heads, 2 * config.video_tokens + ring, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.sink, self.ring, self.written = config.video_tokens, ring, 0
+        self.sink, self.written = config.video_tokens, 0
+        self.ring = config.window * (config.video_tokens + config.chunk_frames)
+        shape = batch, config.kv_heads, self.sink + self.ring + config.video_tokens, config.head_dim
+        self.keys, self.values = torch.empty((2, *shape), device=device, dtype=dtype)
 
-    def reserve(self, n: int) -> None:
-        """Choose where the next n tokens go: the portrait to the sink, the rest round the ring."""
-        at = torch.arange(self.written, self.written + n, device=self.keys[0].device)
-        self.at = torch.where(at < self.sink, at, self.sink + (at - self.sink) % self.ring)
-        self.written += n
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, write: bool) -> Tensor:
-        """Attend to the cache and the new keys (B, H_kv, L, D), which go to the reserved places if `write`; if not,
-        to those that follow what is written, where the next ones overwrite them: nothing is copied to attend."""
-        keys, values = self.keys[layer], self.values[layer]
-        n = min(self.written, self.sink + self.ring)
-        at, n = (self.at, n) if write else (slice(n, n + k.shape[2]), n + k.shape[2])
-        keys[:, :, at], values[:, :, at] = k.to(keys.dtype), v.to(values.dtype)
-        return attention(q, keys[:, :, :n], values[:, :, :n])
+    def update(self, k: Tensor, v: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+        """Return what is kept and the new (B, H_kv, L, D): kept if `write`, else behind the ring for once."""
+        n, held = k.shape[2], min(self.written, self.sink + self.ring)
+        at = slice(held, held + n)
+        if write:
+            at = torch.arange(self.written, self.written + n, device=k.device)
+            at = torch.where(at < self.sink, at, self.sink + (at - self.sink) % self.ring)
+            self.written += n
+        self.keys[:, :, at], self.values[:, :, at] = k.to(self.keys.dtype), v.to(self.values.dtype)
+        held = min(self.written, self.sink + self.ring) if write else held + n
+        return self.keys[:, :, :held], self.values[:, :, :held]
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, in the dtype of what comes in: under autocast it has no fused kernel for bf16 with fp32 weights."""
+    """PyTorch's, in the dtype of what comes in: it has no fused kernel for bf16 with fp32 weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Let the noise level shift and scale tokens (B, L, width): adaLN, as in DiT (2212.09748)."""
+    return x * (1 + scale) + shift
+
+
+def per_token(levels: Tensor, layout: Layout) -> Tensor:
+    """Hand (B, 1 + M K, C), the context's and each noisy chunk's, to their tokens: (B, L, C)."""
+    context = levels[:, :1].expand(-1, layout.context_length, -1)
+    return torch.cat([context, levels[:, 1:].repeat_interleave(layout.video, 1)], 1)
+
+
 class Block(nn.Module):
-    """One decoder layer of a modern language model, modulated by the noise level (adaLN, zero-initialised)."""
+    """A decoder layer of a modern language model, modulated by the noise level (adaLN, zero-initialised)."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -379,18 +361,26 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, modulate: Callable[[nn.Linear], Tensor], rope: tuple[Tensor, Tensor],
-                attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """Transform (B, L, width). `modulate` gives the (B, L or 1, 6 width) of the tokens' noise levels;
-        `attend` is attention under the mask (training) or against the cache (generation)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulate(self.modulation).chunk(6, -1)
-        h = self.attention_norm(x) * (1 + scale_a) + shift_a
+    def forward(self, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor], layout: Layout | None = None,
+                cache: KVCache | None = None, write: bool = False) -> Tensor:
+        """Transform tokens (B, L, width): in training a whole sequence, conditions (B, 1 + M K, width) of its
+        context and noisy chunks; in generation tokens of one (B, 1, width), against the cache."""
+        modulation = self.modulation(condition)
+        if layout is not None:
+            modulation = per_token(modulation, layout)                           # (B, L, 6 width)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
+
+        h = modulate(self.attention_norm(x), shift_a, scale_a)                   # (B, L, width)
         q = self.q_norm(rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads))
         k = self.k_norm(rearrange(self.k(h), "b l (h d) -> b h l d", h=self.kv_heads))
         v = rearrange(self.v(h), "b l (h d) -> b h l d", h=self.kv_heads)
-        h = attend(rotate(q, *rope), rotate(k, *rope), v)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(k, v, write)
+        h = attention(q, k, v, layout)                                           # (B, H, L, D)
         x = x + (1 + gate_a) * self.out(rearrange(h, "b h l d -> b l (h d)"))
-        h = self.mlp_norm(x) * (1 + scale_m) + shift_m
+
+        h = modulate(self.mlp_norm(x), shift_m, scale_m)                         # (B, L, width)
         return x + (1 + gate_m) * self.down(F.silu(self.gate(h)) * self.up(h))
 
 
@@ -414,15 +404,16 @@ def ode_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, chunk
 class Generator(nn.Module):
     """Portrait, sound and clean past in; velocity of the noisy chunks out."""
 
-    checkpointing = False         # training keeps the inputs of blocks alone and computes the rest twice
+    checkpointing = False         # True: training keeps the inputs of blocks alone, computes the rest twice
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        self.codec = make_codec(c).requires_grad_(False)
+        self.codec = MotionCodec(c).requires_grad_(False)
         self.portrait_in = nn.Linear(3 * PATCH ** 2, c.width)
         self.portrait_place = nn.Parameter(0.02 * torch.randn(c.video_tokens, c.width))
-        self.audio_in = nn.Sequential(nn.Linear(c.mel_channels, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.audio_in = nn.Sequential(
+            nn.Linear(c.mel_channels, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.no_audio = nn.Parameter(0.02 * torch.randn(c.width))
         self.video_in = TokenLinear(c.video_tokens, c.channels, c.width)
         self.sigma_in = nn.Sequential(nn.Linear(64, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
@@ -437,11 +428,11 @@ class Generator(nn.Module):
     # -- tokens
 
     def embed_portrait(self, portrait: Tensor) -> Tensor:
-        """(B, 3, S, S) in [0, 1] -> (B, N, width): the codec's windows, and last the whole picture from afar."""
-        windows = rearrange(self.codec.cut(portrait), "n b c y x -> b n c y x")
-        near, afar = (F.interpolate(x.flatten(0, 1), (PATCH, PATCH), mode="area").unflatten(0, x.shape[:2]).flatten(2)
-                      for x in (windows, portrait[:, None]))
-        return self.portrait_in(torch.cat([near, afar], 1) * 2 - 1) + self.portrait_place
+        """(B, 3, S, S) in [0, 1] -> (B, N, width): the codec's windows, and last the whole picture."""
+        pictures = [*self.codec.cut(portrait), portrait]                         # N of (B, 3, s, s)
+        small = [F.interpolate(picture, (PATCH, PATCH), mode="area") for picture in pictures]
+        patches = torch.stack(small, 1).flatten(2)                               # (B, N, 3 PATCH PATCH)
+        return self.portrait_in(patches * 2 - 1) + self.portrait_place
 
     def embed_audio(self, mel: Tensor, heard: Tensor | None = None) -> Tensor:
         """(B, F, mel_channels) -> (B, F, width); where `heard` (B,) is false the clip has no sound at all."""
@@ -468,10 +459,10 @@ class Generator(nn.Module):
     def rope(self, *positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary(torch.cat(positions), self.config.head_dim, self.config.rope_base)
 
-    def to_velocity(self, x: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Read the network's output out as velocity = noise - clean = (x_sigma - clean) / sigma."""
-        out = self.video_out(self.norm(x)).float()
-        return (noisy - out) / sigma if self.config.prediction == "clean" else out
+    def to_velocity(self, x: Tensor, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+        """Read the network's output, the clean latent, out as velocity = (x_sigma - clean) / sigma."""
+        clean = self.video_out(self.norm(x)).float()
+        return (noisy - clean) / sigma
 
     # -- training: all chunks in one pass
 
@@ -491,74 +482,68 @@ class Generator(nn.Module):
         layout = Layout(k, n, c.chunk_frames, m, c.window)
         audio = rearrange(self.embed_audio(mel, heard), "b (k t) w -> b k t w", k=k)
         past = torch.cat([self.embed_portrait(portrait)[:, None], self.video_in(clean[:, :-1])], 1)
-        context = torch.cat([past, audio], 2).flatten(1, 2)                           # (B, K (N+T), width)
-        x = torch.cat([context, self.video_in(noisy).flatten(1, 3)], 1)               # (B, L, width)
+        context = torch.cat([past, audio], 2).flatten(1, 2)                      # (B, K (N+T), width)
+        x = torch.cat([context, self.video_in(noisy).flatten(1, 3)], 1)          # (B, L, width)
 
-        level = self.embed_sigma(sigma)                                               # (B, M, K, width)
-        at_rest = self.embed_sigma(sigma.new_zeros(b, 1))
-        condition = F.silu(torch.cat([at_rest, level.flatten(1, 2)], 1))              # (B, 1 + M K, width)
-
-        def modulate(linear):
-            mod = linear(condition)
-            context, noisy = mod[:, :1], mod[:, 1:]
-            return torch.cat([context.expand(-1, layout.context_length, -1), noisy.repeat_interleave(n, 1)], 1)
+        level = self.embed_sigma(sigma)                                          # (B, M, K, width)
+        at_rest = self.embed_sigma(sigma.new_zeros(b, 1))                        # (B, 1, width)
+        condition = F.silu(torch.cat([at_rest, level.flatten(1, 2)], 1))         # (B, 1 + M K, width)
 
         at = torch.arange(k, device=x.device)
-        video, before = self.positions(at, "video"), self.positions(at[:1], "portrait")
-        before = torch.cat([torch.cat([before, video[:-1]]), self.positions(at, "audio")], 1)      # (K, N + T, 3)
-        rope = self.rope(before.flatten(0, 1), video.flatten(0, 1).repeat(m, 1))
+        video = self.positions(at, "video")                                      # (K, N, 3)
+        past = torch.cat([self.positions(at[:1], "portrait"), video[:-1]])       # (K, N, 3)
+        context = torch.cat([past, self.positions(at, "audio")], 1)              # (K, N+T, 3)
+        rope = self.rope(context.flatten(0, 1), video.flatten(0, 1).repeat(m, 1))
         for block in self.blocks:
-            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
-            x = run(x, modulate, rope, lambda q, k, v: attention(q, k, v, layout))
+            if self.checkpointing:
+                x = checkpoint(block, x, condition, rope, layout, use_reentrant=False)
+            else:
+                x = block(x, condition, rope, layout)                            # (B, L, width)
         x = rearrange(x[:, layout.context_length:], "b (m k n) w -> b m k n w", m=m, k=k)
         return self.to_velocity(x, noisy, sigma[..., None, None])
 
     # -- generation: chunk by chunk against the cache
 
-    def read(self, cache: KVCache, x: Tensor, sigma: float, rope: tuple[Tensor, Tensor], write: bool) -> Tensor:
-        """Run tokens (B, L, width) of one noise level through the trunk, attending to the cache and to each other;
-        `write` keeps their keys and values."""
+    def read(self, caches: list[KVCache], x: Tensor, sigma: float, rope: tuple[Tensor, Tensor],
+             write: bool) -> Tensor:
+        """Run tokens (B, L, width) of one noise level through the trunk, against the caches of its blocks."""
         condition = F.silu(self.embed_sigma(torch.full((len(x), 1), sigma, device=x.device)))
-        if write:
-            cache.reserve(x.shape[1])
-        for i, block in enumerate(self.blocks):
-            x = block(x, lambda linear: linear(condition), rope, partial(cache.attend, i, write=write))
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, condition, rope, cache=cache, write=write)
         return x
 
     @torch.no_grad()
-    def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor], steps: int = SAMPLING_STEPS,
-                 guidance: float = 1.0, step: Callable[..., Tensor] = ode_step) -> Iterator[tuple[Tensor, Tensor]]:
+    def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor],
+                 steps: int = SAMPLING_STEPS, guidance: float = 1.0,
+                 step: Callable[..., Tensor] = ode_step) -> Iterator[tuple[Tensor, Tensor]]:
         """Generate video chunk by chunk: denoise a chunk against the cache, then write it into the cache.
 
         Args:
             portrait: (B, 3, S, S) in [0, 1].    mel: (B, K T, mel_channels).
-            noise: chunk index -> (B, N, C), the noise that chunk starts from.
-            steps: flow steps per chunk.
-            guidance: how far to exaggerate what the sound adds, velocity = unheard + guidance * (heard - unheard);
-                1 leaves it as learned and costs half.
-            step: step(x, velocity, sigma, next_sigma, chunk) -> x at next_sigma; where reinforcement learning
-                puts a stochastic step.
+            noise: chunk index -> (B, N, C), what it starts from.    steps: of the flow, per chunk.
+            guidance: g in velocity = unheard + g (heard - unheard); 1 leaves it as learned and costs half.
+            step: step(x, velocity, sigma, next_sigma, chunk) -> x at next_sigma; with GRPO a stochastic one.
 
         Yields: per chunk its latent (B, N, C) and its frames (B, T, 3, S, S) in [0, 1].
         """
         t, guided = self.config.chunk_frames, guidance != 1
         twice = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)    # the second half hears nothing
         face = twice(self.embed_portrait(portrait))
-        cache = KVCache(self.config, len(face), face.device, face.dtype)
+        caches = [KVCache(self.config, len(face), face.device, face.dtype) for _ in self.blocks]
         chunks = torch.arange(mel.shape[1] // t, device=face.device)
-        self.read(cache, face, 0.0, self.rope(self.positions(chunks[0], "portrait")), write=True)
+        self.read(caches, face, 0.0, self.rope(self.positions(chunks[0], "portrait")), write=True)
         sigmas, past, places = sigma_schedule(steps), [], []
         for chunk, at in enumerate(chunks):
-            sound = self.embed_audio(mel[:, chunk * t:(chunk + 1) * t])
+            sound = self.embed_audio(mel[:, chunk * t:(chunk + 1) * t])          # (B, T, width)
             if guided:
                 sound = torch.cat([sound, self.no_audio.expand_as(sound)])
             rope = self.rope(*places, self.positions(at, "audio"))
-            self.read(cache, torch.cat([*past, sound], 1), 0.0, rope, write=True)
+            self.read(caches, torch.cat([*past, sound], 1), 0.0, rope, write=True)
             x, places = noise(chunk), [self.positions(at, "video")]
             rope = self.rope(*places)
             for sigma, next_sigma in zip(sigmas, sigmas[1:]):
-                noisy = twice(x)
-                tokens = self.read(cache, self.video_in(noisy), sigma, rope, write=False)
+                noisy = twice(x)                                                 # (B or 2 B, N, C)
+                tokens = self.read(caches, self.video_in(noisy), sigma, rope, write=False)
                 velocity = self.to_velocity(tokens, noisy, sigma)
                 if guided:
                     heard, unheard = velocity.chunk(2)
@@ -573,16 +558,38 @@ class Generator(nn.Module):
 def save_generator(model: Generator, folder: Path, weights: dict[str, Tensor] | None = None, **more) -> None:
     """Write folder/model.safetensors and config.json.
 
-    Args: weights: instead of the model's own state dict (its moving average); more: further entries of config.json.
+    Args: weights: instead of the model's own (its moving average); more: other entries of config.json.
     """
     write_weights(folder, weights or model.state_dict(), {"model": asdict(model.config), **more})
 
 
-def load_generator(folder: str | Path) -> Generator:
-    """Load what `save_generator` wrote. Raises: MediaError where the folder holds no checkpoint or a broken one."""
-    folder = Path(folder)
+def hub_folder(name: str | Path) -> Path:
+    """Return a folder of weights; one that is not here, but is called owner/name, is downloaded from the hub.
+
+    Raises: MediaError where there is neither such a folder nor such a repository.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    why = ""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not Path(name).exists():
+        from httpx import HTTPError                          # here: only a name needs them
+        from huggingface_hub import snapshot_download
+        try:
+            return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        except (OSError, ValueError, HTTPError) as error:
+            why = f", nor does the hub ({first_line(error)})"
+    raise MediaError(name, f"holds no config.json{why}; give the folder of a run, or owner/name on the hub")
+
+
+def load_generator(name: str | Path) -> Generator:
+    """Load what `save_generator` wrote, from a folder or the hub. Raises: MediaError where it cannot be."""
+    folder = hub_folder(name)
     with reading_weights(folder, "a checkpoint", "a run that train.py wrote"):
-        model = Generator(Config(**json.loads((folder / "config.json").read_text())["model"]))
+        config = json.loads((folder / "config.json").read_text())["model"]
+        for option, left in REMOVED.items():
+            if config.pop(option, left) != left:
+                raise ValueError(f"its {option} is not {left}, the only one that is left")
+        model = Generator(Config(**config))
         model.load_state_dict(load_file(folder / "model.safetensors"))
     return model
 
@@ -591,6 +598,6 @@ PRESETS = {
     "tiny": Config(),                                       # 64x64, two CPU cores
     "small": Config(size=128, grid=7, width=512, layers=8, heads=8, kv_heads=4, head_dim=64,
                     mlp_width=1408),                        # 128x128, one GPU of 8 to 24 GB
-    "base": Config(size=256, grid=15, width=1024, layers=16, heads=16, kv_heads=8, head_dim=64, mlp_width=2816,
-                   codec="learned"),                        # 256x256, one GPU of 80 GB
+    "base": Config(size=256, grid=15, width=1024, layers=16, heads=16, kv_heads=8, head_dim=64,
+                   mlp_width=2816),                         # 256x256, one GPU of 80 GB
 }

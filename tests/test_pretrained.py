@@ -15,6 +15,7 @@ import train
 from data import MEL_DIM, SAMPLES_PER_FRAME, MediaError, hear, log_mel
 from extras import pretrained
 from extras.pretrained import SpeechEncoder, encoder_width, load_trunk, trunk_shape
+from kernels.attention import Layout
 from model import Config, Generator, load_generator
 from test_model import SMALL as TRUNK
 from test_model import inputs
@@ -180,22 +181,19 @@ def generator_from(folder) -> Generator:
     return model
 
 
-def causal(q, k, v):
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
 def test_the_trunk_under_a_causal_mask_is_the_language_model(tmp_path):
-    """Time, row and column all the token's index: transformers' hidden states, and the gradients of a sum of them with
-    respect to the tokens and to every weight of the trunk, all to 1e-5 in fp32, whatever the noise level."""
+    """One token a chunk and no sound make the mask causal; time, row and column are the token's index. Then hidden
+    states are transformers', and the gradients of a sum of them with respect to the tokens and to every weight of
+    the trunk, all to 1e-5 in fp32, whatever the noise level."""
     language = language_model(tmp_path)
     model, length = generator_from(str(tmp_path)), 40
     tokens = torch.randn(2, length, QWEN3["hidden_size"])
     ours, theirs = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
     positions = torch.arange(length, dtype=torch.float64)[:, None].expand(-1, 3)
     condition = torch.randn(2, 1, QWEN3["hidden_size"])
-    x = ours
+    x, causal = ours, Layout(length, video=1, audio=0, segments=0)
     for block in model.blocks:
-        x = block(x, lambda linear: linear(condition), model.rope(positions), causal)
+        x = block(x, condition, model.rope(positions), causal)
     want = language(inputs_embeds=theirs).last_hidden_state
     weigh = torch.randn(want.shape)
     assert (model.norm(x) - want).abs().max() <= 1e-5 and want.std() > 0.5

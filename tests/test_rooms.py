@@ -17,12 +17,11 @@ ARROWS = {
     "grpo": {"kernels", "model"},
     "reward": {"data", "model"},
     "sample": {"data", "model", "reward"},
-    "train": MAIN | {"extras.learned_codec", "extras.pretrained", "extras.report", "extras.talkers"},
+    "train": MAIN | {"extras.pretrained", "extras.report", "extras.talkers"},
     "kernels.bench": {"data", "kernels", "model", "grpo"},
     "extras.talkers": {"data"},
     "extras.report": {"data"},
     "extras.pretrained": {"data", "model"},
-    "extras.learned_codec": {"data", "model"},
     "extras.endpoint": {"data", "reward"},
     "extras.people": {"data", "model", "reward", "sample", "extras.talkers"},
     "extras.lessons": MAIN,
@@ -31,7 +30,6 @@ ARROWS = {
 # The functions that import an extra when a run asks for it, so that nobody else needs it; no other function may.
 ON_DEMAND = {
     ("data", "hear"): {"extras.pretrained"},                    # --audio-encoder
-    ("model", "make_codec"): {"extras.learned_codec"},          # --codec learned
     ("reward", "make_judge"): {"extras.endpoint"},              # --judge-url
     ("reward", "make_reward"): {"extras.pretrained"},           # --perceptual
     ("sample", "score_videos"): {"extras.talkers"},             # --score without --data
