@@ -1,7 +1,8 @@
 """The two hot operations of the generator, one file each: in plain PyTorch, and fused for a GPU in Triton.
 
-The PyTorch version stands above the kernel and is its specification. Each function takes `impl`: "torch"; "triton",
-which raises where the kernel cannot run; or "auto", which takes the kernel on a GPU wherever it can run.
+The PyTorch version stands above the kernel and is its specification. Each function takes `impl`: "torch";
+"triton", which raises where the kernel cannot run; or "auto", which takes the kernel on a GPU wherever it can
+run.
 """
 
 from types import SimpleNamespace
@@ -14,13 +15,15 @@ try:                                    # comes with PyTorch on Linux; elsewhere
     from triton.language.extra import libdevice
     jit, INTERPRETED = triton.jit, triton.knobs.runtime.interpret    # TRITON_INTERPRET=1: on a CPU, slowly
 except ImportError:
-    triton, tl, libdevice, jit, INTERPRETED = None, SimpleNamespace(constexpr=None), None, lambda kernel: kernel, False
+    triton = libdevice = None
+    tl, jit, INTERPRETED = SimpleNamespace(constexpr=None), lambda kernel: kernel, False
 
 
 def use_triton(impl: str, x: Tensor, problem: str | None) -> bool:
     """Decide for the kernel or for plain PyTorch.
 
-    Args: impl: "auto", "torch" or "triton"; x: stands for the device; problem: why the kernel cannot take the inputs.
+    Args: impl: "auto", "torch" or "triton"; x: stands for the device; problem: why the kernel cannot run on
+    this.
     Raises: ValueError where impl is "triton" and the kernel cannot run, with the reason.
     """
     if impl not in ("auto", "torch", "triton"):
@@ -28,7 +31,7 @@ def use_triton(impl: str, x: Tensor, problem: str | None) -> bool:
     if triton is None:
         problem = "triton is not installed"
     elif not x.is_cuda and not INTERPRETED:
-        problem = f"it needs a CUDA device, and the inputs are on {x.device} (TRITON_INTERPRET=1 runs it on a CPU)"
+        problem = f"it needs a CUDA device, the inputs are on {x.device} (TRITON_INTERPRET=1 runs it on a CPU)"
     if impl == "triton" and problem:
         raise ValueError(f"impl='triton' cannot run: {problem}; impl='auto' would use PyTorch")
     return impl == "triton" or (impl == "auto" and x.is_cuda and not problem)

@@ -24,31 +24,32 @@ never sees the clean answer (video i, which stands in block i+1) nor another noi
 The same rule read row by row is what a rolling key/value cache of W blocks holds, which is why one
 parallel pass can rescore what was generated chunk by chunk.
 
-In PyTorch the mask is an (L, L) matrix of booleans, read by an attention that multiplies every query with every key.
-But row by row the rule is at most three runs of keys, and column by column a few runs of queries, so that the kernels
-need no mask, only bounds. Tiles are aligned with blocks and chunks, so that all rows of a tile have the same bounds:
+In PyTorch the mask is an (L, L) matrix of booleans, read by an attention that multiplies every query with
+every key. But row by row the rule is at most three runs of keys, and column by column a few runs of queries,
+so that the kernels need no mask, only bounds. Tiles are aligned with blocks and chunks, so that all rows of a
+tile have the same bounds:
 
-    a tile of queries of noisy chunk i sees             a tile of keys of block i is seen by
+    a tile of queries of noisy chunk i sees         a tile of keys of block i is seen by
 
-      [portrait] [blocks i-W+1 .. i] [own chunk]          [blocks i .. i+W-1] [noisy chunks i .. i+W-1], M times
-      |  |  |    |  |  |  |  |  |    |  |  |              (the portrait: by everyone; a noisy chunk: by itself)
-      tiles of keys, one after the other                  tiles of queries, one after the other
+      [portrait] [blocks i-W+1 .. i] [own chunk]      [blocks i .. i+W-1] [noisy chunks i .. i+W-1], M times
+      |  |  |    |  |  |  |  |  |    |  |  |          (the portrait: by everyone; a noisy chunk: by itself)
+      tiles of keys, one after the other              tiles of queries, one after the other
 
-        s      = q k^T / sqrt(D)                            p     = e^(s - lse)
-        peak'  = max(peak, max s)                           delta = sum(out dout)
-        p      = e^(s - peak')                              ds    = p (dout v^T - delta)
-        total' = total e^(peak - peak') + sum p             dv    = p^T dout
-        acc'   = acc e^(peak - peak') + p v                 dk    = ds^T q / sqrt(D)
-        out = acc / total,  lse = peak + log total          dq    = ds k / sqrt(D), by tiles of queries again
+        s      = q k^T / sqrt(D)                        p     = e^(s - lse)
+        peak'  = max(peak, max s)                       delta = sum(out dout)
+        p      = e^(s - peak')                          ds    = p (dout v^T - delta)
+        total' = total e^(peak - peak') + sum p         dv    = p^T dout
+        acc'   = acc e^(peak - peak') + p v             dk    = ds^T q / sqrt(D)
+        out = acc / total,  lse = peak + log total      dq    = ds k / sqrt(D), by tiles of queries again
 
 The tile itself stays on the chip, and no score ever leaves it (FlashAttention, 2205.14135; 2307.08691).
 
-Each output tile has one owner, which adds in a fixed order: no atomics, equal inputs give equal bits. Tiles with the
-longest runs are launched first, so that none of them is left to run alone at the end.
+Each output tile has one owner, which adds in a fixed order: no atomics, equal inputs give equal bits. Tiles
+with the longest runs are launched first, so that none of them is left to run alone at the end.
 
-Work at B = 8, H = 12, D = 64, K = 8, N = T = 128, M = 2 (L = 4096, 30% of the matrix is allowed): 4 D FLOPs per allowed
-pair forward and 10 D backward, 122 and 305 GFLOP; with a dense mask 412 and 1031. Forward moves q, k, v, out and lse,
-0.2 GB; unfused also scores in fp32 and probabilities in bf16, written and read, 19 GB.
+Work at B = 8, H = 12, D = 64, K = 8, N = T = 128, M = 2 (L = 4096, 30% of the matrix is allowed): 4 D FLOPs
+per allowed pair forward and 10 D backward, 122 and 305 GFLOP; with a dense mask 412 and 1031. Forward moves
+q, k, v, out and lse, 0.2 GB; unfused also scores in fp32 and probabilities in bf16, written and read, 19 GB.
 """
 
 from dataclasses import dataclass
@@ -89,11 +90,12 @@ class Layout:
     @property
     def bounds(self) -> list[int]:
         """The layout as the kernels read it: chunks, tokens of a chunk and of a block, window, segments."""
-        return [self.chunks, self.video, self.video + self.audio, min(self.window, self.chunks), self.segments]
+        block, window = self.video + self.audio, min(self.window, self.chunks)
+        return [self.chunks, self.video, block, window, self.segments]
 
 
 def coordinates(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (L,) the block or chunk of each token, -1 for the portrait, and (L,) its segment, 0 for the context."""
+    """Return (L,) the block or chunk of each token (the portrait: -1), and (L,) its segment (the context: 0)."""
     chunk = torch.arange(layout.chunks, device=device)
     block = chunk.repeat_interleave(layout.video + layout.audio)
     block[: layout.video] = -1                                     # the portrait, before all time
@@ -127,12 +129,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, imp
         k, v: (B, H_kv, Lk, D) keys and values; query head h reads key head h // (H / H_kv).
         layout: the sequence's shape, Lq = Lk = layout.length. None: every query sees every key, which is
             right when generating, where the rolling cache holds exactly what the rule allows.
-        impl: "auto", "torch" or "triton". The kernels take one dtype of bf16, fp16, fp32, and D of 32, 64 or 128;
-            fp32 is not rounded to TF32.
+        impl: "auto", "torch" or "triton". The kernels take one dtype of bf16, fp16, fp32, and D of 32, 64 or
+            128; fp32 is not rounded to TF32.
 
     Returns: (B, H, Lq, D), dtype of q; under autocast its dtype.
 
-    Raises: ValueError when the lengths do not fit the layout, the heads do not divide, or the kernels cannot run.
+    Raises: ValueError when the lengths do not fit the layout, the heads do not divide, or the kernels cannot
+    run.
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads")
@@ -152,7 +155,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, imp
 
 @jit
 def unit_start(index, segment, shape):
-    """The first token of context block `index` (-1: the portrait), or of noisy chunk `index` of segment 1 .. M."""
+    """The first token of context block `index` (-1: the portrait), or of noisy chunk `index` of segment > 0."""
     chunks, video, block, window, segments = shape
     context = tl.where(index < 0, 0, tl.maximum(video, index * block))
     return tl.where(segment > 0, chunks * block + ((segment - 1) * chunks + index) * video, context)
@@ -160,9 +163,9 @@ def unit_start(index, segment, shape):
 
 @jit
 def locate(program, shape, length, TILE: tl.constexpr, LATE_FIRST: tl.constexpr, MASKED: tl.constexpr):
-    """Return (index, segment, first, last) of a program's tile: its tokens are first .. min(first + TILE, last) - 1.
+    """Return (index, segment, first, last) of a program's tile, tokens first .. min(first + TILE, last) - 1.
 
-    Tiles are dealt out index by index, the noisy chunks' before the block's. Some have no tokens (last <= first).
+    Tiles are dealt out index by index, noisy chunks' before the block's. Some have no tokens (last <= first).
     """
     index, segment, first, last = 0, 0, program * TILE, length
     if MASKED:
@@ -183,7 +186,7 @@ def locate(program, shape, length, TILE: tl.constexpr, LATE_FIRST: tl.constexpr,
 
 @jit
 def key_runs(index, segment, shape, length, MASKED: tl.constexpr):
-    """Return the runs of keys that a query tile sees: (last of the sink from 0, past, its last, own, its last)."""
+    """Return the runs of keys that a query tile sees: (last of the sink, past, its last, own, its last)."""
     sink_last, past, past_last, own, own_last = length, 0, 0, 0, 0
     if MASKED:
         chunks, video, block, window, segments = shape
@@ -197,7 +200,7 @@ def key_runs(index, segment, shape, length, MASKED: tl.constexpr):
 
 @jit
 def query_runs(index, segment, shape, length, MASKED: tl.constexpr):
-    """Return the runs of queries that see a key tile: (first, last, first in segment 1, count in every segment)."""
+    """Return the runs of queries that see a key tile: (first, last, first in segment 1, count in each)."""
     first, last, noisy, count = 0, length, 0, 0
     if MASKED:
         chunks, video, block, window, segments = shape
@@ -230,7 +233,7 @@ def store_rows(pointer, stride, b, h, rows, seen, value, D: tl.constexpr):
 
 @jit
 def key_tile(t, runs, TILE: tl.constexpr):
-    """Return the keys of tile t of the three runs one after the other, and which of them belong to the run."""
+    """Return the keys of tile t of the three runs in a row, and which of them belong to the run."""
     sink_last, past, past_last, own, own_last = runs
     t_past = t - tl.cdiv(sink_last, TILE)
     t_own = t_past - tl.cdiv(past_last - past, TILE)
@@ -249,7 +252,7 @@ def key_tiles(runs, TILE: tl.constexpr):
 # ---------------------------------------------------------------- the kernels: forward, dq, dk and dv
 
 UNMASKED = 0, 0, 0, 0, 0                # the shape that stands in for a layout where there is none
-LOG2E = 1.4426950408889634              # exponentials are 2^x on the chip, so s and lse are kept in units of log 2
+LOG2E = 1.4426950408889634              # exponentials are 2^x on the chip: s and lse are in units of log 2
 
 
 @jit
@@ -285,11 +288,11 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stride, k_stride, v_
 
 
 @jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, q_stride, k_stride, v_stride,
-              out_stride, dout_stride, dq_stride, shape, heads, groups, q_length, k_length, SCALE: tl.constexpr,
-              MASKED: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-              PRECISION: tl.constexpr):
-    """One program: dq of one tile of queries of one head, and delta for the other kernel. Grid (B H, tiles)."""
+def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+              q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride,
+              shape, heads, groups, q_length, k_length, SCALE: tl.constexpr, MASKED: tl.constexpr,
+              D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """One program: dq of one tile of queries of one head, and delta for dkdv_kernel. Grid (B H, tiles)."""
     b, h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     index, segment, first, last = locate(tl.program_id(1), shape, q_length, BLOCK_Q, True, MASKED)
     if first < last:
@@ -318,11 +321,11 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr
 
 
 @jit
-def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, q_stride, k_stride, v_stride,
-                dout_stride, dk_stride, dv_stride, shape, kv_heads, groups, q_length, k_length, SCALE: tl.constexpr,
-                MASKED: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """One program: dk and dv of one tile of keys, summed over the query heads that share it. Grid (B H_kv, tiles)."""
+def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+                q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride,
+                shape, kv_heads, groups, q_length, k_length, SCALE: tl.constexpr, MASKED: tl.constexpr,
+                D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """One program: dk and dv of a tile of keys, over the query heads that share it. Grid (B H_kv, tiles)."""
     b, h = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     index, segment, begin, end = locate(tl.program_id(1), shape, k_length, BLOCK_K, False, MASKED)
     if begin < end:
@@ -369,14 +372,16 @@ def unsuitable(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None if q.numel() and k.numel() else "there are no queries or no keys"
 
 
-def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, dict]:
+def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype,
+           backward: bool) -> tuple[int, int, dict]:
     """Choose a program's own rows, the rows that pass by at a time, and the other compile-time arguments.
 
-    Own tiles are 128 rows where these fill blocks and chunks, else as long as a block, 16 to 64. The rest is as much as
-    compiles without spilled registers (tests/test_triton.py); no choice has been timed on a GPU yet.
+    Own tiles are 128 rows where these fill blocks and chunks, else as long as a block, 16 to 64. The rest is
+    as much as compiles without spilled registers (tests/test_kernels.py); no choice has been timed on a GPU
+    yet.
 
-    fp32 is multiplied as three products of TF32, which keep nearly its precision on tensor cores: in GRPO, cached and
-    parallel log-probabilities must not be further apart than 1e-6.
+    fp32 is multiplied as three products of TF32, which keep nearly its precision on tensor cores: in GRPO,
+    cached and parallel log-probabilities must not be further apart than 1e-6.
     """
     filled = bool(bounds) and bounds[1] % 128 == bounds[2] % 128 == 0
     own = 128 if filled else min(64, max(16, triton.next_power_of_2(bounds[2] if bounds else length)))

@@ -1,18 +1,17 @@
-"""Measure the kernels on this GPU: against PyTorch, against the hardware, and in the whole of training and sampling.
+"""Measure the kernels on this GPU: against PyTorch, against the hardware, and in training and sampling.
 
     python kernels/bench.py                       # prints the tables, writes runs/bench.json
     python kernels/bench.py --only attention      # or flow, or whole
 
 Every kernel is first held against its PyTorch twin, then timed beside
-    eager      PyTorch, operation by operation            sdpa    scaled_dot_product_attention with the dense mask
-    compile    torch.compile of the same                  flex    FlexAttention, compiled; its block mask is made apart
-A rate counts what the task needs, whoever does more: FLOPs of the allowed pairs (4 D forward, 10 D backward), bytes of
-the tensors that go in and come out. The ceiling is what this GPU was measured to do: bf16 matmul, or copy.
-Times are the median [20th, 80th percentile] of triton.testing.do_bench, of random data, in ms.
+    eager      PyTorch, operation by operation       sdpa    scaled_dot_product_attention with the dense mask
+    compile    torch.compile of the same             flex    FlexAttention, compiled; its mask is made before
+A rate counts what the task needs, whoever does more: FLOPs of the allowed pairs (4 D forward, 10 D backward),
+bytes of the tensors that go in and come out. The ceiling is what this GPU was measured to do: bf16 matmul, copy.
+Times are medians of triton.testing.do_bench, of random data, in ms.
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -26,23 +25,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo                                                                         # noqa: E402
 import model                                                                        # noqa: E402
-from data import replacing                                                          # noqa: E402
 from kernels import triton                                                          # noqa: E402
 from kernels.attention import Layout, attention, chunk_causal_mask, coordinates, may_see      # noqa: E402
 from kernels.flow_step import flow_step, step_coefficients, stochastic_step         # noqa: E402
 
-FLOW_SHAPES = {"full": (64, 327_680), "small": (8, 6400), "tiny": (8, 1280)}       # rows, N C; one chunk of 8 videos
+FLOW_SHAPES = {"full": (64, 327_680), "small": (8, 6400)}     # rows, N C; one chunk of 8 videos
 ATTENTION_SHAPES = {                                          # B, H, H_kv, D and the sequence
     "stated": (8, 12, 12, 64, Layout(8, 128, 128, segments=2)),
-    "small": (16, 8, 4, 64, Layout(12, 50, 4, window=8)),
-    "tiny": (32, 3, 3, 32, Layout(12, 10, 4, window=8))}
-LARGE = ("--size 128 --grid 7 --width 1536 --layers 24 --heads 24 --kv-heads 8 --head-dim 64 --mlp-width 4096 "
-         "--batch 8 --micro-batch 2")                         # 0.97 billion parameters; 4 GB kept per clip
+    "small": (16, 8, 4, 64, Layout(12, 50, 4, window=8))}
 
 
 # ---------------------------------------------------------------- measuring
@@ -53,59 +47,44 @@ def attention_flops(batch: int, heads: int, head_dim: int, layout: Layout, backw
     return (10 if backward else 4) * head_dim * batch * heads * pairs
 
 
-def training_flops(run, data, args: argparse.Namespace, layout: Layout) -> int:
-    """FLOPs of a pretraining step of train.py: every product forward, as PyTorch counts them, and of attention the
-    allowed pairs; twice that backward; nothing counted for recomputing."""
-    import train
-    with patch.object(model, "attention", lambda q, *_: q), FlopCounterMode(display=False) as counter, torch.no_grad():
-        train.flow_matching_loss(run.model, train.draw_batch(data, args, 0))
-    c = args.config
-    scores = c.layers * attention_flops(args.batch, c.heads, c.head_dim, layout, backward=False)
-    return 3 * (counter.get_total_flops() + scores)
-
-
-def measure(run: Callable[[], object], device: str) -> list[float]:
-    """Return the median, the 20th and the 80th percentile of a call's time in ms."""
-    if device == "cpu":                                       # only so that the suite can try every line of this file
+def milliseconds(run: Callable[[], object], device: str) -> float:
+    """Return the median time of a call."""
+    if device == "cpu":                                       # only so that the suite can try every line
         start = time.perf_counter()
         run()
-        return [(time.perf_counter() - start) * 1e3] * 3
-    return triton.testing.do_bench(run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8], return_mode="median")
+        return (time.perf_counter() - start) * 1e3
+    return triton.testing.do_bench(run, warmup=50, rep=300, return_mode="median")
 
 
 def ceilings() -> dict[str, float]:
-    """Measure what this GPU can do: bytes copied per second (read and written), FLOPs per second of a bf16 product."""
+    """Measure what this GPU can do per second: bytes copied (read and written), FLOPs of a bf16 product."""
     x = torch.randn(2 ** 28, device="cuda")
-    copy = measure(x.clone, "cuda")[0]
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = measure(lambda: a @ b, "cuda")[0]
-    return {"copy": 2 * x.nbytes / copy * 1e3, "matmul": 2 * 8192 ** 3 / product * 1e3}
+    return {"copy": 2 * x.nbytes / milliseconds(x.clone, "cuda") * 1e3,
+            "matmul": 2 * 8192 ** 3 / milliseconds(lambda: a @ b, "cuda") * 1e3}
 
 
 def rows(task: str, work: float, ceiling: float, runs: dict[str, Callable], device: str) -> list[dict]:
-    """Time every provider of a task. `work`: its FLOPs or bytes; `ceiling`: as much per second, from `ceilings`."""
-    times = {provider: measure(run, device) for provider, run in runs.items()}
-    return [{"task": task, "provider": provider, "p50": p50, "p20": p20, "p80": p80, "rate": work / p50 * 1e3,
-             "ceiling": work / p50 * 1e3 / ceiling, "of_kernel": p50 / times["triton"][0]}
-            for provider, (p50, p20, p80) in times.items()]
+    """Time every provider of a task. `work`: its FLOPs or bytes; `ceiling`: as much per second."""
+    times = {provider: milliseconds(run, device) for provider, run in runs.items()}
+    return [{"task": task, "provider": provider, "ms": ms, "rate": work / ms * 1e3,
+             "of the ceiling": work / ms * 1e3 / ceiling, "time / kernel's": ms / times["triton"]}
+            for provider, ms in times.items()]
 
 
 def table(results: list[dict]) -> str:
-    """Write rows as a Markdown table. A rate is in GB/s or TFLOP/s."""
-    lines = ["| task | provider | ms: p50 [p20, p80] | rate | of the ceiling | time / kernel's |",
-             "|---|---|---|---|---|---|"]
-    for r in results:
-        rate = f"{r['rate'] / 1e9:.0f} GB/s" if r["task"].startswith("flow") else f"{r['rate'] / 1e12:.1f} TFLOP/s"
-        lines.append(f"| {r['task']} | {r['provider']} | {r['p50']:.4f} [{r['p20']:.4f}, {r['p80']:.4f}] | {rate} "
-                     f"| {r['ceiling']:.0%} | {r['of_kernel']:.2f} |")
-    return "\n".join(lines)
+    """Write rows as a Markdown table."""
+    lines = [list(results[0]), ["---"] * len(results[0])]
+    for row in results:
+        lines.append([f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def agree(task: str, one: Tensor, other: Tensor, tolerance: float) -> None:
     """Raise where a kernel is further from its twin than a share of the largest value."""
     gap = ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
     if not gap <= tolerance:
-        raise RuntimeError(f"{task}: the kernel is {gap:.1e} off, more than {tolerance:.0e}; its speed means nothing")
+        raise RuntimeError(f"{task}: the kernel is {gap:.1e} off, more than {tolerance:.0e}")
 
 
 # ---------------------------------------------------------------- the kernels
@@ -114,7 +93,8 @@ def bench_flow(name: str, shape: tuple[int, int], ceiling: float, device: str = 
                compiled: bool = True) -> list[dict]:
     """A CPS draw with its log-probability; PyTorch's noise is torch.randn's, the kernel's its own."""
     (count, n), results = shape, []
-    x, velocity, seed = *torch.randn(2, count, 1, n, device=device), torch.tensor([1, 0], device=device)
+    x, velocity = torch.randn(2, count, 1, n, device=device)
+    seed = torch.tensor([1, 0], device=device)
     coefficients = step_coefficients("cps", 0.75, 0.5, 0.8)
 
     def eager(x, v):
@@ -128,14 +108,15 @@ def bench_flow(name: str, shape: tuple[int, int], ceiling: float, device: str = 
         runs = {"eager": partial(eager, x, v)}
         if compiled:
             runs["compile"] = partial(torch.compile(eager), x, v)
-        moved = x.numel() * (4 + v.itemsize + 4)              # x and velocity in, x' out; noise is made on the spot
-        results += rows(f"flow {name}, {str(dtype)[6:]}", moved, ceiling, runs | {"triton": kernel}, device)
+        runs["triton"] = kernel
+        moved = x.numel() * (4 + v.itemsize + 4)              # x and velocity in, x' out; no noise is read
+        results += rows(f"flow {name}, {str(dtype)[6:]}", moved, ceiling, runs, device)
     return results
 
 
-def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bool) -> tuple[dict, float]:
-    """Return provider -> function of nothing, the kernel last; and the seconds that FlexAttention's mask took."""
-    mask, groups, seconds = chunk_causal_mask(layout, q.device), q.shape[1] // k.shape[1], 0.0
+def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bool) -> dict[str, Callable]:
+    """Return provider -> function of nothing, the kernel last."""
+    mask, groups = chunk_causal_mask(layout, q.device), q.shape[1] // k.shape[1]
 
     def eager(q, k, v):
         score = q @ k.repeat_interleave(groups, 1).mT * q.shape[-1] ** -0.5
@@ -143,39 +124,38 @@ def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bo
     runs = {"eager": partial(eager, q, k, v)}
     if compiled:
         index, segment = coordinates(layout, q.device)
-        start = time.perf_counter()
-        rule = lambda b, h, i, j: may_see(index[i], segment[i], index[j], segment[j], layout.window)
+
+        def rule(b, h, i, j):
+            return may_see(index[i], segment[i], index[j], segment[j], layout.window)
         blocks = create_block_mask(rule, None, None, layout.length, layout.length, device=q.device)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        torch._functorch.config.donated_buffer = False       # a backward pass that is timed runs more than once
-        runs |= {"compile": partial(torch.compile(eager), q, k, v),
-                 "flex": partial(torch.compile(flex_attention), q, k, v, block_mask=blocks, enable_gqa=groups > 1)}
+        torch._functorch.config.donated_buffer = False        # a backward pass that is timed runs again
+        flex = partial(torch.compile(flex_attention), block_mask=blocks, enable_gqa=groups > 1)
+        runs |= {"compile": partial(torch.compile(eager), q, k, v), "flex": partial(flex, q, k, v)}
     return runs | {"sdpa": partial(attention, q, k, v, layout, impl="torch"),
-                   "triton": partial(attention, q, k, v, layout, impl="triton")}, seconds
+                   "triton": partial(attention, q, k, v, layout, impl="triton")}
 
 
-def bench_attention(name: str, shape: tuple, ceiling: float, device: str = "cuda", dtype: torch.dtype = torch.bfloat16,
-                    compiled: bool = True) -> list[dict]:
+def bench_attention(name: str, shape: tuple, ceiling: float, device: str = "cuda",
+                    dtype: torch.dtype = torch.bfloat16, compiled: bool = True) -> list[dict]:
     """Forward, then backward to q, k and v."""
     b, h, h_kv, d, layout = shape
-    shapes = [(b, heads, layout.length, d) for heads in (h, h_kv, h_kv, h)]
-    q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    q, k, v, dout = (torch.randn(b, heads, layout.length, d, device=device, dtype=dtype)
+                     for heads in (h, h_kv, h_kv, h))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    runs, seconds = attention_runs(*inputs, layout, compiled)
+    runs = attention_runs(*inputs, layout, compiled)
     outs = {provider: run() for provider, run in runs.items()}
     back = {provider: partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
             for provider, out in outs.items()}
-    exact = [x[:1].detach().double().requires_grad_() for x in inputs]                # one of the batch, for memory
+    exact = [x[:1].detach().double().requires_grad_() for x in inputs]        # one of the batch, for memory
     want = attention(*exact, layout, impl="torch")
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
     agree(f"attention {name}", outs["triton"][:1], want, tolerance)
     for one, other in zip(back["triton"](), torch.autograd.grad(want, exact, dout[:1].double())):
         agree(f"attention {name}, gradient", one[:1], other, tolerance)
+    work = [attention_flops(b, h, d, layout, backward) for backward in (False, True)]
     with torch.no_grad():
-        results = rows(f"attention {name} forward", attention_flops(b, h, d, layout, False), ceiling, runs, device)
-    results += rows(f"attention {name} backward", attention_flops(b, h, d, layout, True), ceiling, back, device)
-    return [r | {"mask_seconds": seconds} if r["provider"] == "flex" else r for r in results]
+        forward = rows(f"attention {name} forward", work[0], ceiling, runs, device)
+    return forward + rows(f"attention {name} backward", work[1], ceiling, back, device)
 
 
 # ---------------------------------------------------------------- the whole
@@ -190,67 +170,27 @@ def using(impl: str):
         yield
 
 
-def seconds_each(run: Callable[[], object], times: int, device: str) -> float:
-    """Return the seconds of one of several calls in a row, after three to warm up."""
-    for repeat in (min(times, 3), times):
-        start = time.perf_counter()
-        for _ in range(repeat):
-            run()
-        torch.get_device_module(device).synchronize()
-    return (time.perf_counter() - start) / times
-
-
-def peak_memory(device: str) -> float:
-    """Return the most memory in GB that tensors have taken on a GPU so far."""
-    return torch.cuda.max_memory_allocated() / 1e9 if device != "cpu" else 0.0
-
-
-def bench_whole(flags: str, impl: str, ceiling: float, device: str = "cuda", times: int = 20) -> dict:
-    """Time a pretraining step, sampling, and a GRPO update of train.py, given its flags.
-
-    Returns: tokens_per_second, mfu and peak memory in GB of pretraining, frames_per_second of sampling one video and
-        eight, and seconds of an update for rollout, reward and update, under "grpo", and the peak memory of all.
-    """
+def bench_whole(flags: str, impl: str, device: str = "cuda") -> dict:
+    """Time a training step, a video, eight videos, and an update of GRPO by train.py with these flags."""
     import train
     args = train.parse_arguments([*flags.split(), "--device", device, "--updates", "1"])
     clips, c = train.synthetic_clips(max(8, args.prompts), args.config.size, args.seconds, 0), args.config
-    torch.manual_seed(0)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
     run = train.FlowMatching("pretraining", None, args, args.steps)
     train.fit_codec(run.model, clips, args)
     run.data = data = train.encode(run.model, clips, args.frames, device)
-    layout = Layout(args.frames // c.chunk_frames, c.video_tokens, c.chunk_frames, 1, c.window)
-    flops = training_flops(run, data, args, layout)
 
+    def sample(batch):
+        portrait, mel = data.portrait[:batch].to(device) / 255, data.mel[:batch].to(device)
+        noise = torch.randn(batch, c.video_tokens, c.channels, device=device)
+        return list(run.model.generate(portrait, mel, lambda chunk: noise))
     with using(impl):
-        step = seconds_each(run.advance, times, device)
-        made = {"flags": flags, "impl": impl, "tokens_per_second": args.batch * layout.length / step,
-                "mfu": flops / step / ceiling, "step_seconds": step, "memory": peak_memory(device)}
-        for batch in (1, 8):
-            portrait, mel = data.portrait[:batch].to(device) / 255, data.mel[:batch].to(device)
-            noise = torch.randn(batch, c.video_tokens, c.channels, device=device)
-            sample = lambda: list(run.model.generate(portrait, mel, lambda chunk: noise))
-            made[f"frames_per_second_{batch}"] = batch * args.frames / seconds_each(sample, max(times // 5, 1), device)
+        made = {"task": flags, "impl": impl, "ms per step": milliseconds(run.advance, device),
+                "ms per video": milliseconds(lambda: sample(1), device),
+                "ms per 8 videos": milliseconds(lambda: sample(8), device)}
         reward = train.make_reward(args, train.make_judge(args), clips, clips, c.chunk_frames)
         post = train.PostTraining("post-training", run.model.eval(), reward, data, clips, args)
-        rollout, synchronize = grpo.roll_out, torch.get_device_module(device).synchronize
-        with patch.object(grpo, "roll_out", lambda *a: (rollout(*a), synchronize())[0]):
-            post.checked = True                               # a check of every run's first batch, not of every update
-            entries = [post.advance() for _ in range(max(times // 5, 1) + 1)]
-        made |= {"grpo": entries[-1]["seconds_for"], "memory_in_all": peak_memory(device)}
-    return made
-
-
-def whole_table(results: list[dict]) -> str:
-    lines = ["| size | impl | step, s | tokens/s | MFU | GB | frames/s, 1 video | 8 "
-             "| GRPO update, s: rollout + reward + update | GB |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for r in results:
-        lines.append(f"| {r['size']} | {r['impl']} | {r['step_seconds']:.3f} | {r['tokens_per_second']:.0f} "
-                     f"| {r['mfu']:.1%} | {r['memory']:.1f} | {r['frames_per_second_1']:.0f} "
-                     f"| {r['frames_per_second_8']:.0f} | {' + '.join(f'{s:.2f}' for s in r['grpo'].values())} "
-                     f"| {r['memory_in_all']:.1f} |")
-    return "\n".join(lines)
+        post.checked = True                                   # a run's first batch alone is checked
+        return made | {"ms per update": milliseconds(post.advance, device)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -259,30 +199,23 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="(%(default)s)")
     args = p.parse_args(argv)
     if not torch.cuda.is_available() or triton is None:
-        sys.exit("error: the benchmark needs a CUDA GPU and triton; on a CPU, python -m pytest tests/test_triton.py "
-                 "shows that the kernels are right")
+        sys.exit("error: the benchmark needs a CUDA GPU and triton; on a CPU, python -m pytest "
+                 "tests/test_kernels.py shows that the kernels are right")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    made = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": ceilings(), "kernels": [],
-            "whole": []}
-    copy, product = made["ceilings"].values()
-    print(f"{made['gpu']}: copies {copy / 1e9:.0f} GB/s, multiplies bf16 at {product / 1e12:.0f} TFLOP/s")
-
-    def show(part: str, results: list[dict], write: Callable[[list[dict]], str]) -> None:
-        """Print the rows as soon as they are measured, under a head if they are the first, and keep them all."""
-        lines = write(results).splitlines()
-        print("\n".join(lines[2:] if made[part] else lines), flush=True)
-        made[part] += results
-        with replacing(args.out) as path:
-            path.write_text(json.dumps(made, indent=1))
-    wanted = lambda part: args.only in (None, part)
-    for name, shape in FLOW_SHAPES.items() if wanted("flow") else ():
-        show("kernels", bench_flow(name, shape, copy), table)
-    for name, shape in ATTENTION_SHAPES.items() if wanted("attention") else ():
-        show("kernels", bench_attention(name, shape, product), table)
-    sizes = {"tiny": "--preset tiny", "small": "--preset small", "large": f"--preset small {LARGE}"}
-    for (size, flags), impl in itertools.product(sizes.items() if wanted("whole") else (), ("torch", "triton")):
-        show("whole", [{"size": size} | bench_whole(flags, impl, product)], whole_table)
-    print(args.out)
+    made = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **ceilings()}
+    print(f"{made['gpu']}: {made['copy'] / 1e9:.0f} GB/s, {made['matmul'] / 1e12:.0f} TFLOP/s")
+    for part in ("flow", "attention", "whole") if args.only is None else (args.only,):
+        if part == "flow":
+            results = [row for item in FLOW_SHAPES.items() for row in bench_flow(*item, made["copy"])]
+        elif part == "attention":
+            results = [row for item in ATTENTION_SHAPES.items()
+                       for row in bench_attention(*item, made["matmul"])]
+        else:
+            results = [bench_whole(f"--preset {preset}", impl)
+                       for preset in ("tiny", "small") for impl in ("torch", "triton")]
+        print(table(results), flush=True)
+        made[part] = results
+        args.out.write_text(json.dumps(made, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     velocity = noise - clean                                 d x_sigma / d sigma
     x'       = c_x * x + c_v * velocity + step_std * eps     eps ~ N(0, 1)
 
-Every sampler is a choice of those three coefficients, made on the host in float64, so that one function serves them
-all. With fresh noise a step is a draw from N(mean, step_std^2): a stochastic policy, whose log-probability
-reinforcement learning needs. Write D = sigma - next_sigma, a = noise_level, and, from the velocity,
+Every sampler is a choice of those three coefficients, made on the host in float64, so that one function
+serves them all. With fresh noise a step is a draw from N(mean, step_std^2): a stochastic policy, whose
+log-probability reinforcement learning needs. Write D = sigma - next_sigma, a = noise_level, and, from the
+velocity,
 
     clean_hat = x - sigma * velocity,     noise_hat = x + (1 - sigma) * velocity
 
@@ -18,11 +19,12 @@ reinforcement learning needs. Write D = sigma - next_sigma, a = noise_level, and
                step_std = next_sigma sin(a pi / 2)
                mean = (1 - next_sigma) clean_hat + sqrt(next_sigma^2 - step_std^2) noise_hat
     precise    as cps, with as much fresh noise as the SDE of flow-sde has on the way (arXiv 2605.23522):
-               step_std = next_sigma sqrt(1 - r^(a^2)),     r = next_sigma (1 - sigma) / (sigma (1 - next_sigma))
+               step_std = next_sigma sqrt(1 - r^(a^2)),  r = next_sigma (1 - sigma) / (sigma (1 - next_sigma))
 
-The arithmetic is nothing, the memory everything. Fused, a draw reads x and velocity and writes x' (fp32: 12 bytes an
-element; 16 if the mean is kept, which rescoring's KL wants); PyTorch, operation by operation, moves about 116. The
-noise is not read but made on the spot by Philox-4x32-10 (Salmon et al., 2011), a cipher: four words from each number.
+The arithmetic is nothing, the memory everything. Fused, a draw reads x and velocity and writes x' (fp32: 12
+bytes an element; 16 if the mean is kept, which rescoring's KL wants); PyTorch, operation by operation, moves
+about 116. The noise is not read but made on the spot by Philox-4x32-10 (Salmon et al., 2011), a cipher: four
+words from each number.
 
     row r of x     |<-- BLOCK -->|<-- BLOCK -->|<-- .. |      one program a block, its elements in registers:
     velocity       |             |             |       |      mean, x' and z = (x' - mean) / step_std
@@ -68,7 +70,7 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
     if sampler == "ode":
         return 1.0, next_sigma - sigma, 0.0
     if sampler == "flow-sde":
-        rest = 1 - (sigma if sigma < 1 else next_sigma)              # at sigma = 1 the noise would be infinite
+        rest = 1 - (sigma if sigma < 1 else next_sigma)             # at sigma = 1 the noise would be infinite
         step_std = noise_level * math.sqrt(sigma / rest * (sigma - next_sigma))
         pull = step_std ** 2 / (2 * sigma)
         return 1 - pull, next_sigma - sigma - pull * (1 - sigma), step_std
@@ -84,10 +86,11 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
 def philox_normal(shape: torch.Size, seed: Tensor) -> Tensor:
     """Return fp32 normal numbers for a latent (..., N, C): the noise that the kernel makes from this seed.
 
-    Words 4 q .. 4 q + 3 of a row come from the counter offset + row ceil(N C / 4) + q under the 64-bit key; two words
-    make two numbers (Box and Muller, 1958), from the middles of 2^23 equal parts of (0, 1).
+    Words 4 q .. 4 q + 3 of a row come from the counter offset + row ceil(N C / 4) + q under the 64-bit key;
+    two words make two numbers (Box and Muller, 1958), from the middles of 2^23 equal parts of (0, 1).
 
-    Args: seed: (2,) int64, the key and the offset. An offset moves on by one for every four elements of a row.
+    Args: seed: (2,) int64, the key and the offset. An offset moves on by one for every four elements of a
+    row.
     """
     n, low = shape[-2:].numel(), 0xFFFFFFFF
     rows, quads = shape[:-2].numel(), -(-n // 4)
@@ -128,21 +131,22 @@ def flow_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, impl
     return c_x * x.float() + c_v * velocity.float()
 
 
-def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, float, float], noise: Tensor | None = None,
-                    next_x: Tensor | None = None, seed: Tensor | None = None, with_mean: bool = True,
-                    impl: str = "auto") -> tuple[Tensor, Tensor, Tensor | None]:
-    """Take a step with fresh noise, or rescore one that was taken: one code path, so that both agree to the bit.
+def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, float, float],
+                    noise: Tensor | None = None, next_x: Tensor | None = None, seed: Tensor | None = None,
+                    with_mean: bool = True, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take a step with fresh noise, or rescore one that was taken: one code path, and both agree to the bit.
 
-    The log-probability is that of the stored x', which must stay fp32: rounded to bf16 it would move by more than
-    the width of the clip. It is the mean over the latent's elements (Flow-GRPO), in nats per element.
+    The log-probability is that of the stored x', which must stay fp32: rounded to bf16 it would move by more
+    than the width of the clip. It is the mean over the latent's elements (Flow-GRPO), in nats per element.
 
     Args:
         x: (..., N, C) latent before the step.    velocity: (..., N, C).
         coefficients: (c_x, c_v, step_std) of `step_coefficients`, step_std > 0.
-        noise: (..., N, C) of unit variance: draws x'.    seed: (2,) int64 key and offset: draws x' by `philox_normal`.
+        noise: (..., N, C) of unit variance: draws x'.    seed: (2,) int64: draws x' by `philox_normal`.
         next_x: (..., N, C): rescores this x'. Give one of the three.
         with_mean: False leaves the mean out, a quarter of what the kernel moves.
-        impl: "auto", "torch" or "triton"; the kernel takes fp32 x, and has the gradient of rescoring for the velocity.
+        impl: "auto", "torch" or "triton"; the kernel takes fp32 x, and rescoring has a gradient for the
+        velocity.
 
     Returns: x' (..., N, C) fp32; its log-probability (...); the mean (..., N, C) or None.
 
@@ -150,7 +154,8 @@ def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, floa
     """
     c_x, c_v, step_std = coefficients
     if not step_std > 0:
-        raise ValueError("a step without noise has no log-probability; keep the window off sigma = 1 and the last step")
+        raise ValueError("a step without noise has no log-probability; "
+                         "keep the window off sigma = 1 and the last step")
     if sum(given is not None for given in (noise, next_x, seed)) != 1:
         raise ValueError("give either noise or a seed, to draw a step, or next_x, to rescore one")
     if use_triton(impl, x, unsuitable(x, velocity, noise, next_x)):
@@ -174,18 +179,18 @@ def log_normaliser(step_std: float) -> float:
 
 @jit
 def uniform(word):
-    return ((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * (2.0 ** -23)            # in (0, 1), ends excluded
+    return ((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * (2.0 ** -23)           # in (0, 1), ends excluded
 
 
 @jit
 def box_muller(first, second, FAST: tl.constexpr):
-    """Two normal numbers from two words. FAST: hardware logarithm, sine and cosine, 5 times fewer instructions."""
+    """Two normal numbers from two words. FAST: hardware logarithm, sine, cosine, 5 times fewer instructions."""
     u, angle = uniform(first), 6.283185307179586 * (uniform(second) - 0.5)
     if FAST:
         log, cos, sin = libdevice.fast_logf(u), libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
     else:
         log, cos, sin = tl.log(u), tl.cos(angle), tl.sin(angle)
-    radius = tl.sqrt(tl.maximum(-2.0 * log, 0.0))                    # near u = 1 a fast logarithm may exceed 0
+    radius = tl.sqrt(tl.maximum(-2.0 * log, 0.0))                   # near u = 1 a fast logarithm may exceed 0
     return radius * cos, radius * sin
 
 
@@ -199,7 +204,8 @@ def philox_block(seed_ptr, counter, FAST: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def step_kernel(x_ptr, velocity_ptr, given_ptr, next_ptr, mean_ptr, sum_ptr, n, blocks, c_x, c_v, step_std, inverse_std,
+def step_kernel(x_ptr, velocity_ptr, given_ptr, next_ptr, mean_ptr, sum_ptr, n, blocks,
+                c_x, c_v, step_std, inverse_std,
                 MODE: tl.constexpr, MEAN: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr):
     """One program: one block of one row. `given` is the noise, the seed, or the x' to rescore, by MODE."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -207,7 +213,7 @@ def step_kernel(x_ptr, velocity_ptr, given_ptr, next_ptr, mean_ptr, sum_ptr, n, 
     at, seen = row * n + inside, inside < n
     x = tl.load(x_ptr + at, mask=seen, other=0.0)
     velocity = tl.load(velocity_ptr + at, mask=seen, other=0.0).to(tl.float32)
-    mean = tl.fma(velocity, c_v, x * c_x)        # the only fused one: left to the compiler, two modes might round apart
+    mean = tl.fma(velocity, c_v, x * c_x)        # the only fused one: else two modes might round apart
     if MODE == "rescore":
         next_x = tl.load(given_ptr + at, mask=seen, other=0.0)
     else:
@@ -234,8 +240,8 @@ def log_prob_kernel(sum_ptr, log_prob_ptr, n, blocks, log_normaliser, BLOCKS: tl
 
 
 @jit
-def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean_ptr, dvelocity_ptr, n, blocks, c_x,
-                             c_v, inverse_variance, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean_ptr, dvelocity_ptr, n, blocks,
+                             c_x, c_v, inverse_variance, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """dvelocity = c_v (dlog_prob (x' - mean) / (step_std^2 n) + dmean), the mean computed anew."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     inside = block * BLOCK + tl.arange(0, BLOCK)
@@ -251,15 +257,17 @@ def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean
 
 # ---------------------------------------------------------------- launching them
 
-def unsuitable(x: Tensor, velocity: Tensor, noise: Tensor | None = None, next_x: Tensor | None = None) -> str | None:
+def unsuitable(x: Tensor, velocity: Tensor, noise: Tensor | None = None,
+               next_x: Tensor | None = None) -> str | None:
     """Say why the kernel cannot take these inputs; None: it can."""
     given = [t for t in (velocity, noise, next_x) if t is not None]
-    if x.dtype != torch.float32 or any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in given):
+    types = torch.float32, torch.bfloat16, torch.float16
+    if x.dtype != torch.float32 or any(t.dtype not in types for t in given):
         return f"x must be fp32 and the velocity fp32, bf16 or fp16, got {x.dtype} and {velocity.dtype}"
     if next_x is not None and next_x.dtype != torch.float32:
         return f"x' must stay fp32 to be rescored, got {next_x.dtype}"
     if any(t.shape != x.shape for t in given) or not x.numel():
-        return f"the shapes must be one and not empty, got {tuple(x.shape)} and {[tuple(t.shape) for t in given]}"
+        return f"the shapes must be one and not empty, got {[tuple(t.shape) for t in (x, *given)]}"
     if torch.is_grad_enabled() and (any(t.requires_grad for t in (x, *given[1:])) or
                                     (velocity.requires_grad and next_x is None)):
         return "it has a gradient for the velocity alone, when rescoring"
@@ -267,23 +275,24 @@ def unsuitable(x: Tensor, velocity: Tensor, noise: Tensor | None = None, next_x:
 
 
 def blocking(n: int) -> tuple[int, int]:
-    """Elements of a block and blocks of a row. Never anything but n: sums must be cut alike to be equal to the bit."""
+    """Elements of a block and blocks of a row. By n alone: sums must be cut alike to be equal to the bit."""
     block = min(4096, max(128, triton.next_power_of_2(n)))
     return block, triton.cdiv(n, block)
 
 
 @torch.library.custom_op("flowportrait::step", mutates_args=())
-def fused_step(x: Tensor, velocity: Tensor, given: Tensor | None, mode: str, c_x: float, c_v: float, step_std: float,
-               with_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x', the log-probability and the mean; empty where the mode (ode, noise, seed, rescore) has none."""
+def fused_step(x: Tensor, velocity: Tensor, given: Tensor | None, mode: str,
+               c_x: float, c_v: float, step_std: float, with_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x', log-probability and mean; empty where the mode (ode, noise, seed, rescore) has none."""
     x, velocity, given = (None if t is None else t.contiguous() for t in (x, velocity, given))
     next_x, log_prob, mean = empty_outputs(x, mode, with_mean)
     rows, n = x.shape[:-2].numel(), x.shape[-2:].numel()
     block, blocks = blocking(n)
     sums = x.new_empty(rows * blocks if log_prob.numel() else 0)
-    step_kernel[rows * blocks,](x, velocity, x if given is None else given, next_x, mean, sums, n, blocks, c_x, c_v,
-                                step_std, 1 / step_std if step_std else 0.0, MODE=mode, MEAN=with_mean,
-                                FAST=not INTERPRETED, BLOCK=block, num_warps=8, enable_fp_fusion=False)
+    step_kernel[rows * blocks,](
+        x, velocity, x if given is None else given, next_x, mean, sums, n, blocks,
+        c_x, c_v, step_std, 1 / step_std if step_std else 0.0,
+        MODE=mode, MEAN=with_mean, FAST=not INTERPRETED, BLOCK=block, num_warps=8, enable_fp_fusion=False)
     if mode != "ode":
         log_prob_kernel[rows,](sums, log_prob, n, blocks, log_normaliser(step_std),
                                BLOCKS=triton.next_power_of_2(blocks))
@@ -291,8 +300,9 @@ def fused_step(x: Tensor, velocity: Tensor, given: Tensor | None, mode: str, c_x
 
 
 def empty_outputs(x: Tensor, mode: str, with_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return (x.new_empty(0 if mode == "rescore" else x.shape), x.new_empty(0 if mode == "ode" else x.shape[:-2]),
-            x.new_empty(x.shape if with_mean else 0))
+    next_x = x.new_empty(0 if mode == "rescore" else x.shape)
+    log_prob = x.new_empty(0 if mode == "ode" else x.shape[:-2])
+    return next_x, log_prob, x.new_empty(x.shape if with_mean else 0)
 
 
 @torch.library.custom_op("flowportrait::step_backward", mutates_args=())
@@ -303,8 +313,9 @@ def fused_step_backward(x: Tensor, velocity: Tensor, next_x: Tensor, dlog_prob: 
     dmean, dvelocity = x if dmean is None else dmean.contiguous(), torch.empty_like(velocity)
     rows, n = x.shape[:-2].numel(), x.shape[-2:].numel()
     block, blocks = blocking(n)
-    velocity_gradient_kernel[rows * blocks,](x, velocity, next_x, dlog_prob, dmean, dvelocity, n, blocks, c_x, c_v,
-                                             step_std ** -2, MEAN=dmean is not x, BLOCK=block, num_warps=8)
+    velocity_gradient_kernel[rows * blocks,](
+        x, velocity, next_x, dlog_prob, dmean, dvelocity, n, blocks,
+        c_x, c_v, step_std ** -2, MEAN=dmean is not x, BLOCK=block, num_warps=8)
     return dvelocity
 
 
@@ -325,8 +336,9 @@ def keep_for_backward(ctx, inputs, output):
 
 def backward(ctx, _, dlog_prob, dmean):
     if ctx.mode != "rescore":
-        raise RuntimeError("the flow step's kernel has a gradient only when rescoring; draw under torch.no_grad()")
-    dvelocity = fused_step_backward(*ctx.saved_tensors, dlog_prob, dmean if ctx.with_mean else None, *ctx.coefficients)
+        raise RuntimeError("the flow step's kernel has a gradient only in rescoring; draw under torch.no_grad()")
+    dmean = dmean if ctx.with_mean else None
+    dvelocity = fused_step_backward(*ctx.saved_tensors, dlog_prob, dmean, *ctx.coefficients)
     return None, dvelocity, *[None] * 6
 
 

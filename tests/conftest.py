@@ -14,7 +14,7 @@ def on_the_cpu(request):
     """Hide a GPU from all but the tests of the kernels, and from the processes that they start: what they show is the
     same everywhere, and two runs are alike to the bit on a CPU alone."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ != "test_triton":
+        if request.module.__name__ != "test_kernels":
             patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield

@@ -1,13 +1,47 @@
-"""The mask rule and the flow step, held against brute force and against closed forms."""
+"""The mask rule, attention and the flow step, in PyTorch and in Triton, against brute force and closed forms.
 
+Without a GPU the kernels run in Triton's interpreter, in fp32 and fp64 (its bf16 is wrong), which shows what they
+compute; what they compile to is shown by compiling them for GPUs that are not here. Neither shows races or speed: on
+a machine with a GPU the same tests run on it, and those marked `gpu` besides.
+"""
+
+import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.attention import Layout, attention, chunk_causal_mask
-from kernels.flow_step import STOCHASTIC, flow_step, sigma_schedule, step_coefficients, stochastic_step
+import grpo
+import kernels
+from kernels import attention as attention_module
+from kernels import bench, flow_step
+from kernels.attention import Layout, attention, chunk_causal_mask, fused_attention
+from kernels.flow_step import STOCHASTIC, fused_step, philox_normal, sigma_schedule, step_coefficients, stochastic_step
+from test_grpo import SMALL
+from test_model import generator, inputs, noise_for, parallel_inputs
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")      # of the interpreter
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5 if GPU else 3e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float64, torch.float32]
+KERNEL_SIZED = dict(heads=2, kv_heads=1, head_dim=32, layers=1, channels=8)
+gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU, and there is none")
+with_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton, which comes with PyTorch on Linux")
+either = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=with_triton)])
+
+
+def tensors(*shapes, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
+
+
+# ---------------------------------------------------------------- attention
 
 def tokens(layout: Layout) -> list[tuple]:
     """Name every token of a sequence: (segment, kind, chunk); segment 0 is the context."""
@@ -35,45 +69,116 @@ def may_see(query: tuple, key: tuple, window: int) -> bool:
     return now - window < heard <= now
 
 
+def rule(layout: Layout) -> torch.Tensor:
+    names = tokens(layout)
+    return torch.tensor([[may_see(q, k, layout.window) for k in names] for q in names])
+
+
 @pytest.mark.parametrize("layout", [Layout(1, 3, 2), Layout(4, 3, 2), Layout(5, 2, 4, segments=2, window=2),
                                     Layout(6, 1, 1, segments=3, window=1), Layout(3, 2, 1, segments=0)])
 def test_the_mask_is_the_rule_token_by_token(layout):
-    names = tokens(layout)
-    want = torch.tensor([[may_see(q, k, layout.window) for k in names] for q in names])
-    assert len(names) == layout.length
-    assert torch.equal(chunk_causal_mask(layout, torch.device("cpu")), want)
+    assert layout.length == len(tokens(layout))
+    assert torch.equal(chunk_causal_mask(layout, torch.device("cpu")), rule(layout))
 
 
-def test_attention_is_a_float64_softmax_with_shared_key_heads():
-    layout = Layout(3, 2, 2, segments=2, window=2)
-    q = torch.randn(2, 4, layout.length, 8, dtype=torch.float64)
-    k, v = torch.randn(2, 2, 2, layout.length, 8, dtype=torch.float64)
-    want = torch.empty_like(q)
-    mask = chunk_causal_mask(layout, torch.device("cpu"))
-    for b in range(2):
-        for h in range(4):
-            score = (q[b, h] @ k[b, h // 2].T / math.sqrt(8)).masked_fill(~mask, -math.inf)
-            want[b, h] = score.softmax(-1) @ v[b, h // 2]
-    assert torch.allclose(attention(q, k, v, layout), want, atol=1e-12)
+def softmax_attention(q, k, v, mask):
+    """Dense attention in float64; query head h reads key head h // (H / H_kv)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(groups, 1) for x in (k, v))
+    score = q.double() @ k.mT / math.sqrt(q.shape[-1])
+    return score.masked_fill(~mask.to(q.device), -math.inf).softmax(-1) @ v
 
 
-def test_keys_that_are_forbidden_change_nothing_however_bad():
-    layout = Layout(4, 2, 1, segments=1, window=2)
-    q, k, v = torch.randn(3, 1, 2, layout.length, 8)
-    mask = chunk_causal_mask(layout, torch.device("cpu"))
-    row = layout.context_length + 2 * 2                           # a token of noisy chunk 2
-    before = attention(q, k, v, layout)[:, :, row]
-    k[:, :, ~mask[row]], v[:, :, ~mask[row]] = 1e4, -1e4
-    assert torch.equal(attention(q, k, v, layout)[:, :, row], before)
+def with_gradients(q, k, v, dout, attend):
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
 
 
-def test_attention_names_what_does_not_fit():
-    q = torch.randn(1, 3, 10, 8)
-    with pytest.raises(ValueError, match="3 query heads"):
-        attention(q, q[:, :2], q[:, :2])
-    with pytest.raises(ValueError, match="10 queries"):
-        attention(q, q, q, Layout(2, 3, 2))
+def assert_attention(impl, q, k, v, dout, layout):
+    """out, dq, dk and dv against float64, in units of their largest value."""
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool) if layout is None else rule(layout)
+    got = with_gradients(q, k, v, dout, lambda *x: attention(*x, layout, impl=impl))
+    want = with_gradients(q, k, v, dout, lambda *x: softmax_attention(*x, mask))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want):
+        assert a.dtype == q.dtype and (a.double() - b.double()).abs().max() <= (
+            TOLERANCE[q.dtype] * b.abs().max().clamp_min(1)), name
 
+
+def qkv(layout, heads=2, kv_heads=2, d=32, batch=1, dtype=torch.float32):
+    return tensors(*[(batch, h, layout.length, d) for h in (heads, kv_heads, kv_heads, heads)], dtype=dtype)
+
+
+@either
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout, heads, kv_heads, d", [
+    (Layout(3, 5, 2, segments=2, window=2), 4, 2, 32),          # short odd units, shared key heads, several segments
+    (Layout(2, 37, 4), 1, 1, 64),                               # units of more than one tile, and a short last one
+    (Layout(1, 3, 2), 1, 1, 128),                               # one chunk
+    (Layout(4, 2, 1, segments=0, window=2), 1, 1, 32),          # context alone
+    (Layout(3, 4, 0, segments=2, window=1), 1, 1, 32),          # no sound: block 0 has no tokens but the portrait
+    (Layout(4, 3, 2, window=0), 1, 1, 32),                      # the portrait and the own chunk are left
+    (Layout(4, 3, 2, window=3), 1, 1, 32)])
+def test_attention_is_a_float64_softmax_forward_and_backward(impl, layout, heads, kv_heads, d, dtype):
+    assert_attention(impl, *qkv(layout, heads, kv_heads, d, dtype=dtype), layout)
+
+
+@with_triton
+def test_long_chunks_get_tiles_of_128_that_give_the_same():
+    """In fp16, which the interpreter can do: the tiles of 16-bit numbers, 128 rows where they fill the chunks."""
+    layout = Layout(1, 128, 128)
+    assert attention_module.tiling(layout.bounds, layout.length, 32, torch.float16, False)[0] == 128
+    assert_attention("triton", *qkv(layout, 1, 1, dtype=torch.float16), layout)
+
+
+@either
+@pytest.mark.parametrize("length, keys", [(50, 1), (1, 77), (10, 122)])
+def test_a_chunk_attends_to_a_part_of_a_cache_of_any_length(impl, length, keys):
+    """No mask, other numbers of queries than of keys, keys a view into a longer cache, queries as projections leave
+    them: heads inside tokens."""
+    q, dout = (x.transpose(1, 2) for x in tensors((2, length, 4, 32), (2, length, 4, 32)))
+    k, v = tensors((2, 2, keys + 9, 32), (2, 2, keys + 9, 32), seed=1)
+    k[:, :, keys:], v[:, :, keys:] = math.nan, math.nan
+    assert_attention(impl, q, k[:, :, :keys], v[:, :, :keys], dout, None)
+
+
+@either
+def test_nothing_that_is_forbidden_is_ever_read(impl):
+    """What a query may not see, and the out gradients of what may not see a key, become NaN (in PyTorch, which
+    multiplies them by 0, large): not a bit of the query's output or gradient, of the key's or value's, changes."""
+    layout, bad = Layout(2, 5, 2, segments=2, window=1), math.nan if impl == "triton" else 1e4
+    q, k, v, dout = qkv(layout, heads=1, kv_heads=1)
+    mask, attend = rule(layout), lambda *x: attention(*x, layout, impl=impl)
+    before = with_gradients(q, k, v, dout, attend)
+    for row in (1, 8, layout.context_length + 16):                  # portrait, block 1, a noisy chunk of segment 2
+        bad_k, bad_v, bad_dout = k.clone(), v.clone(), dout.clone()
+        bad_k[:, :, ~mask[row]], bad_v[:, :, ~mask[row]], bad_dout[:, :, ~mask[:, row]] = bad, bad, bad
+        after = with_gradients(q, bad_k, bad_v, dout, attend)
+        assert all(torch.equal(a[:, :, row], b[:, :, row]) for a, b in zip(after[:2], before[:2]))
+        after = with_gradients(q, k, v, bad_dout, attend)
+        assert all(torch.equal(a[:, :, row], b[:, :, row]) for a, b in zip(after[2:], before[2:]))
+
+
+@with_triton
+@pytest.mark.parametrize("bounds", [Layout(1, 3, 1).bounds, []], ids=["layout", "decode"])
+def test_attention_is_an_operator_that_pytorch_knows(bounds):
+    """Schema, shapes and strides without data, autograd, and tracing, as torch.library checks them."""
+    q, k, v = (x.requires_grad_() for x in qkv(Layout(1, 3, 1), heads=2, kv_heads=1)[:3])
+    torch.library.opcheck(fused_attention, (q, k, v, bounds))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize("layout", [Layout(4, 128, 128, segments=2), Layout(12, 50, 4, window=8)], ids=str)
+def test_full_size_attention_is_the_softmax_and_equal_inputs_give_equal_bits(layout, d, dtype):
+    given = qkv(layout, 4, 2, d, batch=2, dtype=dtype)
+    assert_attention("triton", *given, layout)
+    one, other = (with_gradients(*given, lambda *x: attention(*x, layout, impl="triton")) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+# ---------------------------------------------------------------- the flow step
 
 def test_a_straight_flow_arrives_in_one_step_or_many():
     """For x = (1 - sigma) clean + sigma noise the velocity is constant, so Euler's rule is exact."""
@@ -81,109 +186,29 @@ def test_a_straight_flow_arrives_in_one_step_or_many():
     for steps in (1, 5):
         x, levels = noise, sigma_schedule(steps)
         for sigma, next_sigma in zip(levels, levels[1:]):
-            x = flow_step(x, noise - clean, sigma, next_sigma)
+            x = flow_step.flow_step(x, noise - clean, sigma, next_sigma)
         assert torch.allclose(x, clean, atol=1e-5)
 
 
-def test_a_gaussian_flows_to_its_own_mean_and_deviation():
-    """Clean data N(m, s^2) has the closed-form velocity E[noise - clean | x]; the flow must carry N(0, 1) onto it."""
-    m, s, levels = 1.5, 0.4, sigma_schedule(400)
-    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None]
-    start = x.clone()
-    for sigma, next_sigma in zip(levels, levels[1:]):
-        variance = (1 - sigma) ** 2 * s ** 2 + sigma ** 2
-        centred = x.double() - (1 - sigma) * m
-        velocity = (sigma - (1 - sigma) * s ** 2) / variance * centred - m
-        x = flow_step(x, velocity, sigma, next_sigma)
-    assert torch.allclose(x.double(), m + s * start, atol=0.02)
-
-
-def test_noise_levels_must_go_down():
-    assert sigma_schedule(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
-    for wrong in ((0.5, 0.5), (0.2, 0.6), (1.2, 0.5), (0.5, -0.1)):
-        with pytest.raises(ValueError, match="go down"):
-            flow_step(torch.zeros(1), torch.zeros(1), *wrong)
-    with pytest.raises(ValueError, match="at least one step"):
-        sigma_schedule(0)
-
-
-# ---------------------------------------------------------------- steps with fresh noise
-
-def latent_and_velocity():
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, 5, 10, 128, generator=g)                   # (B, K, N, C) each
-
-
-def mean_and_deviation(sampler, x, v, sigma, down, a):
-    """The papers' formulas as METHOD.md writes them, in float64, without the three coefficients."""
-    x, v = x.double(), v.double()
-    clean, noise = x - sigma * v, x + (1 - sigma) * v
-    if sampler == "flow-sde":
-        deviation = a * math.sqrt(sigma / (1 - sigma)) * math.sqrt(sigma - down)
-        return x - (sigma - down) * v - 0.5 * deviation ** 2 * noise / sigma, deviation
-    if sampler == "cps":
-        deviation = down * math.sin(a * math.pi / 2)
-    else:
-        deviation = down * math.sqrt(1 - (down * (1 - sigma) / (sigma * (1 - down))) ** (a * a))
-    return (1 - down) * clean + math.sqrt(down ** 2 - deviation ** 2) * noise, deviation
-
-
-@pytest.mark.parametrize("sampler", STOCHASTIC)
-def test_a_stochastic_step_and_its_log_prob_are_those_of_a_normal_distribution(sampler):
-    """x' = mean + step_std eps, log p(x') = mean over (N, C) of log Normal(mean, step_std), against float64."""
-    x, v = latent_and_velocity()
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    coefficients = step_coefficients(sampler, 0.75, 0.5, 0.7)
-    next_x, log_prob, mean = stochastic_step(x, v, coefficients, noise=noise)
-    want, deviation = mean_and_deviation(sampler, x, v, 0.75, 0.5, 0.7)
-    assert next_x.dtype == torch.float32 and math.isclose(coefficients[2], deviation, rel_tol=1e-12)
-    assert (mean - want).abs().max() < 2e-6 and (next_x - want - deviation * noise).abs().max() < 2e-6
-    normal = torch.distributions.Normal(mean.double(), deviation)
-    assert (log_prob - normal.log_prob(next_x.double()).mean((-2, -1))).abs().max() < 5e-7
-
-
-@pytest.mark.parametrize("sampler", STOCHASTIC)
-def test_rescoring_a_step_gives_the_log_prob_of_sampling_it_to_the_bit(sampler):
-    """One chunk at a time, as a rollout draws, or all chunks in strided slices, as rescoring reads them."""
-    x, v = latent_and_velocity()
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    coefficients = step_coefficients(sampler, 0.75, 0.5, 0.7)
-    drawn = [stochastic_step(x[:, k], v[:, k], coefficients, noise=noise[:, k]) for k in range(x.shape[1])]
-    next_x, log_prob, _ = (torch.stack(what, 1) for what in zip(*drawn))
-    draws = [torch.stack([torch.zeros_like(t), t], 1) for t in (x, v, next_x)]        # (B, M, K, N, C), as rollouts
-    again = stochastic_step(draws[0][:, 1], draws[1][:, 1], coefficients, next_x=draws[2][:, 1])
-    assert torch.equal(again[1], log_prob) and torch.equal(again[0], next_x)
-
-
-@pytest.mark.parametrize("sampler", STOCHASTIC)
-def test_without_noise_every_sampler_is_the_ode(sampler):
-    for sigma, down in ((1.0, 0.8), (0.6, 0.3), (0.2, 0.0)):
-        c_x, c_v, step_std = step_coefficients(sampler, sigma, down, 0.0)
-        assert math.isclose(c_x, 1) and math.isclose(c_v, down - sigma) and step_std == 0
-        if sigma < 1:                   # precise forgets everything on the way from sigma = 1, however little its noise
-            nearly = step_coefficients(sampler, sigma, down, 1e-6)
-            assert all(abs(a - b) < 1e-5 for a, b in zip(nearly, (1, down - sigma, 0)))
-
-
-def flow_of_a_gaussian(sampler, a, steps, m=1.5, s=0.4, samples=40_000):
+def flow_of_a_gaussian(sampler, steps, a=0.0, m=1.5, s=0.4, samples=40_000):
     """Sample clean data N(m, s^2) by its closed-form velocity; the last step is an ODE step. Returns (samples,)."""
     g = torch.Generator().manual_seed(0)
     x, levels = torch.randn(samples, 1, 1, generator=g), sigma_schedule(steps)
     for sigma, down in zip(levels, levels[1:]):
         slope = (sigma - (1 - sigma) * s ** 2) / ((1 - sigma) ** 2 * s ** 2 + sigma ** 2)
         velocity = slope * (x - (1 - sigma) * m) - m
-        if down:
+        if down and sampler != "ode":
             noise = torch.randn(x.shape, generator=g)
             x = stochastic_step(x, velocity, step_coefficients(sampler, sigma, down, a), noise=noise)[0]
         else:
-            x = flow_step(x, velocity, sigma, down)
+            x = flow_step.flow_step(x, velocity, sigma, down)
     return x.flatten()
 
 
-@pytest.mark.parametrize("sampler", ["flow-sde", "precise"])
-def test_many_noisy_steps_keep_the_marginal_of_a_gaussian(sampler):
+@pytest.mark.parametrize("sampler", ["ode", "flow-sde", "precise"])
+def test_many_steps_keep_the_marginal_of_a_gaussian(sampler):
     """The SDE was made to have the ODE's marginals: mean 1.5 and deviation 0.4 come out, whatever the noise."""
-    x = flow_of_a_gaussian(sampler, a=0.7, steps=300)
+    x = flow_of_a_gaussian(sampler, steps=300, a=0.7)
     assert abs(x.mean() - 1.5) < 0.015 and abs(x.std() - 0.4) < 0.015
 
 
@@ -199,18 +224,301 @@ def test_cps_follows_its_own_recursion_and_loses_spread():
         clean, noise = 1 - sigma * slope, 1 + (1 - sigma) * slope       # d clean_hat / dx, d noise_hat / dx
         gain = (1 - down) * clean + down * math.cos(a * math.pi / 2) * noise
         variance = gain ** 2 * variance + (down * math.sin(a * math.pi / 2)) ** 2
-    x = flow_of_a_gaussian("cps", a, steps)
+    x = flow_of_a_gaussian("cps", steps, a)
     assert abs(x.mean() - 1.5) < 0.015 and abs(x.std() - math.sqrt(variance)) < 0.005
     assert 0.75 < math.sqrt(variance) / s < 0.85
 
 
-def test_a_step_names_what_it_cannot_do():
-    x = torch.zeros(1, 2, 3)
-    for sampler, last in (("cps", 0.0), ("precise", 0.0), ("ode", 0.5)):
-        with pytest.raises(ValueError, match="without noise has no log-probability"):
-            stochastic_step(x, x, step_coefficients(sampler, 0.7, last, 0.7), noise=x)
-    with pytest.raises(ValueError, match="either noise"):
-        stochastic_step(x, x, (1.0, 1.0, 1.0))
-    for wrong in (("euler", 0.5, 0.2, 0.7), ("cps", 0.5, 0.2, 1.1), ("flow-sde", 0.5, 0.2, -1)):
-        with pytest.raises(ValueError, match="sampler must be|out of range"):
-            step_coefficients(*wrong)
+def latents(rows=(2, 3), n=(10, 133)):
+    return tensors(*[(*rows, *n)] * 3)
+
+
+blocks = pytest.mark.parametrize("n", [(1, 3), (10, 128), (10, 451)], ids=["short", "one block", "two blocks"])
+
+
+def mean_and_deviation(sampler, x, v, sigma, down, a):
+    """The papers' formulas in float64, without the three coefficients."""
+    x, v = x.double(), v.double()
+    clean, noise = x - sigma * v, x + (1 - sigma) * v
+    if sampler == "flow-sde":
+        deviation = a * math.sqrt(sigma / (1 - sigma)) * math.sqrt(sigma - down)
+        return x - (sigma - down) * v - 0.5 * deviation ** 2 * noise / sigma, deviation
+    if sampler == "cps":
+        deviation = down * math.sin(a * math.pi / 2)
+    else:
+        deviation = down * math.sqrt(1 - (down * (1 - sigma) / (sigma * (1 - down))) ** (a * a))
+    return (1 - down) * clean + math.sqrt(down ** 2 - deviation ** 2) * noise, deviation
+
+
+@either
+@blocks
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_a_draw_and_its_log_prob_are_those_of_a_normal_distribution(impl, sampler, n):
+    """x' = mean + step_std eps, log p(x') = mean over (N, C) of log Normal(mean, step_std), against float64."""
+    x, v, noise = latents(n=n)
+    coefficients = step_coefficients(sampler, 0.75, 0.5, 0.7)
+    next_x, log_prob, mean = stochastic_step(x, v, coefficients, noise=noise, impl=impl)
+    want, deviation = mean_and_deviation(sampler, x, v, 0.75, 0.5, 0.7)
+    assert math.isclose(coefficients[2], deviation, rel_tol=1e-12)
+    assert (mean - want).abs().max() < 2e-6 and (next_x - want - deviation * noise).abs().max() < 2e-6
+    normal = torch.distributions.Normal(mean.double(), deviation)
+    assert (log_prob - normal.log_prob(next_x.double()).mean((-2, -1))).abs().max() < 5e-7
+    assert next_x.dtype == log_prob.dtype == mean.dtype == torch.float32
+
+
+@either
+@blocks
+@pytest.mark.parametrize("how", ["noise", "seed"])
+def test_rescoring_is_the_draw_to_the_bit_however_rows_are_batched(impl, n, how):
+    """One chunk at a time, as a rollout draws, then all chunks at once from strided slices, as rescoring reads."""
+    x, v, noise = latents(n=n)
+    coefficients, seed = step_coefficients("cps", 0.75, 0.5, 0.8), torch.tensor([7, 1 << 40], device=DEVICE)
+    drawn = [stochastic_step(x[:, k], v[:, k], coefficients, impl=impl,
+                             **({"noise": noise[:, k]} if how == "noise" else {"seed": seed})) for k in range(3)]
+    next_x, log_prob, mean = (torch.stack(what, 1) for what in zip(*drawn))
+    x, v, next_x = (torch.stack([torch.zeros_like(t), t], 1)[:, 1] for t in (x, v, next_x))
+    again = stochastic_step(x, v, coefficients, next_x=next_x, impl=impl)
+    assert torch.equal(again[1], log_prob) and torch.equal(again[2], mean) and again[0] is next_x
+
+
+@with_triton
+@blocks
+@pytest.mark.parametrize("with_mean", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=gpu)], ids=str)
+def test_the_gradient_for_the_velocity_is_the_twins_in_float64(with_mean, n, dtype):
+    x, v, next_x = latents(n=n)
+    v = v.to(dtype)
+    coefficients, (dlog_prob,) = step_coefficients("flow-sde", 0.75, 0.5, 0.7), tensors((2, 3), seed=1)
+    gradients = []
+    for velocity, impl in ((v, "triton"), (v.double(), "torch")):
+        velocity = velocity.clone().requires_grad_()
+        _, log_prob, mean = stochastic_step(x, velocity, coefficients, next_x=next_x, with_mean=with_mean, impl=impl)
+        loss = (log_prob * dlog_prob).sum() + (0 if mean is None else (mean * next_x).sum())
+        gradients.append(torch.autograd.grad(loss, velocity)[0].double())
+    assert (mean is not None) == with_mean
+    assert (gradients[0] - gradients[1]).abs().max() < (
+        1e-6 if dtype == torch.float32 else 1e-2) * gradients[1].abs().max()
+
+
+@either
+def test_without_noise_a_step_is_the_ode_whatever_the_sampler(impl):
+    x, v, _ = latents()
+    assert (flow_step.flow_step(x, v, 0.7, 0.5, impl=impl) - (x.double() - 0.2 * v.double())).abs().max() < 1e-6
+    for sampler in STOCHASTIC:
+        for sigma, down in ((1.0, 0.8), (0.6, 0.3), (0.2, 0.0)):
+            assert step_coefficients(sampler, sigma, down, 0.0) == pytest.approx((1, down - sigma, 0))
+            if sigma < 1:               # precise forgets everything on the way from sigma = 1, however little its noise
+                assert step_coefficients(sampler, sigma, down, 1e-6) == pytest.approx((1, down - sigma, 0), abs=1e-5)
+
+
+def philox(counter: int, key: int) -> list[int]:
+    """Philox-4x32-10 as Salmon et al. (2011) give it, in Python's own integers. Returns: four 32-bit words."""
+    c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+@either
+@blocks
+@pytest.mark.parametrize("key, offset", [(0, 0), (0x0123456789ABCDEF, (5 << 32) - 8), (-1, 3)])
+def test_noise_from_a_seed_is_box_muller_of_philox_words(impl, key, offset, n):
+    """Element j of a row from word j % 4 of counter offset + row ceil(n / 4) + j // 4; 64-bit keys and counters, the
+    latter across a carry. The oracle gives the known answer of Random123."""
+    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    zero, seed, size = torch.zeros(2, *n, device=DEVICE), torch.tensor([key, offset], device=DEVICE), math.prod(n)
+    drawn = stochastic_step(zero, zero, (1.0, 0.0, 1.0), seed=seed, impl=impl)[0].view(2, -1)
+    for row, j in [(0, 0), (0, 1), (0, 2), (1, 0), (1, size // 2), (1, size - 1)]:
+        words = philox(offset + row * -(-size // 4) + j // 4, key % 2 ** 64)
+        u, angle = (((w >> 9) + 0.5) / 2 ** 23 for w in words[j % 4 // 2 * 2:][:2])
+        want = math.sqrt(-2 * math.log(u)) * (math.sin, math.cos)[j % 2 == 0](2 * math.pi * (angle - 0.5))
+        assert abs(drawn[row, j].item() - want) < 1e-4
+    assert (drawn - philox_normal(zero.shape, seed).view(2, -1)).abs().max() < 1e-4
+
+
+@with_triton
+@pytest.mark.parametrize("mode", ["ode", "noise", "seed", "rescore"])
+def test_the_step_is_an_operator_that_pytorch_knows(mode):
+    x, v, other = latents(n=(1, 3))
+    given = {"ode": None, "seed": torch.tensor([1, 2], device=DEVICE)}.get(mode, other)
+    v.requires_grad_(mode == "rescore")
+    torch.library.opcheck(fused_step, (x, v, given, mode, 0.9, 0.2, 0.4, mode != "ode"))
+
+
+# ---------------------------------------------------------------- refusing and choosing
+
+X, Q = torch.zeros(1, 2, 3, device=DEVICE), torch.zeros(1, 3, 10, 32, device=DEVICE)
+STEP = dict(coefficients=(1.0, 1.0, 1.0), noise=X, impl="triton")
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda: attention(Q, Q[:, :2], Q[:, :2]), "3 query heads"),
+    (lambda: attention(Q, Q, Q, Layout(2, 3, 2)), "10 queries"),
+    (lambda: attention(Q, Q, Q, impl="cuda"), "'cuda'"),
+    (lambda: sigma_schedule(0), "at least one step"),
+    (lambda: flow_step.flow_step(X, X, 0.5, 0.5), "go down"),
+    (lambda: flow_step.flow_step(X, X, 1.2, 0.5), "go down"),
+    (lambda: flow_step.flow_step(X, X, 0.5, -0.1), "go down"),
+    (lambda: stochastic_step(X, X, step_coefficients("cps", 0.7, 0.0, 0.7), noise=X), "no log-probability"),
+    (lambda: stochastic_step(X, X, step_coefficients("ode", 0.7, 0.5, 0.7), noise=X), "no log-probability"),
+    (lambda: stochastic_step(X, X, (1.0, 1.0, 1.0)), "either noise"),
+    (lambda: step_coefficients("euler", 0.5, 0.2, 0.7), "sampler must be"),
+    (lambda: step_coefficients("cps", 0.5, 0.2, 1.1), "out of range"),
+    (lambda: step_coefficients("flow-sde", 0.5, 0.2, -1), "out of range"),
+    # by name, the kernels never become PyTorch in silence
+    (lambda: attention(*[Q[..., :24]] * 3, impl="triton"), "got 24|not installed"),
+    (lambda: attention(Q, Q, Q.half(), impl="triton"), "one dtype|not installed"),
+    (lambda: attention(Q, Q[:, :, :0], Q[:, :, :0], impl="triton"), "no keys|not installed"),
+    (lambda: stochastic_step(X.double(), X, **STEP), "fp32|not installed"),
+    (lambda: stochastic_step(X, X[:, :1], **STEP), "shapes|not installed"),
+    (lambda: stochastic_step(X, X.clone().requires_grad_(), **STEP), "gradient|not installed")])
+def test_attention_and_steps_name_what_they_cannot_do(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+@with_triton
+def test_on_a_cpu_auto_is_pytorch_and_triton_is_refused_unless_interpreted(monkeypatch):
+    monkeypatch.setattr(attention_module, "fused_attention", None)
+    monkeypatch.setattr(flow_step, "fused_step", None)
+    q, x = Q.cpu(), X.cpu()
+    assert attention(q, q, q).shape == q.shape and flow_step.flow_step(x, x, 0.7, 0.5).shape == x.shape
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        attention(q, q, q, impl="triton")
+
+
+def test_the_project_runs_where_triton_is_not_installed():
+    """A fresh interpreter in which `import triton` fails."""
+    code = ("import sys; sys.modules['triton'] = None\n"
+            "import torch, kernels, grpo\nfrom kernels.attention import attention\n"
+            "q = torch.zeros(1, 1, 5, 32)\nprint(kernels.triton, attention(q, q, q).shape)\n"
+            "attention(q, q, q, impl='triton')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.startswith("None torch.Size([1, 1, 5, 32])"), done.stderr
+    assert "triton is not installed" in done.stderr.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- the whole
+
+def training_step(model):
+    """Velocity, and the gradient of every parameter."""
+    given = (*inputs(model, 3), *parallel_inputs(model, 3))
+    velocity = model(*(t.to(DEVICE) for t in given))
+    gradients = torch.autograd.grad(velocity.square().mean(), list(model.parameters()), allow_unused=True)
+    return [velocity.detach(), *(g for g in gradients if g is not None)]
+
+
+def generation(model):
+    """Three chunks against the rolling cache, which rolls over."""
+    noise = noise_for(model, 1)
+    chunks = model.generate(*(t.to(DEVICE) for t in inputs(model, 3, 1)), lambda k: noise(k).to(DEVICE), 2)
+    return [x for x, _ in chunks]
+
+
+def grpo_update(model):
+    """A rollout, its rescoring in one pass to 1e-6 (cache and mask hold the same), and the loss's gradient."""
+    settings, rng = replace(SMALL, group=2, kl_weight=0.0), torch.Generator().manual_seed(0)
+    portrait, mel = (t.to(DEVICE) for t in inputs(model, 2, 1))
+    rollout = grpo.roll_out(model, portrait, mel, settings, grpo.window(settings, rng), rng)
+    assert grpo.check_rescoring(model, rollout, settings) <= 1e-6
+    advantage = torch.tensor([[1.0], [-0.5]], device=DEVICE).expand(2, 2)
+    loss, _ = grpo.grpo_loss(model, model, rollout, advantage, settings)
+    return [rollout.next_x, rollout.old_log_prob, *torch.autograd.grad(loss, list(model.blocks.parameters()))]
+
+
+@with_triton
+@pytest.mark.parametrize("task", [training_step, generation, grpo_update])
+def test_training_generation_and_grpo_are_the_same_with_and_without_kernels(task):
+    model, made = generator(**KERNEL_SIZED, window=1).to(DEVICE), []
+    for impl in ("triton", "torch"):
+        with bench.using(impl):
+            made.append(task(model))
+    assert made[1][0].abs().max() > 0.1
+    for one, other in zip(*made):
+        assert (one - other).abs().max() < 1e-4 * other.abs().max().clamp_min(1e-2)
+
+
+@gpu
+def test_under_autocast_a_training_step_agrees_to_the_precision_of_bf16():
+    model, made = generator(**KERNEL_SIZED, window=2).to(DEVICE), []
+    for impl in ("triton", "torch"):
+        with bench.using(impl), torch.autocast("cuda", torch.bfloat16):
+            made.append(training_step(model))
+    assert all((a - b).norm() <= 0.05 * b.norm() + 1e-3 for a, b in zip(*made))
+
+
+# ---------------------------------------------------------------- compiled for GPUs that are not here
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What tests/compile_kernels.py printed: every kernel as it would be launched, for an A100 and an H100."""
+    if kernels.triton is None:
+        pytest.skip("needs triton, which comes with PyTorch on Linux")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script, "80,90"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_compiled_kernels_spill_nothing_fit_into_shared_memory_and_use_tensor_cores(compiled):
+    """163 and 227 KB. HMMA or HGMMA in attention, HGMMA on sm_90 where tiles have the 64 rows of a warp group."""
+    assert {r["kernel"] for r in compiled} == {"forward_kernel", "dq_kernel", "dkdv_kernel", "step_kernel",
+                                               "log_prob_kernel", "velocity_gradient_kernel"}
+    for r in compiled:
+        assert not r["stack"] and not r["local"], r
+        assert r["shared"] <= {80: 163, 90: 227}[r["sm"]] * 1024, r
+        if "BLOCK_Q" in r:
+            own = r["BLOCK_K"] if r["kernel"] == "dkdv_kernel" else r["BLOCK_Q"]
+            assert r["matrix"] > 0 and (r["warp_group"] > 0) == (r["sm"] == 90 and own >= 64), r
+            assert r["wide_loads"] > 0, r
+
+
+def test_compiled_draws_and_rescorings_add_and_round_alike(compiled):
+    """Equal bits need the same layout of elements over threads, whatever the mode and the velocity's type, and, as
+    the interpreter does not round a fused multiply-add once, the same instructions: one FFMA an element in every
+    mode, the mean, and in a draw one multiplication and one addition more than in its rescoring."""
+    layouts, steps = {}, {}
+    for r in compiled:
+        if r["kernel"] == "step_kernel":
+            steps.setdefault((r["sm"], r["case"], r["BLOCK"]), {})[r["MODE"]] = r["arithmetic"]
+            if r["MODE"] != "ode":
+                layouts.setdefault((r["sm"], r["BLOCK"]), set()).add((*r["summed"], r["num_warps"]))
+    assert len(layouts) >= 2 and all(len(found) == 1 and len(next(iter(found))) == 2 for found in layouts.values())
+    for (_, _, block), modes in steps.items():
+        each = block // 256                                          # elements of each of the 8 x 32 threads
+        assert {a["FFMA"] for a in modes.values()} == {each}, modes
+        assert all(modes["noise"][op] == modes["rescore"][op] + each for op in ("FMUL", "FADD")), modes
+
+
+# ---------------------------------------------------------------- the benchmark
+
+def test_attention_flops_are_those_of_the_dense_products_on_the_allowed_pairs():
+    """One chunk, by hand: the portrait's 3 tokens see 3 keys, the 2 of the sound 5, the 3 noisy ones 8: 43 pairs."""
+    assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=False) == 2 * 3 * 4 * 32 * 43
+    assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=True) == 2 * 3 * 10 * 32 * 43
+
+
+def test_the_benchmark_ends_in_one_line_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="^error: the benchmark needs a CUDA GPU[^\n]*$"):
+        bench.main([])
+
+
+@with_triton
+def test_the_benchmark_measures_every_provider_and_the_whole(tmp_path, monkeypatch):
+    """A rate is work over time: a flow step of 60 fp32 values moves 12 bytes each."""
+    results = bench.bench_flow("tiny", (2, 30), 1e12, DEVICE, compiled=False)
+    shape = (1, 2, 1, 32, Layout(2, 3, 1))
+    results += bench.bench_attention("tiny", shape, 1e14, DEVICE, torch.float32, compiled=False)
+    lines = bench.table(results).splitlines()
+    assert len(lines) == 2 + 2 * 2 + 2 * 3 and lines[-1].startswith("| attention tiny backward | triton |")
+    assert lines[-1].endswith("| 1 |") and results[0]["rate"] == pytest.approx(60 * 12 / results[0]["ms"] * 1e3)
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
+    flags = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
+             "--channels 8 --seconds 1 --batch 2 --group 2 --prompts 2 --judge none")
+    made = bench.bench_whole(flags, "torch", "cpu")
+    assert list(made)[2:] == ["ms per step", "ms per video", "ms per 8 videos", "ms per update"]

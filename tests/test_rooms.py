@@ -18,7 +18,7 @@ ARROWS = {
     "reward": {"data", "model"},
     "sample": {"data", "model", "reward"},
     "train": MAIN | {"extras.pretrained", "extras.report", "extras.talkers"},
-    "kernels.bench": {"data", "kernels", "model", "grpo"},
+    "kernels.bench": {"kernels", "model", "grpo"},
     "extras.talkers": {"data"},
     "extras.report": {"data"},
     "extras.pretrained": {"data", "model"},
@@ -33,7 +33,6 @@ ON_DEMAND = {
     ("reward", "make_judge"): {"extras.endpoint"},              # --judge-url
     ("reward", "make_reward"): {"extras.pretrained"},           # --perceptual
     ("sample", "score_videos"): {"extras.talkers"},             # --score without --data
-    ("kernels.bench", "training_flops"): {"train"},
     ("kernels.bench", "bench_whole"): {"train"},
 }
 
