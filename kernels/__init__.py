@@ -1,8 +1,7 @@
 """The two hot operations of the generator, one file each: in plain PyTorch, and fused for a GPU in Triton.
 
 The PyTorch version stands above the kernel and is its specification. Each function takes `impl`: "torch";
-"triton", which raises where the kernel cannot run; or "auto", which takes the kernel on a GPU wherever it can
-run.
+"triton", which raises where the kernel cannot run; or "auto", the kernel on a GPU wherever it can run.
 """
 
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ def use_triton(impl: str, x: Tensor, problem: str | None) -> bool:
     if triton is None:
         problem = "triton is not installed"
     elif not x.is_cuda and not INTERPRETED:
-        problem = f"it needs a CUDA device, the inputs are on {x.device} (TRITON_INTERPRET=1 runs it on a CPU)"
+        problem = f"it needs a CUDA device; the inputs are on {x.device} (TRITON_INTERPRET=1 takes a CPU)"
     if impl == "triton" and problem:
         raise ValueError(f"impl='triton' cannot run: {problem}; impl='auto' would use PyTorch")
     return impl == "triton" or (impl == "auto" and x.is_cuda and not problem)

@@ -95,7 +95,7 @@ class Layout:
 
 
 def coordinates(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (L,) the block or chunk of each token (the portrait: -1), and (L,) its segment (the context: 0)."""
+    """Return (L,) the block or chunk of each token (portrait: -1), and (L,) its segment (context: 0)."""
     chunk = torch.arange(layout.chunks, device=device)
     block = chunk.repeat_interleave(layout.video + layout.audio)
     block[: layout.video] = -1                                     # the portrait, before all time
@@ -134,8 +134,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, imp
 
     Returns: (B, H, Lq, D), dtype of q; under autocast its dtype.
 
-    Raises: ValueError when the lengths do not fit the layout, the heads do not divide, or the kernels cannot
-    run.
+    Raises: ValueError when lengths do not fit the layout, heads do not divide, or the kernels cannot run.
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads")
@@ -155,7 +154,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, imp
 
 @jit
 def unit_start(index, segment, shape):
-    """The first token of context block `index` (-1: the portrait), or of noisy chunk `index` of segment > 0."""
+    """First token of context block `index` (-1: the portrait), or of noisy chunk `index` if segment > 0."""
     chunks, video, block, window, segments = shape
     context = tl.where(index < 0, 0, tl.maximum(video, index * block))
     return tl.where(segment > 0, chunks * block + ((segment - 1) * chunks + index) * video, context)
@@ -377,8 +376,7 @@ def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype,
     """Choose a program's own rows, the rows that pass by at a time, and the other compile-time arguments.
 
     Own tiles are 128 rows where these fill blocks and chunks, else as long as a block, 16 to 64. The rest is
-    as much as compiles without spilled registers (tests/test_kernels.py); no choice has been timed on a GPU
-    yet.
+    as much as compiles without spilled registers (tests/test_kernels.py); no choice has been timed yet.
 
     fp32 is multiplied as three products of TF32, which keep nearly its precision on tensor cores: in GRPO,
     cached and parallel log-probabilities must not be further apart than 1e-6.

@@ -7,7 +7,7 @@ Every kernel is first held against its PyTorch twin, then timed beside
     eager      PyTorch, operation by operation       sdpa    scaled_dot_product_attention with the dense mask
     compile    torch.compile of the same             flex    FlexAttention, compiled; its mask is made before
 A rate counts what the task needs, whoever does more: FLOPs of the allowed pairs (4 D forward, 10 D backward),
-bytes of the tensors that go in and come out. The ceiling is what this GPU was measured to do: bf16 matmul, copy.
+bytes of the tensors that go in and come out. The ceiling is what this GPU can do: a bf16 matmul, or a copy.
 Times are medians of triton.testing.do_bench, of random data, in ms.
 """
 

@@ -89,8 +89,7 @@ def philox_normal(shape: torch.Size, seed: Tensor) -> Tensor:
     Words 4 q .. 4 q + 3 of a row come from the counter offset + row ceil(N C / 4) + q under the 64-bit key;
     two words make two numbers (Box and Muller, 1958), from the middles of 2^23 equal parts of (0, 1).
 
-    Args: seed: (2,) int64, the key and the offset. An offset moves on by one for every four elements of a
-    row.
+    Args: seed: (2,) int64, key and offset. An offset moves on by one for every four elements of a row.
     """
     n, low = shape[-2:].numel(), 0xFFFFFFFF
     rows, quads = shape[:-2].numel(), -(-n // 4)
@@ -145,8 +144,7 @@ def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, floa
         noise: (..., N, C) of unit variance: draws x'.    seed: (2,) int64: draws x' by `philox_normal`.
         next_x: (..., N, C): rescores this x'. Give one of the three.
         with_mean: False leaves the mean out, a quarter of what the kernel moves.
-        impl: "auto", "torch" or "triton"; the kernel takes fp32 x, and rescoring has a gradient for the
-        velocity.
+        impl: "auto", "torch" or "triton"; the kernel takes fp32 x, and rescores with a gradient for velocity.
 
     Returns: x' (..., N, C) fp32; its log-probability (...); the mean (..., N, C) or None.
 
@@ -184,7 +182,7 @@ def uniform(word):
 
 @jit
 def box_muller(first, second, FAST: tl.constexpr):
-    """Two normal numbers from two words. FAST: hardware logarithm, sine, cosine, 5 times fewer instructions."""
+    """Two normal numbers from two words. FAST: hardware log, sine and cosine, 5 times fewer instructions."""
     u, angle = uniform(first), 6.283185307179586 * (uniform(second) - 0.5)
     if FAST:
         log, cos, sin = libdevice.fast_logf(u), libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
@@ -240,8 +238,8 @@ def log_prob_kernel(sum_ptr, log_prob_ptr, n, blocks, log_normaliser, BLOCKS: tl
 
 
 @jit
-def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean_ptr, dvelocity_ptr, n, blocks,
-                             c_x, c_v, inverse_variance, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean_ptr, dvelocity_ptr,
+                             n, blocks, c_x, c_v, inverse_variance, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """dvelocity = c_v (dlog_prob (x' - mean) / (step_std^2 n) + dmean), the mean computed anew."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     inside = block * BLOCK + tl.arange(0, BLOCK)
@@ -336,7 +334,7 @@ def keep_for_backward(ctx, inputs, output):
 
 def backward(ctx, _, dlog_prob, dmean):
     if ctx.mode != "rescore":
-        raise RuntimeError("the flow step's kernel has a gradient only in rescoring; draw under torch.no_grad()")
+        raise RuntimeError("the flow step's kernel has a gradient in rescoring alone; draw under no_grad()")
     dmean = dmean if ctx.with_mean else None
     dvelocity = fused_step_backward(*ctx.saved_tensors, dlog_prob, dmean, *ctx.coefficients)
     return None, dvelocity, *[None] * 6
