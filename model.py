@@ -100,10 +100,8 @@ def pixel_grid(size: int, device=None) -> Tensor:
 
 
 def head_basis(grid: Tensor) -> Tensor:
-    """Return (..., 3): 1, x, y under a soft mask that is 1 on the head and 0 at the sides of the picture.
-
-    A displacement linear in this basis moves the head as one affine piece; the wall stretches in between.
-    """
+    """Return (..., 3): 1, x, y under a soft mask, 1 on the head, 0 at the sides. A displacement linear in
+    this basis moves the head as one affine piece, and stretches the background in between."""
     def ramp(t):
         t = t.clamp(0, 1)
         return t * t * (3 - 2 * t)
@@ -133,11 +131,9 @@ def unwarp(picture: Tensor, pose: Tensor) -> Tensor:
 
 
 def estimate_pose(frames: Tensor) -> Tensor:
-    """Find the pose that carries each clip's first frame onto each of its frames (Lucas and Kanade, 1981).
+    """Find the poses (B, F, 6) that carry each clip's first frame onto its frames (B, F, 3, S, S) in [0, 1].
 
-    Gauss-Newton on the grey difference, coarse to fine, so that motion of many pixels is found as well.
-
-    Args: frames (B, F, 3, S, S) in [0, 1]. Returns: (B, F, 6).
+    By Gauss-Newton on the grey difference (Lucas and Kanade, 1981), coarse to fine for motion of many pixels.
     """
     b, f = frames.shape[:2]
     grey = frames.mean(2).flatten(0, 1)[:, None]                                     # (B F, 1, S, S)
@@ -161,13 +157,10 @@ def estimate_pose(frames: Tensor) -> Tensor:
 class MotionCodec(nn.Module):
     """Frames of a talking head as a few numbers: how the head moved, and what changed on the face.
 
-    A frame is the portrait plus a residual, carried by an affine head pose:
-
-        frame = warp(portrait + residual, pose)
-
-    so that identity comes from the portrait for free, and mouth and eyes stay in place in the residual. It is
-    cut into grid x grid windows that overlap by half under a sine window s (sum of s^2 = 1: no seams), each
-    written in its principal components, first in space, then over the frames of a chunk. The pose comes last.
+    In frame = warp(portrait + residual, pose), identity comes from the portrait for free, and mouth and eyes
+    stay in place in the residual. It is cut into grid x grid windows that overlap by half under a sine window
+    s (sum of s^2 = 1: no seams), each written in its principal components, first in space, then over the
+    frames of a chunk. The pose comes last.
     """
 
     def __init__(self, config: Config):
@@ -223,9 +216,7 @@ class MotionCodec(nn.Module):
     @torch.no_grad()
     def fit(self, frames: Tensor) -> None:
         """Fit the components to clips (B, F, 3, S, S) in [0, 1], F a multiple of T; first frames: portraits.
-
-        Components are not centred: latent zero is the portrait itself.
-        """
+        Components are not centred: latent zero is the portrait itself."""
         c = self.config
         parts = [self.analyse(batch) for batch in frames.split(16)]
         pose, residual = (torch.cat(p) for p in zip(*parts))

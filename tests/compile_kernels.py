@@ -1,8 +1,8 @@
 """Compile the kernels for GPUs that are not here, and print as JSON what the compiler made of them.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/compile_kernels.py 80,90`. Every kernel is
-replaced by a recorder, so that what is compiled is what the wrappers would launch: same types, alignments, tiles
-and warps.
+Run in a process of its own, without TRITON_INTERPRET: `python tests/compile_kernels.py 80,90`. Every kernel
+is replaced by a recorder, so that what is compiled is what the wrappers would launch: same types, alignments,
+tiles and warps.
 """
 
 import json
@@ -28,7 +28,7 @@ SHAPES = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)), "stat
 
 
 class Recorder:
-    """Stands in a kernel's place: `recorder[grid](...)` compiles it for each architecture, and launches nothing."""
+    """Stands in a kernel's place: `recorder[grid](...)` compiles for each architecture, launching nothing."""
 
     def __init__(self, kernel, architectures, results):
         self.kernel, self.architectures, self.results, self.case = kernel, architectures, results, ""
@@ -59,8 +59,8 @@ class Recorder:
 
 
 def inspect(made) -> dict:
-    """Stack (spills) and shared memory of a cubin, its matrix instructions, its widest loads, how sums are dealt out
-    to threads: the same layout is the same order of additions."""
+    """Stack (spills) and shared memory of a cubin, its matrix instructions, its widest loads, how sums are
+    dealt out to threads: the same layout is the same order of additions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(made.asm["cubin"])
         use, sass = (subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout

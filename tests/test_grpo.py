@@ -1,4 +1,4 @@
-"""GRPO: the policy, the rollouts, the advantages and the loss, each against an oracle that shares no code with it."""
+"""GRPO: the policy, rollouts, advantages and loss, each against an oracle that shares no code with it."""
 
 import math
 from dataclasses import replace
@@ -83,7 +83,7 @@ def test_a_rollout_is_generation_with_noise_on_the_window_alone():
 
 @pytest.mark.parametrize("group_noise", ["same", "different"])
 def test_a_group_shares_its_initial_noise_or_not(group_noise):
-    """Chunk 0 before its first draw has only followed the ODE: equal in a group if and only if the noise was."""
+    """Chunk 0 before its first draw has only followed the ODE: equal in a group if its noise was."""
     rollout = roll_out(generator(), replace(SMALL, group_noise=group_noise))
     before, after = rollout.x[:, 0, 0].unflatten(0, (2, 3)), rollout.next_x[:, 0, 0].unflatten(0, (2, 3))
     assert torch.allclose(before[:, 0], before[:, 1], atol=1e-5) == (group_noise == "same")
@@ -133,8 +133,8 @@ def sequential_log_prob(model, rollout, settings):
 
 
 def test_the_first_gradient_is_that_of_reinforce_on_the_same_draws():
-    """At ratio 1 the gradient of the surrogate is that of -mean(advantage log p), by autograd through a sequential
-    replay with torch.distributions."""
+    """At ratio 1 the gradient of the surrogate is that of -mean(advantage log p), by autograd through a
+    sequential replay with torch.distributions."""
     settings = replace(SMALL, kl_weight=0.0)
     model = generator()
     rollout, advantage = roll_out(model, settings), torch.randn(6, 3, generator=rng())
@@ -211,8 +211,8 @@ def test_residue_of_rounding_is_not_blown_up_and_the_advantage_is_clamped():
 
 @pytest.mark.parametrize("credit", ["video", "chunk"])
 def test_an_unrated_video_is_left_out_of_its_group(credit, monkeypatch):
-    """Three groups of four, one video unrated in each: its advantage is 0, the others have those of groups of three
-    that never held it. The relative floor counts too: what was dropped has the largest reward."""
+    """Three groups of four, one video unrated in each: its advantage is 0, the others have those of groups of
+    three that never held it. The relative floor counts too: what was dropped has the largest reward."""
     monkeypatch.setattr(grpo, "STD_FLOOR", 0.2)
     settings, odd = Settings(group=4, credit=credit), [1, 6, 8]
     made = scores(sync=torch.randn(12, generator=rng()).tolist(), seam=torch.randn(12, generator=rng(1)).tolist())
@@ -244,8 +244,8 @@ def test_an_infinite_reward_is_named():
 
 
 def test_credit_per_chunk_looks_forward_only():
-    """reward to go of 1 2 6 is 9/3 8/2 6, with a discount of 1/2 it is 3.5/1.75 5/1.5 6; what happened before a chunk
-    is no part of its credit, and components without a place in time count for the whole video."""
+    """reward to go of 1 2 6 is 9/3 8/2 6, with a discount of 1/2 it is 3.5/1.75 5/1.5 6; what happened before
+    a chunk is no part of its credit, and components without a place in time count for the whole video."""
     assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]]), 1), torch.tensor([[3., 4, 6]]))
     assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]]), 0.5), torch.tensor([[2, 10 / 3, 6]]))
     made = scores(seam=[0., 0], sync=[1., 3])
@@ -261,7 +261,7 @@ def test_credit_per_chunk_looks_forward_only():
 @pytest.mark.parametrize("advantage, ratio, stopped", [(1., 1.3, True), (1., 0.7, False), (-1., 1.3, False),
                                                        (-1., 0.7, True), (1., 1.1, False), (-1., 0.9, False)])
 def test_the_clip_stops_the_gradient_on_the_right_side_only(advantage, ratio, stopped):
-    """A good draw is not made ever likelier, a bad one not ever less likely; a wrong step can always be undone."""
+    """A good draw is not made ever likelier, a bad one not ever less likely; a wrong step can be undone."""
     log_ratio = torch.tensor(math.log(ratio), requires_grad=True)
     loss, _, high, low = surrogate(log_ratio, torch.tensor(advantage), clip=0.2)
     loss.backward()
@@ -287,7 +287,7 @@ def test_the_kl_is_the_velocity_error_and_moved_that_of_torch_distributions():
 # ---------------------------------------------------------------- learning
 
 def test_a_bandit_with_a_known_optimum_is_solved():
-    """One draw a ~ N(mean, 0.5^2), reward -(a - 3)^2: the mean must come to 3, by advantages and surrogate alone."""
+    """One draw a ~ N(mean, 0.5^2), reward -(a - 3)^2: advantages and surrogate must bring the mean to 3."""
     settings, g = Settings(group=16), rng()
     mean = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.Adam([mean], lr=0.05)
@@ -306,8 +306,8 @@ def test_a_bandit_with_a_known_optimum_is_solved():
 
 @pytest.mark.parametrize("credit", ["video", "chunk"])
 def test_twenty_updates_raise_a_toy_reward(credit):
-    """Reward: the latents shall be large. Twenty small updates must raise it for every one of 16 videos, on noise
-    that was not trained on, by more than these differ."""
+    """Reward: the latents shall be large. Twenty small updates must raise it for every one of 16 videos, on
+    noise that was not trained on, by more than these differ."""
     settings = Settings(group=8, rollout_steps=4, credit=credit, clip=1e-2, kl_weight=0.01)
     model, reference = generator(), generator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)

@@ -1,8 +1,8 @@
 """The mask rule, attention and the flow step, in PyTorch and in Triton, against brute force and closed forms.
 
-Without a GPU the kernels run in Triton's interpreter, in fp32 and fp64 (its bf16 is wrong), which shows what they
-compute; what they compile to is shown by compiling them for GPUs that are not here. Neither shows races or speed: on
-a machine with a GPU the same tests run on it, and those marked `gpu` besides.
+Without a GPU the kernels run in Triton's interpreter, in fp32 and fp64 (its bf16 is wrong), which shows what
+they compute; what they compile to is shown by compiling them for GPUs that are not here. Neither shows races
+or speed: on a machine with a GPU the same tests run on it, and those marked `gpu` besides.
 """
 
 import json
@@ -21,18 +21,20 @@ import kernels
 from kernels import attention as attention_module
 from kernels import bench, flow_step
 from kernels.attention import Layout, attention, chunk_causal_mask, fused_attention
-from kernels.flow_step import STOCHASTIC, fused_step, philox_normal, sigma_schedule, step_coefficients, stochastic_step
+from kernels.flow_step import (STOCHASTIC, fused_step, philox_normal, sigma_schedule, step_coefficients,
+                               stochastic_step)
 from test_grpo import SMALL
 from test_model import generator, inputs, noise_for, parallel_inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")      # of the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5 if GPU else 3e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5 if GPU else 3e-6,
+             torch.float16: 5e-3, torch.bfloat16: 3e-2}
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float64, torch.float32]
 KERNEL_SIZED = dict(heads=2, kv_heads=1, head_dim=32, layers=1, channels=8)
 gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU, and there is none")
-with_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton, which comes with PyTorch on Linux")
+with_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 either = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=with_triton)])
 
 
@@ -64,7 +66,7 @@ def may_see(query: tuple, key: tuple, window: int) -> bool:
         return (qs, q_chunk) == (ks, k_chunk)
     if k_kind == "portrait":
         return True
-    now = q_chunk if qs or q_kind == "audio" else q_chunk + 1     # clean video i is read when chunk i+1 is made
+    now = q_chunk if qs or q_kind == "audio" else q_chunk + 1     # clean video i is read for chunk i+1
     heard = k_chunk if k_kind == "audio" else k_chunk + 1
     return now - window < heard <= now
 
@@ -112,11 +114,11 @@ def qkv(layout, heads=2, kv_heads=2, d=32, batch=1, dtype=torch.float32):
 @either
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout, heads, kv_heads, d", [
-    (Layout(3, 5, 2, segments=2, window=2), 4, 2, 32),          # short odd units, shared key heads, several segments
-    (Layout(2, 37, 4), 1, 1, 64),                               # units of more than one tile, and a short last one
+    (Layout(3, 5, 2, segments=2, window=2), 4, 2, 32),          # short odd units, shared key heads, segments
+    (Layout(2, 37, 4), 1, 1, 64),                               # units of more than one tile, the last short
     (Layout(1, 3, 2), 1, 1, 128),                               # one chunk
     (Layout(4, 2, 1, segments=0, window=2), 1, 1, 32),          # context alone
-    (Layout(3, 4, 0, segments=2, window=1), 1, 1, 32),          # no sound: block 0 has no tokens but the portrait
+    (Layout(3, 4, 0, segments=2, window=1), 1, 1, 32),          # no sound: block 0 is the portrait alone
     (Layout(4, 3, 2, window=0), 1, 1, 32),                      # the portrait and the own chunk are left
     (Layout(4, 3, 2, window=3), 1, 1, 32)])
 def test_attention_is_a_float64_softmax_forward_and_backward(impl, layout, heads, kv_heads, d, dtype):
@@ -125,7 +127,7 @@ def test_attention_is_a_float64_softmax_forward_and_backward(impl, layout, heads
 
 @with_triton
 def test_long_chunks_get_tiles_of_128_that_give_the_same():
-    """In fp16, which the interpreter can do: the tiles of 16-bit numbers, 128 rows where they fill the chunks."""
+    """In fp16, which the interpreter can do: the tiles of 16-bit numbers, 128 rows where these fill chunks."""
     layout = Layout(1, 128, 128)
     assert attention_module.tiling(layout.bounds, layout.length, 32, torch.float16, False)[0] == 128
     assert_attention("triton", *qkv(layout, 1, 1, dtype=torch.float16), layout)
@@ -134,8 +136,8 @@ def test_long_chunks_get_tiles_of_128_that_give_the_same():
 @either
 @pytest.mark.parametrize("length, keys", [(50, 1), (1, 77), (10, 122)])
 def test_a_chunk_attends_to_a_part_of_a_cache_of_any_length(impl, length, keys):
-    """No mask, other numbers of queries than of keys, keys a view into a longer cache, queries as projections leave
-    them: heads inside tokens."""
+    """No mask, other numbers of queries than of keys, keys a view into a longer cache, queries as projections
+    leave them: heads inside tokens."""
     q, dout = (x.transpose(1, 2) for x in tensors((2, length, 4, 32), (2, length, 4, 32)))
     k, v = tensors((2, 2, keys + 9, 32), (2, 2, keys + 9, 32), seed=1)
     k[:, :, keys:], v[:, :, keys:] = math.nan, math.nan
@@ -144,13 +146,13 @@ def test_a_chunk_attends_to_a_part_of_a_cache_of_any_length(impl, length, keys):
 
 @either
 def test_nothing_that_is_forbidden_is_ever_read(impl):
-    """What a query may not see, and the out gradients of what may not see a key, become NaN (in PyTorch, which
-    multiplies them by 0, large): not a bit of the query's output or gradient, of the key's or value's, changes."""
+    """What a query may not see, and the out gradients of what may not see a key, become NaN (in PyTorch,
+    which multiplies them by 0, large): no bit of the query's output or gradient, or of the key's, changes."""
     layout, bad = Layout(2, 5, 2, segments=2, window=1), math.nan if impl == "triton" else 1e4
     q, k, v, dout = qkv(layout, heads=1, kv_heads=1)
     mask, attend = rule(layout), lambda *x: attention(*x, layout, impl=impl)
     before = with_gradients(q, k, v, dout, attend)
-    for row in (1, 8, layout.context_length + 16):                  # portrait, block 1, a noisy chunk of segment 2
+    for row in (1, 8, layout.context_length + 16):              # portrait, block 1, a noisy chunk of segment 2
         bad_k, bad_v, bad_dout = k.clone(), v.clone(), dout.clone()
         bad_k[:, :, ~mask[row]], bad_v[:, :, ~mask[row]], bad_dout[:, :, ~mask[:, row]] = bad, bad, bad
         after = with_gradients(q, bad_k, bad_v, dout, attend)
@@ -191,7 +193,7 @@ def test_a_straight_flow_arrives_in_one_step_or_many():
 
 
 def flow_of_a_gaussian(sampler, steps, a=0.0, m=1.5, s=0.4, samples=40_000):
-    """Sample clean data N(m, s^2) by its closed-form velocity; the last step is an ODE step. Returns (samples,)."""
+    """Sample clean data N(m, s^2) by its closed-form velocity; the last step is an ODE step."""
     g = torch.Generator().manual_seed(0)
     x, levels = torch.randn(samples, 1, 1, generator=g), sigma_schedule(steps)
     for sigma, down in zip(levels, levels[1:]):
@@ -207,15 +209,15 @@ def flow_of_a_gaussian(sampler, steps, a=0.0, m=1.5, s=0.4, samples=40_000):
 
 @pytest.mark.parametrize("sampler", ["ode", "flow-sde", "precise"])
 def test_many_steps_keep_the_marginal_of_a_gaussian(sampler):
-    """The SDE was made to have the ODE's marginals: mean 1.5 and deviation 0.4 come out, whatever the noise."""
+    """The SDE was made to have the ODE's marginals: mean 1.5 and deviation 0.4, whatever the noise."""
     x = flow_of_a_gaussian(sampler, steps=300, a=0.7)
     assert abs(x.mean() - 1.5) < 0.015 and abs(x.std() - 0.4) < 0.015
 
 
 def test_cps_follows_its_own_recursion_and_loses_spread():
-    """CPS adds as much noise as it takes away, but what it adds no longer carries the sample: variances shrink.
+    """CPS adds as much noise as it takes away, but what it adds is none of the sample's: variances shrink.
 
-    The recursion of the variance, for x' = (1 - s') clean_hat + kept noise_hat + step_std eps, both linear in x.
+    The recursion of the variance, for x' = (1 - s') clean_hat + kept noise_hat + step_std eps, linear in x.
     """
     steps, a, s = 300, 0.8, 0.4
     variance, levels = 1.0, sigma_schedule(steps)
@@ -233,7 +235,7 @@ def latents(rows=(2, 3), n=(10, 133)):
     return tensors(*[(*rows, *n)] * 3)
 
 
-blocks = pytest.mark.parametrize("n", [(1, 3), (10, 128), (10, 451)], ids=["short", "one block", "two blocks"])
+blocks = pytest.mark.parametrize("n", [(1, 3), (10, 128), (10, 451)], ids=["short", "block", "two blocks"])
 
 
 def mean_and_deviation(sampler, x, v, sigma, down, a):
@@ -254,7 +256,7 @@ def mean_and_deviation(sampler, x, v, sigma, down, a):
 @blocks
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_a_draw_and_its_log_prob_are_those_of_a_normal_distribution(impl, sampler, n):
-    """x' = mean + step_std eps, log p(x') = mean over (N, C) of log Normal(mean, step_std), against float64."""
+    """x' = mean + step_std eps, log p(x') = mean over (N, C) of log Normal(mean, step_std), in float64."""
     x, v, noise = latents(n=n)
     coefficients = step_coefficients(sampler, 0.75, 0.5, 0.7)
     next_x, log_prob, mean = stochastic_step(x, v, coefficients, noise=noise, impl=impl)
@@ -270,7 +272,7 @@ def test_a_draw_and_its_log_prob_are_those_of_a_normal_distribution(impl, sample
 @blocks
 @pytest.mark.parametrize("how", ["noise", "seed"])
 def test_rescoring_is_the_draw_to_the_bit_however_rows_are_batched(impl, n, how):
-    """One chunk at a time, as a rollout draws, then all chunks at once from strided slices, as rescoring reads."""
+    """One chunk at a time, as a rollout draws, then all chunks at once from strided slices, as rescoring."""
     x, v, noise = latents(n=n)
     coefficients, seed = step_coefficients("cps", 0.75, 0.5, 0.8), torch.tensor([7, 1 << 40], device=DEVICE)
     drawn = [stochastic_step(x[:, k], v[:, k], coefficients, impl=impl,
@@ -307,12 +309,13 @@ def test_without_noise_a_step_is_the_ode_whatever_the_sampler(impl):
     for sampler in STOCHASTIC:
         for sigma, down in ((1.0, 0.8), (0.6, 0.3), (0.2, 0.0)):
             assert step_coefficients(sampler, sigma, down, 0.0) == pytest.approx((1, down - sigma, 0))
-            if sigma < 1:               # precise forgets everything on the way from sigma = 1, however little its noise
-                assert step_coefficients(sampler, sigma, down, 1e-6) == pytest.approx((1, down - sigma, 0), abs=1e-5)
+            if sigma < 1:                                       # precise forgets everything on the way from 1
+                nearly = step_coefficients(sampler, sigma, down, 1e-6)
+                assert nearly == pytest.approx((1, down - sigma, 0), abs=1e-5)
 
 
 def philox(counter: int, key: int) -> list[int]:
-    """Philox-4x32-10 as Salmon et al. (2011) give it, in Python's own integers. Returns: four 32-bit words."""
+    """Philox-4x32-10 as Salmon et al. (2011) give it, in Python's own integers: four 32-bit words."""
     c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -325,8 +328,8 @@ def philox(counter: int, key: int) -> list[int]:
 @blocks
 @pytest.mark.parametrize("key, offset", [(0, 0), (0x0123456789ABCDEF, (5 << 32) - 8), (-1, 3)])
 def test_noise_from_a_seed_is_box_muller_of_philox_words(impl, key, offset, n):
-    """Element j of a row from word j % 4 of counter offset + row ceil(n / 4) + j // 4; 64-bit keys and counters, the
-    latter across a carry. The oracle gives the known answer of Random123."""
+    """Element j of a row from word j % 4 of counter offset + row ceil(n / 4) + j // 4; 64-bit keys and
+    counters, the latter across a carry. The oracle gives the known answer of Random123."""
     assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     zero, seed, size = torch.zeros(2, *n, device=DEVICE), torch.tensor([key, offset], device=DEVICE), math.prod(n)
     drawn = stochastic_step(zero, zero, (1.0, 0.0, 1.0), seed=seed, impl=impl)[0].view(2, -1)
@@ -419,7 +422,7 @@ def generation(model):
 
 
 def grpo_update(model):
-    """A rollout, its rescoring in one pass to 1e-6 (cache and mask hold the same), and the loss's gradient."""
+    """A rollout, its rescoring in one pass to 1e-6 (cache and mask hold the same), and the gradient."""
     settings, rng = replace(SMALL, group=2, kl_weight=0.0), torch.Generator().manual_seed(0)
     portrait, mel = (t.to(DEVICE) for t in inputs(model, 2, 1))
     rollout = grpo.roll_out(model, portrait, mel, settings, grpo.window(settings, rng), rng)
@@ -454,9 +457,9 @@ def test_under_autocast_a_training_step_agrees_to_the_precision_of_bf16():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What tests/compile_kernels.py printed: every kernel as it would be launched, for an A100 and an H100."""
+    """What tests/compile_kernels.py printed: every kernel as it would be launched, for A100 and H100."""
     if kernels.triton is None:
-        pytest.skip("needs triton, which comes with PyTorch on Linux")
+        pytest.skip("triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_kernels.py"
     done = subprocess.run([sys.executable, script, "80,90"], capture_output=True, text=True, env=environment)
@@ -465,7 +468,7 @@ def compiled():
 
 
 def test_compiled_kernels_spill_nothing_fit_into_shared_memory_and_use_tensor_cores(compiled):
-    """163 and 227 KB. HMMA or HGMMA in attention, HGMMA on sm_90 where tiles have the 64 rows of a warp group."""
+    """163 and 227 KB. HMMA or HGMMA in attention, HGMMA on sm_90 if tiles have a warp group's 64 rows."""
     assert {r["kernel"] for r in compiled} == {"forward_kernel", "dq_kernel", "dkdv_kernel", "step_kernel",
                                                "log_prob_kernel", "velocity_gradient_kernel"}
     for r in compiled:
@@ -478,9 +481,10 @@ def test_compiled_kernels_spill_nothing_fit_into_shared_memory_and_use_tensor_co
 
 
 def test_compiled_draws_and_rescorings_add_and_round_alike(compiled):
-    """Equal bits need the same layout of elements over threads, whatever the mode and the velocity's type, and, as
-    the interpreter does not round a fused multiply-add once, the same instructions: one FFMA an element in every
-    mode, the mean, and in a draw one multiplication and one addition more than in its rescoring."""
+    """Equal bits need the same layout of elements over threads, whatever the mode and the velocity's type,
+    and, as the interpreter does not round a fused multiply-add once, the same instructions: one FFMA an
+    element in every mode, the mean, and in a draw one multiplication and one addition more than in its
+    rescoring."""
     layouts, steps = {}, {}
     for r in compiled:
         if r["kernel"] == "step_kernel":
@@ -497,7 +501,7 @@ def test_compiled_draws_and_rescorings_add_and_round_alike(compiled):
 # ---------------------------------------------------------------- the benchmark
 
 def test_attention_flops_are_those_of_the_dense_products_on_the_allowed_pairs():
-    """One chunk, by hand: the portrait's 3 tokens see 3 keys, the 2 of the sound 5, the 3 noisy ones 8: 43 pairs."""
+    """One chunk, by hand: the portrait's 3 tokens see 3 keys, the 2 of the sound 5, the 3 noisy 8: 43 pairs."""
     assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=False) == 2 * 3 * 4 * 32 * 43
     assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=True) == 2 * 3 * 10 * 32 * 43
 
@@ -518,7 +522,7 @@ def test_the_benchmark_measures_every_provider_and_the_whole(tmp_path, monkeypat
     assert len(lines) == 2 + 2 * 2 + 2 * 3 and lines[-1].startswith("| attention tiny backward | triton |")
     assert lines[-1].endswith("| 1 |") and results[0]["rate"] == pytest.approx(60 * 12 / results[0]["ms"] * 1e3)
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
-    flags = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
-             "--channels 8 --seconds 1 --batch 2 --group 2 --prompts 2 --judge none")
+    flags = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 "
+             "--space-channels 6 --channels 8 --seconds 1 --batch 2 --group 2 --prompts 2 --judge none")
     made = bench.bench_whole(flags, "torch", "cpu")
     assert list(made)[2:] == ["ms per step", "ms per video", "ms per 8 videos", "ms per update"]

@@ -14,7 +14,8 @@ from data import HOP, LOOK_AHEAD, SAMPLES_PER_FRAME, MediaError, log_mel
 from model import Config, Generator, KVCache, MotionCodec
 from sample import seeded_noise
 
-SMALL = dict(size=32, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48, space_channels=6, channels=8)
+SMALL = dict(size=32, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48, space_channels=6,
+             channels=8)
 
 
 def generator(**changes) -> Generator:
@@ -40,23 +41,24 @@ def noise_for(model: Generator, batch: int = 2, seed: int = 0):
     return seeded_noise(seed, range(batch), (model.config.video_tokens, model.config.channels))
 
 
-def roll(model: Generator, chunks: int, steps: int = 3, **kwargs):
+def roll(model: Generator, chunks: int, steps: int = 3):
     """Generate, keeping every (x, velocity, sigma) that the flow step was given."""
     seen = []
 
     def step(x, velocity, sigma, next_sigma, chunk):
         seen.append((x, velocity, sigma))
         return x + (next_sigma - sigma) * velocity
-    latents = [x for x, _ in model.generate(*inputs(model, chunks), noise_for(model), steps, step=step, **kwargs)]
-    x, velocity = (torch.stack([s[i] for s in seen], 1).unflatten(1, (chunks, steps)).transpose(1, 2) for i in (0, 1))
+    latents = [x for x, _ in model.generate(*inputs(model, chunks), noise_for(model), steps, step=step)]
+    x, velocity = (torch.stack([s[i] for s in seen], 1).unflatten(1, (chunks, steps)).transpose(1, 2)
+                   for i in (0, 1))
     sigma = torch.tensor([s[2] for s in seen[:steps]])[None, :, None].expand(len(x), steps, chunks)
     return torch.stack(latents, 1), x, velocity, sigma             # x (B, S, K, N, C)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 50])
 def test_generation_against_the_cache_equals_one_parallel_pass(window):
-    """All chunks and all steps of a rollout, rescored at once as M noisy segments: the same velocities. With 9 chunks
-    and a window of 1 to 3 the ring has rolled over several times."""
+    """All chunks and all steps of a rollout, rescored at once as M noisy segments: the same velocities. With
+    9 chunks and a window of 1 to 3 the ring has rolled over several times."""
     model = generator(window=window)
     clean, x, velocity, sigma = roll(model, chunks=9)
     with torch.no_grad():
@@ -66,7 +68,7 @@ def test_generation_against_the_cache_equals_one_parallel_pass(window):
 
 
 def test_the_sink_stands_outside_time():
-    """Time zero moved by a million frames changes nothing: relative time is all there is, and the portrait has none."""
+    """Time zero moved by a million frames changes nothing: time is relative, and the portrait has none."""
     model = generator(window=2)
     with torch.no_grad():
         near = model(*inputs(model, 4), *parallel_inputs(model, 4))
@@ -109,7 +111,7 @@ def test_a_finished_chunk_never_changes_with_sound_beyond_the_look_ahead():
     model = generator(mel_channels=m.MEL_DIM)
     c, portrait = model.config, inputs(model, 1, batch=1)[0]
     sound = torch.randn(1, 16 * SAMPLES_PER_FRAME, generator=torch.Generator().manual_seed(3))
-    limit = 2 * c.chunk_frames * SAMPLES_PER_FRAME + LOOK_AHEAD * HOP          # chunks 0 and 1 hear no later sample
+    limit = 2 * c.chunk_frames * SAMPLES_PER_FRAME + LOOK_AHEAD * HOP    # chunks 0 and 1 hear no later sample
 
     def first_chunks(sound):
         made = model.generate(portrait, log_mel(sound, 16), noise_for(model, 1), 2)
@@ -144,7 +146,7 @@ def test_a_chunk_costs_the_same_however_many_came_before(monkeypatch):
         lengths.append(max(seen))
         seen.clear()
     c = model.config
-    full = c.video_tokens + 2 * (c.video_tokens + c.chunk_frames) + c.video_tokens    # portrait, window, noisy chunk
+    full = c.video_tokens + 2 * (c.video_tokens + c.chunk_frames) + c.video_tokens     # portrait, window, chunk
     assert lengths[0] < full and lengths[2:] == [full] * 10
 
 
@@ -160,7 +162,7 @@ def test_the_seed_reproduces_and_changes_and_a_video_does_not_depend_on_its_batc
 
 
 def test_guidance_is_the_formula_and_one_is_no_guidance():
-    """velocity = unheard + g (heard - unheard): for one chunk and one step, checked against two plain runs."""
+    """velocity = unheard + g (heard - unheard): one chunk and one step, against two plain runs."""
     model = generator()
     portrait, mel = inputs(model, 1)
     def first(guidance, silent=False):
@@ -196,7 +198,7 @@ def test_the_codec_finds_a_head_motion_that_was_put_in():
 
 
 def test_the_codec_returns_what_lies_in_its_components():
-    """Clips whose residual has few degrees of freedom survive encode and decode; latent zero is the portrait."""
+    """Clips whose residual has few degrees of freedom survive the codec; latent zero is the portrait."""
     torch.manual_seed(0)
     config = Config(size=32, space_channels=6, channels=24)
     smooth = lambda n, side: torch.nn.functional.interpolate(torch.rand(n, 3, side, side), 32, mode="bicubic")
@@ -218,7 +220,7 @@ def test_the_codec_returns_what_lies_in_its_components():
 
 @pytest.mark.parametrize("size, grid", [(32, 3), (64, 3), (128, 7), (60, 5)])
 def test_windows_leave_no_seam(size, grid):
-    """The squares of the sine windows add up to 1 everywhere: a residual that every window keeps comes back whole."""
+    """The squares of the sine windows add up to 1 everywhere: what every window keeps comes back whole."""
     codec = MotionCodec(Config(size=size, grid=grid))
     ones = (codec.analysis * codec.synthesis)[:, :, 0]                             # (N-1, 1, side, side)
     whole = torch.nn.functional.fold(ones.flatten(1).T[None], size, codec.side, stride=codec.stride)
@@ -278,13 +280,13 @@ def test_a_checkpoint_is_downloaded_by_its_name_on_the_hub_where_no_folder_has_i
     def snapshot_download(name, **only):
         asked.append(name)
         if name != "someone/portrait":
-            raise huggingface_hub.errors.RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found",
-                                                                 response=SimpleNamespace(headers={}, request=None))
+            raise huggingface_hub.errors.RepositoryNotFoundError(
+                "404 Client Error.\n\nRepository Not Found", response=SimpleNamespace(headers={}, request=None))
         return str(tmp_path / "downloaded")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert m.load_generator("someone/portrait").config == generator().config
-    with pytest.raises(MediaError, match=r"^someone/else: holds no config.json, nor .* \(404 Client Error.\); give [^\n]*$"):
+    with pytest.raises(MediaError, match=r"^someone/else: holds no config.json, nor .* \(404 .*\); give [^\n]*$"):
         m.hub_folder("someone/else")
     assert asked == ["someone/portrait", "someone/else"]
     shutil.copytree(tmp_path / "downloaded", tmp_path / "someone" / "portrait")
@@ -338,7 +340,7 @@ def kept_by(model, *given) -> tuple[int, dict]:
 
 
 def test_checkpointing_keeps_less_and_changes_no_gradient():
-    """Of every block only its input is kept: with 6 layers less than a third of the bytes, and the same gradients."""
+    """Of every block only its input is kept: with 6 layers a third of the bytes, the same gradients."""
     model = generator(layers=6)
     given = *inputs(model, 4), *parallel_inputs(model, 4)
     (much, plain), model.checkpointing = kept_by(model, *given), True
