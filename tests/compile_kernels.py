@@ -23,8 +23,9 @@ from kernels.attention import Layout                               # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", int: "i32", float: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHAPES = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)), "stated": (64, Layout(8, 128, 128, 2)),
-          "wide heads": (128, Layout(8, 128, 128)), "wide heads, odd": (128, Layout(4, 50, 4)), "decode": (64, None)}
+SHAPES = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)),
+          "stated": (64, Layout(8, 128, 128, 2)), "wide heads": (128, Layout(8, 128, 128)),
+          "wide heads, odd": (128, Layout(4, 50, 4)), "decode": (64, None)}
 
 
 class Recorder:
@@ -63,7 +64,7 @@ def inspect(made) -> dict:
     dealt out to threads: the same layout is the same order of additions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(made.asm["cubin"])
-        use, sass = (subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+        use, sass = (subprocess.check_output([CUOBJDUMP, what, file.name], text=True)
                      for what in ("-res-usage", "-sass"))
 
     def count(instruction):

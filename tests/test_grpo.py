@@ -21,7 +21,8 @@ def rng(seed=0):
 
 
 def roll_out(model, settings=SMALL, prompts=2, chunks=3, seed=0):
-    return grpo.roll_out(model, *inputs(model, chunks, prompts), settings, grpo.window(settings, rng()), rng(seed))
+    steps = grpo.window(settings, rng())
+    return grpo.roll_out(model, *inputs(model, chunks, prompts), settings, steps, rng(seed))
 
 
 def nudged(model, size=0.01):
@@ -54,8 +55,9 @@ def test_the_window_never_touches_sigma_1_or_the_last_step(steps, draws):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(draws=3, rollout_steps=4), "draws must be"), (dict(draws=0), "draws must be"), (dict(group=1), "group of 1"),
-    (dict(sampler="ode"), "sampler must be"), (dict(noise_level=1.5), "out of range"), (dict(clip=0.0), "above 0"),
+    (dict(draws=3, rollout_steps=4), "draws must be"), (dict(draws=0), "draws must be"),
+    (dict(group=1), "group of 1"), (dict(clip=0.0), "above 0"),
+    (dict(sampler="ode"), "sampler must be"), (dict(noise_level=1.5), "out of range"),
     (dict(noise_level=0.0), "draws nothing"), (dict(kl_weight=-1.0), "at least 0"),
     (dict(credit="token"), "credit must")])
 def test_settings_that_cannot_work_are_named(wrong, message):
@@ -76,8 +78,8 @@ def test_a_rollout_is_generation_with_noise_on_the_window_alone():
         frames = model.codec.decode(rollout.portrait, rollout.latents)
     assert (rollout.next_x[:, 1] - s2 * velocity - rollout.latents).abs().max() < 1e-5
     assert torch.allclose(frames, rollout.frames, atol=1e-5)
-    eps = (rollout.next_x - rollout.old_mean) / torch.tensor([SMALL.coefficients(s)[2] for s in rollout.steps])[
-        :, None, None, None]
+    step_std = torch.tensor([SMALL.coefficients(step)[2] for step in rollout.steps])[:, None, None, None]
+    eps = (rollout.next_x - rollout.old_mean) / step_std
     assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
 
 
@@ -87,7 +89,8 @@ def test_a_group_shares_its_initial_noise_or_not(group_noise):
     rollout = roll_out(generator(), replace(SMALL, group_noise=group_noise))
     before, after = rollout.x[:, 0, 0].unflatten(0, (2, 3)), rollout.next_x[:, 0, 0].unflatten(0, (2, 3))
     assert torch.allclose(before[:, 0], before[:, 1], atol=1e-5) == (group_noise == "same")
-    assert not torch.allclose(before[0], before[1], atol=0.1) and not torch.allclose(after[:, 0], after[:, 1], atol=0.1)
+    assert not torch.allclose(before[0], before[1], atol=0.1)
+    assert not torch.allclose(after[:, 0], after[:, 1], atol=0.1)
 
 
 # ---------------------------------------------------------------- rescoring
@@ -122,8 +125,8 @@ def sequential_log_prob(model, rollout, settings):
         for chunk in range(k):
             x = torch.zeros_like(rollout.latents)[:, None, :chunk + 1].clone()
             x[:, 0, chunk] = rollout.x[:, i, chunk]
-            velocity = model(rollout.portrait, rollout.mel[:, :(chunk + 1) * t], rollout.latents[:, :chunk + 1], x,
-                             torch.full((b, 1, chunk + 1), sigma))[:, 0, chunk]
+            mel, past = rollout.mel[:, :(chunk + 1) * t], rollout.latents[:, :chunk + 1]
+            velocity = model(rollout.portrait, mel, past, x, torch.full((b, 1, chunk + 1), sigma))[:, 0, chunk]
             before, after = rollout.x[:, i, chunk], rollout.next_x[:, i, chunk]
             deviation = down * math.sin(settings.noise_level * math.pi / 2)
             mean = (1 - down) * (before - sigma * velocity)
@@ -153,9 +156,9 @@ def test_the_first_gradient_is_that_of_reinforce_on_the_same_draws():
 def test_a_rescoring_that_does_not_repeat_the_rollout_is_refused():
     model = generator()
     rollout = roll_out(model)
-    for wrong in (replace(rollout, latents=rollout.latents + 0.05), replace(rollout, mel=rollout.mel.roll(1, 1))):
-        with pytest.raises(RuntimeError, match="rescoring does not repeat the rollout: .* differ by .*same context"):
-            check_rescoring(model, wrong, SMALL)
+    for wrong in (dict(latents=rollout.latents + 0.05), dict(mel=rollout.mel.roll(1, 1))):
+        with pytest.raises(RuntimeError, match="does not repeat the rollout: .* differ by .*same context"):
+            check_rescoring(model, replace(rollout, **wrong), SMALL)
     with pytest.raises(RuntimeError, match="same weights"):
         check_rescoring(nudged(model), rollout, SMALL)
 
@@ -164,7 +167,8 @@ def test_a_rescoring_that_does_not_repeat_the_rollout_is_refused():
 @pytest.mark.parametrize("noise_level", [0.001, 0.01, 0.8])
 def test_with_little_noise_rescoring_is_as_exact_as_rounding_lets_it_be(sampler, noise_level):
     """Log-probabilities are further apart, by 1 / step_std, and a wrong context is still found."""
-    model, settings = generator(), Settings(group=2, sampler=sampler, noise_level=noise_level, rollout_steps=4)
+    model = generator()
+    settings = Settings(group=2, sampler=sampler, noise_level=noise_level, rollout_steps=4)
     rollout = roll_out(model, settings)
     gap = check_rescoring(model, rollout, settings)
     assert gap < settings.clip                       # so a ratio means something
@@ -175,8 +179,8 @@ def test_with_little_noise_rescoring_is_as_exact_as_rounding_lets_it_be(sampler,
 # ---------------------------------------------------------------- advantages
 
 def test_a_group_of_four_worked_by_hand():
-    """sync 1 3 3 5: mean 3, std sqrt 2, z = -1.414 0 0 1.414; still -2 -2 -4 -4: mean -3, std 1, z = 1 1 -1 -1;
-    advantage = 1 z_sync + 0.5 z_still."""
+    """sync 1 3 3 5: mean 3, std sqrt 2, z = -1.414 0 0 1.414; still -2 -2 -4 -4: mean -3, std 1,
+    z = 1 1 -1 -1; advantage = 1 z_sync + 0.5 z_still."""
     settings = Settings(group=4)
     value, report = advantages(scores(sync=[1., 3, 3, 5], still=[-2., -2, -4, -4], unused=[1., 2, 3, 4]),
                                {"sync": 1.0, "still": 0.5, "unused": 0.0}, settings, chunks=2)
@@ -192,7 +196,8 @@ def test_a_group_of_equal_rewards_has_no_advantage_and_no_gradient():
     rollout = roll_out(model, settings)
     for equal in (0.0, 3.3):
         value, report = advantages(scores(sync=[equal] * 6), {"sync": 1.0}, settings, 3)
-        assert torch.equal(value, torch.zeros(6, 3)) and report["sync"]["flat"] == report["total"]["flat"] == 1
+        assert torch.equal(value, torch.zeros(6, 3))
+        assert report["sync"]["flat"] == report["total"]["flat"] == 1
     for policy in (model, nudged(model)):
         grpo_loss(policy, model, rollout, value, settings)[0].backward()
         assert all(p.grad is None or p.grad.abs().max() == 0 for p in policy.parameters())
@@ -205,7 +210,8 @@ def test_residue_of_rounding_is_not_blown_up_and_the_advantage_is_clamped():
     assert value.abs().max() < 1e-3 and report["sync"]["flat"] == 1
     value, _ = advantages(scores(sync=[0.0] * 63 + [1.0]), {"sync": 1.0}, Settings(group=64), 1)
     assert value.max() == 5 and value[0, 0] == pytest.approx(-math.sqrt(1 / 63), rel=1e-4)
-    value, _ = advantages(scores(hinge=[0, 0, 0, -1e-4]), {"hinge": 1.0}, Settings(group=4), 1, floors={"hinge": 1e-3})
+    hinge = scores(hinge=[0, 0, 0, -1e-4])
+    value, _ = advantages(hinge, {"hinge": 1.0}, Settings(group=4), 1, floors={"hinge": 1e-3})
     assert value.abs().max() < 0.1                                   # a tiny violation, in its own unit
 
 
@@ -215,7 +221,8 @@ def test_an_unrated_video_is_left_out_of_its_group(credit, monkeypatch):
     three that never held it. The relative floor counts too: what was dropped has the largest reward."""
     monkeypatch.setattr(grpo, "STD_FLOOR", 0.2)
     settings, odd = Settings(group=4, credit=credit), [1, 6, 8]
-    made = scores(sync=torch.randn(12, generator=rng()).tolist(), seam=torch.randn(12, generator=rng(1)).tolist())
+    made = scores(sync=torch.randn(12, generator=rng()).tolist(),
+                  seam=torch.randn(12, generator=rng(1)).tolist())
     made.per_chunk = {"seam": torch.randn(12, 3, generator=rng(2))}
     made.components["seam"][odd], made.components["sync"][odd] = 9.0, math.nan
     value, report = advantages(made, {"sync": 1.0, "seam": 0.5}, settings, 3)
@@ -277,7 +284,8 @@ def test_the_kl_is_the_velocity_error_and_moved_that_of_torch_distributions():
     _, mean, velocity = rescore(other, rollout, SMALL)
     reference_velocity = rescore(model, rollout, SMALL)[2]
     assert torch.allclose(log["kl"], ((velocity - reference_velocity) ** 2).mean()) and log["kl"] > 1e-6
-    step_std = torch.tensor([down * math.sin(0.4 * math.pi) for _, down in rollout.steps])[:, None, None, None]
+    step_std = torch.tensor([down * math.sin(0.4 * math.pi) for _, down in rollout.steps])
+    step_std = step_std[:, None, None, None]
     want = kl_divergence(Normal(rollout.old_mean, step_std), Normal(mean, step_std)).mean()
     assert torch.allclose(log["moved"], want, rtol=1e-4)
     with_kl = grpo_loss(other, model, rollout, zero, replace(SMALL, kl_weight=0.5))[0]
@@ -294,8 +302,8 @@ def test_a_bandit_with_a_known_optimum_is_solved():
     for _ in range(150):
         old = mean.detach().clone()
         action = old + 0.5 * torch.randn(16, generator=g)
-        advantage, _ = advantages(SimpleNamespace(components={"near": -(action - 3) ** 2}, per_chunk={}), {"near": 1.0},
-                                  settings, chunks=1)
+        near = SimpleNamespace(components={"near": -(action - 3) ** 2}, per_chunk={})
+        advantage, _ = advantages(near, {"near": 1.0}, settings, chunks=1)
         for _ in range(2):
             log_ratio = Normal(mean, 0.5).log_prob(action) - Normal(old, 0.5).log_prob(action)
             optimizer.zero_grad()
