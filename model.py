@@ -77,7 +77,7 @@ class Config:
         if wrong:
             raise ValueError(f"{', '.join(sorted(wrong))} must be at least 1 and below a million")
         if self.grid % 2 == 0 or self.size % (self.grid + 1):
-            raise ValueError(f"grid {self.grid} must be odd, and size {self.size} divide by {self.grid + 1}")
+            raise ValueError(f"grid {self.grid} must be odd, size {self.size} a multiple of {self.grid + 1}")
         if self.heads % self.kv_heads or self.head_dim % 8:
             raise ValueError(f"{self.kv_heads} kv_heads must divide {self.heads} heads, "
                              f"and 8 head_dim {self.head_dim}")
