@@ -301,9 +301,9 @@ class KVCache:
         self.keys, self.values = torch.empty((2, *shape), device=device, dtype=dtype)
 
     def update(self, k: Tensor, v: Tensor, write: bool) -> tuple[Tensor, Tensor]:
-        """Return what is kept and the new (B, H_kv, L, D): kept if `write`, else behind the ring for once."""
+        """Return the keys and values that are kept and the new (B, H_kv, L, D), which are kept too if `write`."""
         n, held = k.shape[2], min(self.written, self.sink + self.ring)
-        at = slice(held, held + n)
+        at = slice(held, held + n)                               # behind the ring, to be overwritten
         if write:
             at = torch.arange(self.written, self.written + n, device=k.device)
             at = torch.where(at < self.sink, at, self.sink + (at - self.sink) % self.ring)
