@@ -301,7 +301,7 @@ class KVCache:
         self.keys, self.values = torch.empty((2, *shape), device=device, dtype=dtype)
 
     def update(self, k: Tensor, v: Tensor, write: bool) -> tuple[Tensor, Tensor]:
-        """Return the keys and values that are kept and the new (B, H_kv, L, D), which are kept too if `write`."""
+        """Return the keys and values that are kept, and the new (B, H_kv, L, D), which stay if `write`."""
         n, held = k.shape[2], min(self.written, self.sink + self.ring)
         at = slice(held, held + n)                               # behind the ring, to be overwritten
         if write:
