@@ -34,12 +34,12 @@ from sample import check_numbers, crop_argument, device_argument, imitate
 # ---------------------------------------------------------------- agreement with people
 
 MIN_RATED = 5                       # videos below which a calibration would fit noise
-Ratings = dict[str, dict[str, list[float]]]          # aspect -> video -> the ratings of its raters
+RatingTable = dict[str, dict[str, list[float]]]      # aspect -> video -> the ratings of its raters
 
 
-def read_ratings(path: Path) -> Ratings:
+def read_ratings(path: Path) -> RatingTable:
     """Read a CSV of video, aspect, rating (1..5), one line for each rater and aspect of a video."""
-    ratings: Ratings = {aspect: {} for aspect in ASPECTS}
+    ratings = {aspect: {} for aspect in ASPECTS}
     with open(path, newline="", encoding="utf-8-sig") as file:            # Excel writes a byte order mark
         reader = csv.DictReader(file)
         try:
@@ -103,10 +103,12 @@ def rater_ceiling(ratings: Sequence[Sequence[float]], n: int = 200) -> float:
     if len(ratings) < 2:
         return math.nan
     trials = []
-    for _ in range(n):
-        halves = [np.array_split(rng.permutation(r), 2) for r in ratings]
-        trials.append(spearman(*zip(*((a.mean(), b.mean()) for a, b in halves))))
-    return float(np.nanmean(trials))
+    with warnings.catch_warnings():                  # halves in which all videos are equal have none
+        warnings.simplefilter("ignore")
+        for _ in range(n):
+            halves = [np.array_split(rng.permutation(r), 2) for r in ratings]
+            trials.append(spearman(*zip(*((a.mean(), b.mean()) for a, b in halves))))
+        return float(np.nanmean(trials))
 
 
 def isotonic(x, y) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +123,7 @@ def isotonic(x, y) -> tuple[np.ndarray, np.ndarray]:
     return mean_x, fit.x[starts]
 
 
-def align(scores: dict[str, Sequence[float]], ratings: Ratings, out: Path) -> str:
+def align(scores: dict[str, Sequence[float]], ratings: RatingTable, out: Path) -> str:
     """Compare the judge with the mean of the raters, aspect by aspect, and save calibrations to `out`.
 
     Args: scores: video -> the judge's, in the order of ASPECTS. Returns: the table, to be printed.

@@ -4,18 +4,13 @@
     python -m extras.school validate [--judge NAME]    can this judge hear, see and tell? on your clips?
     python -m extras.school sync [--data DIR]          train a sync network, for the reward or to measure
 
-1. Lessons (extras/lessons.py): good clips spoilt in graded ways, and takes of early generators.
-2. The tiny judge: a multimodal language model of 2.4 M parameters. First its towers learn to see and to hear
-   mouths, then all of it learns to rate whole lessons.
-3. An exam on fresh lessons, and a battery of known faults for any judge.
+Lessons (extras/lessons.py) are labelled by the truth of drawn talkers; on real clips, and on what a generator
+made, by the mouth readers and held-out metrics of sample.py. So the judge learns from the signal that the lip
+correlation measures. It is shown a clip and nothing else, and no reward computes that correlation; but a
+generator that is trained by this judge is measured by what its judge was taught to see. Sync confidence, by
+another network, and your own eyes are the independent checks.
 
-Where the labels come from. Lessons are labelled by the truth of drawn talkers; on real clips, and on what a
-generator made, by the mouth readers and held-out metrics of sample.py. So the judge learns from the signal
-that the lip correlation measures. It is shown a clip and nothing else, and no reward computes that
-correlation; but a generator that is trained by this judge is measured by what its judge was taught to see.
-Sync confidence, by another network, and your own eyes are the independent checks.
-
-School may import everything. B clips, F frames, S pixels per side.
+B clips, F frames.
 """
 
 import argparse
@@ -58,8 +53,8 @@ def tiny_judge(seed: int = 0) -> Judge:
     """Return the embedded judge with random weights: a Qwen2.5-Omni thinker as small as it can be.
 
     Classes, files and code path are those of a judge of 3 or 30 billion parameters. assets/judge holds its
-    shape (64 pixels in patches of 8, two frames to four tokens, 64 mel bands, four layers of width 128), its
-    rubric of few words, and a tokenizer whose merges are these words: it knows no language but these.
+    shape (64 pixels in patches of 8, two frames to four tokens, four layers of width 128), its rubric of few
+    words, and a tokenizer whose merges are these words: it knows no other language.
     """
     shipped = Judge.load()
     with torch.random.fork_rng(devices=[]):
@@ -117,15 +112,9 @@ class Hints(nn.Module):
 
     def loss(self, lessons: Lessons) -> Tensor:
         """Return the weighted squared errors of all readouts of the last forward pass."""
-        def error(guess, target):
-            return (guess - target).square().mean()
-
-        def grey(difference):                             # log of grey levels of 255
-            return (difference.abs().mean((2, 3, 4, 5)) + 0.3).log()
-
-        def spread(tokens):
-            return torch.cat([tokens.mean(1), tokens.std(1)], -1)
-
+        error = lambda guess, target: (guess - target).square().mean()
+        grey = lambda difference: (difference.abs().mean((2, 3, 4, 5)) + 0.3).log()       # of 255 levels
+        spread = lambda tokens: torch.cat([tokens.mean(1), tokens.std(1)], -1)
         b, f = lessons.mouth_seen.shape
         ids = self.answers.pop("ids")
         vision = self.answers.pop("sight").view(b, f // 2, -1)
@@ -134,7 +123,6 @@ class Hints(nn.Module):
         third = self.answers.pop("third")
         third_audio = third[ids == self.audio_token].view(b, f, -1)
         third_video = third[ids == self.video_token].view(b, -1, third.shape[-1])
-
         seen, heard = lessons.mouth_seen, lessons.mouth_heard
         frames = lessons.frames.float().unflatten(1, (-1, 2))                     # (B, F/2, 2, 3, S, S)
         look = torch.stack([grey(frames.diff(dim=2)), grey(frames.diff(dim=-1)) - 2], -1)
@@ -351,10 +339,8 @@ JUDGE_CLIPS, SYNC_CLIPS, EXAM_CLIPS = 1500, 1000, 64          # drawn talkers to
 
 CARD = """# The embedded judge
 
-A Qwen2.5-Omni thinker of {parameters:.2f} M parameters, trained from scratch to rate talking-head clips. It
-knows no language but its rubric (judge.json) and no clips but those like its training data: {data}.
-
-Made by `{command}`.
+A Qwen2.5-Omni thinker that knows no language but its rubric (judge.json) and no clips but those like its
+training data: {data}. Made by `{command}`.
 
 Agreement with the quality of fresh held-out lessons (64 clips, 8 variants each; 95% intervals):
 
@@ -385,8 +371,7 @@ def train_judge(args: argparse.Namespace) -> None:
     data = f"{len(good)} clips of {args.data}" if args.data else f"{len(good)} drawn talkers"
     data += f", and {len(generated)} clips made by early generators" if generated else ""
     command = shlex.join(["python", "-m", "extras.school", *sys.argv[1:]])
-    parameters = sum(p.numel() for p in judge.model.parameters()) / 1e6
-    save_judge(judge, args.out, CARD.format(parameters=parameters, data=data, command=command, table=table))
+    save_judge(judge, args.out, CARD.format(data=data, command=command, table=table))
     print(f"{table}\n{args.out}: the judge and its card; to use it: --judge {args.out}")
 
 

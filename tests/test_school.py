@@ -1,4 +1,4 @@
-"""What school promises: lessons of known quality, a judge that learns from them, an exam that can be failed."""
+"""What school promises: lessons of known quality, a judge that learns, and an exam that can be failed."""
 
 from types import SimpleNamespace
 
@@ -142,7 +142,7 @@ def test_rating_loss_is_the_cross_entropy_with_two_digits():
 
 
 def test_the_loss_inside_groups_asks_for_differences_alone():
-    """Two groups: ratings that are all too high by the same cost no more; one that is .4 off its group does."""
+    """Two groups: ratings that are all too high by the same cost no more; one that is .4 off does."""
     log_p = torch.full((8, 3, 9), -30.0)
     ratings = torch.tensor([1., 2, 3, 4, 5, 4, 4, 2])
     log_p[torch.arange(8), 0, 2 + ratings.long()] = 0.0                   # digit d is token 2 + d
@@ -208,8 +208,8 @@ def test_the_embedded_judge_agrees_with_the_quality_of_fresh_lessons(embedded, g
 
 
 def test_the_embedded_judge_finds_three_frames_of_offset(embedded):
-    """Of sixty talkers that it never met, flawless but that the lips of each fourth are three frames late, and
-    of each fourth as early: the AUC, the share of pairs in which it rates lips in sync higher."""
+    """Of sixty talkers that it never met, flawless but that the lips of each fourth are three frames late,
+    and of each fourth as early: the AUC, the share of pairs in which it rates lips in sync higher."""
     talkers = [render_talker(i, 71, 64, 48, {"offset": (0, 3, 0, -3)[i % 4]}) for i in range(60)]
     score, _ = rate_whole(embedded, pixels(talkers, 48), sounds(talkers, 48), [c.name for c in talkers])
     rating = score[:, 0]
