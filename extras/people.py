@@ -217,10 +217,10 @@ def study(args: argparse.Namespace) -> None:
         for i, pair in enumerate(key.values()):
             pair["judge"] = {"a": a[i], "b": b[i]}
     number = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]       # of what the page shows anyway
-    shown = json.dumps({"study": number, "pairs": pairs})
+    content = json.dumps({"study": number, "pairs": pairs})
     about = {"study": number, "a": args.runs[0], "b": args.runs[1], "seed": args.seed, "pairs": key}
     with replacing(page) as path:
-        path.write_text(STUDY_PAGE.read_text().replace("STUDY</", shown + "</"))
+        path.write_text(STUDY_PAGE.read_text().replace("STUDY</", content + "</"))
     with replacing(key_path) as path:
         path.write_text(json.dumps(about, indent=1))
     print(f"{page}: {len(pairs)} pairs, to be opened in a browser or sent; keep {key_path} to yourself\n"

@@ -166,17 +166,17 @@ def vision_loss(judge: Judge, hints: Hints, good: Material, generated: Material 
         at = 2 * torch.randint(good.frames.shape[1] // 2, (count,), generator=rng)
         return [(row, slice(t, t + 2)) for row, t in zip(rows.tolist(), at.tolist())]
 
-    shown = [(good, row, pair) for row, pair in draw(len(good), TOWER_PAIRS)]
+    chosen = [(good, row, pair) for row, pair in draw(len(good), TOWER_PAIRS)]
     if generated:
-        shown += [(generated, clip * VERSIONS + version, pair)
-                  for clip, pair in draw(len(generated) // VERSIONS, TOWER_PAIRS // 2)
-                  for version in range(VERSIONS)]
-    frames = torch.cat([material.frames[row, pair] for material, row, pair in shown])
-    mouth = torch.stack([material.mouth_seen[row, pair] for material, row, pair in shown])
+        chosen += [(generated, clip * VERSIONS + version, pair)
+                   for clip, pair in draw(len(generated) // VERSIONS, TOWER_PAIRS // 2)
+                   for version in range(VERSIONS)]
+    frames = torch.cat([material.frames[row, pair] for material, row, pair in chosen])
+    mouth = torch.stack([material.mouth_seen[row, pair] for material, row, pair in chosen])
     inputs = judge.processor.video_processor(frames[None], do_sample_frames=False, return_tensors="pt")
     judge.model.visual(inputs["pixel_values_videos"], inputs["video_grid_thw"])
-    error = hints.sight(hints.answers.pop("sight").view(len(shown), -1)) - mouth
-    return mouth_loss(error, len(shown) - TOWER_PAIRS, VERSIONS)
+    error = hints.sight(hints.answers.pop("sight").view(len(chosen), -1)) - mouth
+    return mouth_loss(error, len(chosen) - TOWER_PAIRS, VERSIONS)
 
 
 def audio_loss(judge: Judge, hints: Hints, good: Material, rng: torch.Generator) -> Tensor:
@@ -202,7 +202,7 @@ def descend(model: nn.Module, hints: Hints, steps: int, losses: Callable[[int], 
     rest = [p for module in (model, hints) for p in module.parameters() if id(p) not in inside]
     optimizers = [torch.optim.Muon(trunk, lr=MUON_RATE, weight_decay=0.01),
                   torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)]
-    rate = lambda step: min((step + 1) / 20, 1, 1.02 - step / steps)
+    rate = lambda step: min((step + 1) / 20, 1, 1.02 - step / max(steps, 1))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     for step in (bar := trange(steps, desc=title, unit="step")):
         parts = losses(step)
