@@ -196,9 +196,10 @@ def study(args: argparse.Namespace) -> None:
     page, key_path = args.out / "study.html", args.out / "key.json"
     if key_path.exists():
         raise MediaError(key_path, "is the key of a study that may have votes; choose another --out")
-    judge, rng = reward.make_judge(args), torch.Generator().manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed)
     models = [load_generator(run).to(args.device).eval() for run in args.runs]
     clips, frames = study_clips(args, models, rng)
+    judge = reward.make_judge(args)
     with writing(args.out):                          # before the work that would be lost
         args.out.mkdir(parents=True, exist_ok=True)
     audio, names = sounds(clips, frames), [clip.name for clip in clips]
