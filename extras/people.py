@@ -241,7 +241,7 @@ def preferred_by_judge(pair: dict, aspect: str) -> str | None:
     if "judge" not in pair or aspect not in ASPECTS:
         return None
     a, b = (pair["judge"][run][ASPECTS.index(aspect)] for run in "ab")
-    return None if a == b else "a" if a > b else "b"
+    return "a" if a > b else "b" if b > a else None                            # a rating may be missing: NaN
 
 
 def tally(paths: Sequence[Path], key_path: Path) -> str:
