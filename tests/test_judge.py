@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import reward
 from data import FPS, Clip, MediaError
 from extras.lessons import FAULTS, blur, spoil
-from extras.school import CHAT, SPECIAL, TINY_RUBRIC, save_judge, tiny_judge
+from extras.school import save_judge, tiny_judge
 from extras.talkers import render_talker
 from reward import (ASPECTS, COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, PretrainedLikeness, Ratings, Reward,
                     likeness, prompt, spans, straying, temporal)
@@ -37,8 +37,8 @@ def save_omni(folder, generation: str) -> torch.nn.Module:
     """Write a whole Qwen-Omni checkpoint, random and tiny, as transformers would. Returns its thinker."""
     tiny = tiny_judge()
     tokenizer = tiny.processor.tokenizer
-    token = {f"{k.removesuffix('_token')}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in SPECIAL.items()
-             if k in ("image_token", "audio_token", "video_token")}
+    token = {f"{modality}_token_id": tokenizer.convert_tokens_to_ids(f"<|{modality.upper()}|>")
+             for modality in ("image", "audio", "video")}
     token |= {f"{modality}_{end}_token_id": tokenizer.convert_tokens_to_ids(f"<|{modality}_{short}|>")
               for modality in ("vision", "audio") for end, short in (("start", "bos"), ("end", "eos"))}
     processor = tiny.processor
@@ -67,7 +67,8 @@ def save_omni(folder, generation: str) -> torch.nn.Module:
                                                   mrope_interleaved=True)), **token))
         model = transformers.Qwen3OmniMoeForConditionalGeneration(config)
         processor = transformers.Qwen3OmniMoeProcessor(processor.image_processor, processor.video_processor,
-                                                       processor.feature_extractor, tokenizer, chat_template=CHAT)
+                                                       processor.feature_extractor, tokenizer,
+                                                       chat_template=tiny.processor.chat_template)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model.thinker
@@ -174,7 +175,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
 
 
 def test_rubrics_say_what_to_look_at_and_list_the_scale_either_way():
-    for rubric in (RUBRIC, TINY_RUBRIC):
+    for rubric in (RUBRIC, tiny_judge().rubric):
         for aspect in ASPECTS:
             up, down = prompt(aspect, False, rubric), prompt(aspect, True, rubric)
             words = rubric[aspect]
