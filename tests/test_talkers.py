@@ -156,7 +156,7 @@ def test_faults_come_at_their_rates_and_strengths_each_by_itself():
     """2000 draws: shares within four deviations of the table's, strengths spread evenly between its least and most."""
     draws = [draw_faults(np.random.default_rng([9, i])) for i in range(2000)]
     has = {name: np.array([draw[name] != 0 for draw in draws]) for name in FAULTS}
-    for name, (share, least, most, _) in FAULTS.items():
+    for name, (share, least, most) in FAULTS.items():
         strength = np.abs([draw[name] for draw in draws])[has[name]]
         assert abs(has[name].mean() - share) < 4 * math.sqrt(share * (1 - share) / 2000), name
         assert strength.min() >= least and strength.max() <= most, name
