@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import time
 import wave
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -335,10 +336,12 @@ def _split(sources: list[str]) -> tuple[set[int], str]:
     rows = {row for row, source in enumerate(sources) if source in held_out}
     if 0 < len(rows) <= len(sources) / 2:
         return rows, f"{len(held_out)} held out"
-    longest = max(sources, key=sources.count)
-    count = min(max(math.ceil(HELD_OUT * len(sources)), min(2, len(sources) // 2)), len(sources) - 1)
-    rows = [row for row, source in enumerate(sources) if source == longest][-count:] if count else []
-    return set(rows), f"0 held out, but the last {count} clips of {longest}" if count else "0 held out"
+    count = min(max(math.ceil(HELD_OUT * len(sources)), 2), len(sources) // 2)
+    if not count:
+        return set(), "0 held out"
+    [(longest, _)] = Counter(sources).most_common(1)
+    rows = [row for row, source in enumerate(sources) if source == longest][-count:]
+    return set(rows), f"0 held out, but the last {count} clips of {longest}"
 
 
 def folder_clips(folder: str | Path, size: int, seconds: float = 3.0,

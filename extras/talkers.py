@@ -471,7 +471,7 @@ def draw_frames(who: dict, m: dict, sheet: Tensor, wall: Tensor, size: int) -> T
     """Bend the sheet and paint what moves by itself. Returns: (F, 3, size, size) uint8.
 
     q = pivot + exp(-log_scale) R(-roll) (p - pivot - shift) is where pixel p was before the head moved; the
-    sheet is read at p + w (q - p), w falling from 1 at the chin to 0 at the chest, higher where the jaw falls.
+    sheet is read at p + w (q - p), w falling from 1 at the chin to 0 at the chest, higher if the jaw drops.
     """
     pixel, zoom = (np.arange(size, dtype=np.float32) + 0.5) / size, who["zoom"]
     m = {k: z.T[..., None, None] for k, z in m.items()}                   # (F, 1, 1); head (4, F, 1, 1)
@@ -504,7 +504,7 @@ def render_talker(index: int, seed: int, size: int, n_frames: int,
     Args:  faults: name -> strength, as FAULTS explains them; None: a flawless clip.
 
     Truth: opening, width (F,) of the mouth in fractions of the frame; blink, brow (F,); head (F, 4) = dx, dy
-    (fractions), roll (radians), log-scale; mouth_box (4,) x0 y0 x1 y1 wide enough for any sway; four colours (3,).
+    (fractions), roll (radians), log-scale; mouth_box (4,) x0 y0 x1 y1 wide enough for any sway; colours (3,).
     With faults, the strength of each as fault_NAME ().
     """
     wrong = dict.fromkeys(FAULTS, 0) | (faults or {})

@@ -1,13 +1,14 @@
 """What data.py promises: odd files have one stated fate, no frame hears the future, nothing is half-written.
 
-All files are made on the fly with ffmpeg and Pillow. The picture that they show is a clock: a bar that grows by
-one column a frame, so that a decoded frame says which one it is.
+All files are made on the fly with ffmpeg and Pillow. The picture that they show is a clock: a bar that grows
+by one column a frame, so that a decoded frame says which one it is.
 """
 
 import os
 import re
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -35,14 +36,14 @@ def streams(path: Path) -> str:
 
 
 def clock(fps: str = "25", seconds: float = 3) -> list[str]:
-    """ffmpeg input: red from the left to x = width * t / 3 s at the time t, over green that grows downwards."""
+    """ffmpeg input: red from the left to x = width * t / 3 s at time t, over green that grows downwards."""
     return ["-f", "lavfi", "-i", f"color=black:s=128x96:r={fps}:d={seconds},format=rgb24,"
             "geq=r='if(lt(X,128*T/3),220,0)':g='90*Y/H':b=0"]
 
 
 def time_shown(frames: torch.Tensor) -> torch.Tensor:
     """Read the clock: frames (F, 3, S, S) of the centre square of a 4:3 clock -> seconds (F,)."""
-    red = (frames[:, 0].float() / 220).clamp(0, 1).mean((1, 2))               # share of the square that is red
+    red = (frames[:, 0].float() / 220).clamp(0, 1).mean((1, 2))    # share of the square that is red
     return (0.125 + 0.75 * red) * 3
 
 
@@ -69,7 +70,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
 
 
-# ---- What cannot be used -------------------------------------------------------------------------------
+# ---- What cannot be used ------------------------------------------------------------------------------
 
 def clip(path: Path) -> data.Clip:
     return data.load_clip(path, 32)
@@ -113,7 +114,8 @@ def sound(*arguments):
     (data.load_speech, "empty.wav", b"", "is empty"),
     (data.load_speech, "missing.wav", None, "does not exist"), (data.load_speech, ".", None, "is a folder"),
     (clip, "cut.mp4", cut, "is cut off"), (clip, "silent.mp4", video(sound=SILENCE), "is silent"),
-    (clip, "sound.mp4", sound(SPEECH), "no video track"), (clip, "short.mp4", video(seconds=0.2), "needs 25")])
+    (clip, "sound.mp4", sound(SPEECH), "no video track"),
+    (clip, "short.mp4", video(seconds=0.2), "a clip needs 25")])
 def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, name, make, words):
     path = tmp_path / name
     if isinstance(make, bytes):
@@ -126,7 +128,7 @@ def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, na
     assert words in message and message.startswith(str(path)) and "\n" not in message
 
 
-# ---- Videos ----------------------------------------------------------------------------------------------
+# ---- Videos -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, fps, extra", [
     ("plain.mp4", "25", []), ("a.mkv", "24000/1001", []), ("a.mov", "30", ["-ar", 44100, "-ac", 2]),
@@ -185,14 +187,15 @@ def stored(transfer: str) -> np.ndarray:
     ("bt709", None, "tv", 1280), ("bt601", None, "tv", 320),
     ("bt2020nc", ("bt2020", "smpte2084"), "tv", 320), ("bt2020nc", ("bt2020", "arib-std-b67"), "tv", 320)])
 def test_a_video_shows_its_colours_in_srgb(tmp_path, matrix, tags, extent, width):
-    """Full and limited range, untagged large and small pictures, PQ and HLG of wide gamut: within 8 of 255."""
+    """Full and limited range, untagged large and small pictures, PQ and HLG of wide gamut: within 8."""
     height = width * 9 // 16
     stripes = np.repeat(stored(tags[1] if tags else "bt709")[None], width // 4, 1).repeat(height, 0)
     primaries, transfer, *rest = (*tags, matrix, extent) if tags else ["unknown"] * 4
     params = f"color_primaries={primaries}:color_trc={transfer}:colorspace={rest[0]}:range={rest[1]}"
     subprocess.run([FFMPEG, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", f"{width}x{height}",
                     "-r", "25", "-i", "-", "-f", "lavfi", "-i", SPEECH, "-shortest", "-vf",
-                    f"scale=out_color_matrix={matrix}:out_range={extent},format=yuv444p10le,setparams={params}",
+                    f"scale=out_color_matrix={matrix}:out_range={extent},format=yuv444p10le,"
+                    f"setparams={params}",
                     "-c:v", "libx264", "-crf", "8", "-preset", "ultrafast", tmp_path / "a.mp4"],
                    input=(stripes * 65535).round().astype("<u2").tobytes() * 25, check=True)
     frame = data.load_clip(tmp_path / "a.mp4", 90, crop=(0, 0, height)).frames[5].float()    # (3, 90, 90)
@@ -211,13 +214,12 @@ def test_an_interlaced_video_has_no_combs(tmp_path):
     assert (frames[:, 2:-2] - frames[:, 3:-1]).abs().mean() < 1.5     # 7 as it is stored
 
 
-# ---- Folders of video, and their cache -----------------------------------------------------------------------
+# ---- Folders of video, and their cache ----------------------------------------------------------------
 
 @pytest.fixture
 def decode(tmp_path_factory):
-    """folder_clips with a cache beside the folder: the names of the training and of the held-out clips."""
-    cache = tmp_path_factory.mktemp("cache")
-    return lambda folder, size=16, *more, **flags: data.folder_clips(folder, size, *more, cache=cache, **flags)
+    """folder_clips with a cache beside the folder."""
+    return partial(data.folder_clips, size=16, cache=tmp_path_factory.mktemp("cache"))
 
 
 def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reason(tmp_path, decode, capsys):
@@ -248,15 +250,15 @@ def test_a_folder_of_which_nothing_can_be_used_is_an_error_in_plain_words(tmp_pa
 
 
 def test_one_long_video_is_cut_without_a_gap_and_its_end_is_held_out(tmp_path, decode, capsys):
-    """Eleven seconds: the last two clips, a tenth rounded up, are held out; of a long and a short file, not the
-    long. Cut by 1.24 s, the clock runs on, and a rest below a second is dropped."""
+    """Eleven seconds: the last two clips, a tenth rounded up, are held out; of a long and a short file, not
+    the long. Cut by 1.24 s, the clock runs on, and a rest below a second is dropped."""
     make_video(tmp_path / "talk.mp4", seconds=11, sound=SPEECH.replace("d=3", "d=11"))
-    train, held_out = decode(tmp_path, 16, 1.0)
+    train, held_out = decode(tmp_path, seconds=1.0)
     assert train.names + held_out.names == [f"talk.mp4#{i}" for i in range(11)] and len(held_out) == 2
     assert "the last 2 clips of talk.mp4" in capsys.readouterr().out
     for sources in (["a"] * 20 + ["b"], ["b"] * 20 + ["a"]):
         assert data._split(sources)[0] in ({18, 19}, {17, 18, 19}, {20})
-    train, held_out = decode(tmp_path, 16, 1.24)                   # 8 clips of 31 frames, 27 are left
+    train, held_out = decode(tmp_path, seconds=1.24)               # 8 clips of 31 frames, 27 are left
     assert train.lengths + held_out.lengths == [31] * 8 + [27] and len(train[1].audio) == 31 * 640
     assert time_shown(train[1].frames)[0] == pytest.approx(31 / 25, abs=0.065)
 
@@ -274,7 +276,7 @@ def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, decode, ca
 
 def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, decode, capsys,
                                                                            monkeypatch):
-    """A loop ends, a second way to a file gives no second clip, and a generated sample is no training clip."""
+    """A loop ends, a second way to a file gives no second clip, a generated sample is no training clip."""
     folder, elsewhere = tmp_path / "12:30", tmp_path / "elsewhere"
     for place in (folder / "run", folder / ".hidden", elsewhere):
         place.mkdir(parents=True)
@@ -346,7 +348,7 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
         data.cached(one / "clip", {}, build)
 
 
-# ---- Portraits -------------------------------------------------------------------------------------------
+# ---- Portraits ----------------------------------------------------------------------------------------
 
 def colours(width: int = 80, height: int = 60) -> np.ndarray:
     """(H, W, 3): smooth, and different in every corner and channel."""
@@ -407,7 +409,7 @@ def test_a_huge_photo_is_upright_and_scaled_down_while_it_is_read(tmp_path, orie
         assert (data.load_portrait(tmp_path / "a.jpg", 60, crop).float() - want).abs().mean() < 3
 
 
-# ---- Speech ----------------------------------------------------------------------------------------------
+# ---- Speech -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, arguments", [
     ("8k_u8.wav", ["-ar", 8000, "-ac", 1, "-c:a", "pcm_u8"]), ("mp3_named.wav", ["-f", "mp3"]),
@@ -445,7 +447,7 @@ def test_what_is_no_speech_does_not_change_its_loudness(spoilt):
     ([SPEECH, SPEECH], False, 1, 0), ([SPEECH, SPEECH.replace("0.3*", "-0.3*")], True, 1, 1),
     ([SILENCE] * 3 + [SPEECH], True, 1, 4), ([SILENCE] * 11 + [SPEECH], True, 1, 12)])
 def test_the_track_and_the_channel_with_speech_are_heard(tmp_path, sounds, merge, number, channel):
-    """A desktop's track before the microphone's, an inverted channel, one that speaks of four or of twelve."""
+    """A desktop's track before the microphone's, an inverted channel, one that speaks of four or twelve."""
     heard, track = data.read_speech(mixed(tmp_path / "a.mkv", *sounds, merge=merge))
     assert (track.number, track.channel) == (number, channel)
     assert ("hears" in track.note()) == (len(sounds) > 1)
@@ -462,7 +464,7 @@ def test_a_flag_chooses_another_track_or_channel(tmp_path):
 
 @pytest.mark.parametrize("frame", [0, 7, 19])
 def test_frame_f_hears_its_look_ahead_and_not_one_sample_more(frame):
-    """d feature[f] / d sample[t] = 0 for t >= 640 (f + 1) + 1280 and for t < 640 f - 880; inside it is not."""
+    """d feature[f] / d sample[t] = 0 for t >= 640 (f + 1) + 1280 and t < 640 f - 880; inside it is not."""
     torch.manual_seed(0)
     audio = torch.randn(30 * 640) * 0.1
     first, last = 640 * frame - 880, 640 * (frame + 1) + 1280
@@ -479,7 +481,7 @@ def test_frame_f_hears_its_look_ahead_and_not_one_sample_more(frame):
 
 
 def test_log_mel_equals_the_definition_written_as_loops():
-    """log(mel + floor) of a Hann-windowed DFT in float64; torchaudio's filter bank is the only thing shared."""
+    """log(mel + floor) of a Hann-windowed DFT in float64; only torchaudio's filter bank is shared."""
     torch.manual_seed(0)
     audio, n_frames = torch.randn(4 * 640) * 0.1, 4
     bank = data._mel(torch.device("cpu")).mel_scale.fb.double().numpy()             # (201, 32)
@@ -505,7 +507,7 @@ def test_a_batch_is_its_rows_and_long_speech_its_pieces():
     torch.testing.assert_close(lazy[:, 396:404], whole[1:, 396:404], atol=1e-4, rtol=0)
 
 
-# ---- Writing video ---------------------------------------------------------------------------------------
+# ---- Writing video ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_samples, height, width", [(640, 64, 64), (16001, 33, 47), (47648, 64, 64)])
 def test_the_video_has_every_frame_and_all_of_the_sound(tmp_path, n_samples, height, width):
