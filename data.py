@@ -366,7 +366,7 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0,
     clips = Clips(cached(cache, recipe, lambda to: write_clips(
         to, _decode_all(folder, names, size, length, crop, to / "parts", failed), failed)))
     skipped = left_out | clips.index["skipped"]      # told on every run: the cache keeps what was left out
-    for name, reason in skipped.items():
+    for name, reason in sorted(skipped.items()):
         print(f"skipped {name}: {reason}")
     if not clips:
         raise MediaError(folder, f"none of its {len(names)} videos can be used; put in {VIDEOS} with sound")

@@ -64,18 +64,23 @@ def test_what_is_read_is_never_overwritten(given, flag, tmp_path):
     (["--track", "1"], "is silent"), (["--track", "3"], "track 1 with 2 channels, track 2 with 2 channels"),
     (["--track", "2:3"], "has no such sound"), (["--track", "x"], "want TRACK or TRACK:CHANNEL"),
     (["--out", "x" * 256 + ".mp4"], "name too long"), (["--out", "no/a.mp4"], "in none that can be written")])
-def test_what_cannot_be_done_is_one_line_in_any_encoding(given, flags, words, tmp_path):
+def test_what_cannot_be_done_is_said_and_leaves_nothing(given, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((data.MediaError, OSError, SystemExit)) as caught:
+        sample.main(command(given, "--out", "a.mp4", *flags))
+    assert words.lower() in f"{caught.value} {capsys.readouterr().err}".lower()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_line_and_any_sign_is_spelled_out_in_any_encoding(given, tmp_path):
     """On a terminal that knows only ASCII, with a name that is no UTF-8 among the arguments."""
     odd = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.mkv")
     Path(odd).write_bytes(Path(given["--audio"]).read_bytes())
-    words_given = command(given | {"--audio": odd}, "--out", "a.mp4", *flags)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *words_given], cwd=tmp_path,
-                          env=os.environ | ASCII, capture_output=True, text=True)
-    assert done.returncode and words.lower() in done.stderr.lower() and "Traceback" not in done.stderr
-    assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [b"caf\xe9.mkv"]
-
-
-def test_signs_that_a_terminal_lacks_are_spelled_out():
-    code = "from data import one_line\nwith one_line('', ''):\n    print('0.1±0.2')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | ASCII, capture_output=True)
-    assert done.stdout.strip() == rb"0.1\xb10.2" and not done.stderr
+    code = ("import sample, sys\nfrom data import one_line\n"
+            "with one_line('', ''):\n    print('0.1±0.2')\n    sample.main(sys.argv[1:])")
+    arguments = command(given | {"--audio": odd}, "--out", str(tmp_path / "a.mp4"), "--track", "1")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=os.environ | ASCII,
+                          capture_output=True)
+    assert done.returncode and done.stdout.strip() == rb"0.1\xb10.2"
+    assert done.stderr.count(b"\n") == 1 and rb"caf\udce9.mkv: is silent" in done.stderr
+    assert len(list(tmp_path.iterdir())) == 1

@@ -233,8 +233,8 @@ def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reas
     for _ in range(2):
         train, held_out = decode(tmp_path, crop=(40, 10, 48))
         said = capsys.readouterr().out.splitlines()
-        assert said[0].startswith("skipped small.mp4: is smaller than the crop")
-        assert said[1].startswith("skipped blank.mp4#0: begins with an empty picture")
+        assert said[0].startswith("skipped blank.mp4#0: begins with an empty picture")
+        assert said[1].startswith("skipped small.mp4: is smaller than the crop")
         assert said[2].endswith("1 files kept (0 held out), 2 skipped, 1 clips")
     assert train.names == ["box.mp4#0"] and len(held_out) == 0
     frame = train[0].frames[0].float()                             # (3, 16, 16): 48 pixels became 16
@@ -337,7 +337,7 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     alive, dead = tmp_path / "tmp-a", tmp_path / "tmp-b"
     alive.mkdir()
     dead.mkdir()
-    os.utime(dead, 2 * [time.time() - 25 * 3600])
+    os.utime(dead, (0, time.time() - 25 * 3600))
     one = data.cached(tmp_path, {"size": 1}, build)
     assert len(built) == 2 and data.cached(tmp_path, {"size": 1}, build) == one and len(built) == 2
     two = data.cached(tmp_path, {"size": 2}, build)
