@@ -7,8 +7,8 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 VIDEOS = "mp4, mov, mkv, webm, avi, mpg, mpeg, m4v"  # by suffix
-BROKEN = ValueError, KeyError, TypeError, RuntimeError, SafetensorError     # what damaged weights raise
+BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError     # what bad weights raise
 
 
 class MediaError(ValueError):
@@ -63,17 +63,25 @@ def fitting(what: str, remedy: str) -> Iterator[None]:
         raise MediaError(what, f"does not fit into memory; {remedy}") from None
 
 
-# ---- Writing ------------------------------------------------------------------------------------------
-
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn whatever a full disk or a forbidden place raises into a MediaError."""
+def refusing(path: str | Path, errors: tuple, words: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn errors of these classes into a MediaError about `path`, in words made of the error."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:        # PyTorch and safetensors have their own
+    except MediaError:                               # has its words
+        raise
+    except errors as error:
+        raise MediaError(path, words(error)) from None
+
+
+# ---- Writing ------------------------------------------------------------------------------------------
+
+def writing(path: Path) -> AbstractContextManager:
+    """Turn whatever a full disk or a forbidden place raises into a MediaError."""
+    def words(error: Exception) -> str:
         reason = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
-        raise MediaError(path, f"cannot be written ({reason}); "
-                               "make room there or choose another place") from None
+        return f"cannot be written ({reason}); make room there or choose another place"
+    return refusing(path, (OSError, RuntimeError, SafetensorError), words)     # PyTorch's are no OSErrors
 
 
 @contextmanager
@@ -102,32 +110,23 @@ def write_weights(folder: Path, weights: dict[str, Tensor], config: dict) -> Non
         path.write_text(json.dumps(config, indent=1))
 
 
-@contextmanager
-def reading_weights(folder: Path, kind: str, source: str) -> Iterator[None]:
+def reading_weights(folder: Path, kind: str, source: str) -> AbstractContextManager:
     """Turn whatever a missing or broken folder of weights raises into a MediaError."""
-    try:
-        yield
-    except OSError as error:
-        missing = Path(error.filename or "model.safetensors").name
-        raise MediaError(folder, f"holds no {missing}; give the folder of {source}") from None
-    except BROKEN as error:
-        said = first_line(error)
-        raise MediaError(folder, f"is not {kind} of this version ({said}); train it again") from None
+    def words(error: Exception) -> str:
+        if isinstance(error, OSError):
+            missing = Path(error.filename or "model.safetensors").name
+            return f"holds no {missing}; give the folder of {source}"
+        return f"is not {kind} of this version ({first_line(error)}); train it again"
+    return refusing(folder, BROKEN, words)
 
 
-@contextmanager
-def loading(name: str | Path, what: str) -> Iterator[None]:
+def loading(name: str | Path, what: str) -> AbstractContextManager:
     """Turn whatever transformers raises into a MediaError, and load without its chatter."""
     import transformers                              # here: it takes seconds, and few uses need it
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        yield
-    except MediaError:
-        raise
-    except (OSError, *BROKEN) as error:
-        raise MediaError(name, f"cannot be loaded as {what} ({first_line(error)}); give a folder that "
-                               "transformers wrote, or a name on the hub") from None
+    remedy = "give a folder that transformers wrote, or a name on the hub"
+    return refusing(name, BROKEN, lambda error: f"cannot be loaded as {what} ({first_line(error)}); {remedy}")
 
 
 def whole_model(kind, name: str | Path, **settings) -> torch.nn.Module:
