@@ -307,11 +307,12 @@ def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: tu
         for i, (frames, sound) in enumerate(tqdm(results, "decoding", len(names), unit="file")):
             source = printable(names[i])
             for k, start in enumerate(range(0, len(frames) - MIN_FRAMES + 1, length)):
-                clip, first, name = frames[start : start + length], start * SAMPLES_PER_FRAME, f"{source}#{k}"
+                name, clip = f"{source}#{k}", frames[start : start + length]
                 if clip[0].std((1, 2)).max() < BLANK_STD:
                     skipped[name] = "begins with an empty picture, so it has no portrait; trim it"
-                else:
-                    yield name, source, clip, sound[first : first + len(clip) * SAMPLES_PER_FRAME], {}
+                    continue
+                own = slice(start * SAMPLES_PER_FRAME, (start + len(clip)) * SAMPLES_PER_FRAME)
+                yield name, source, clip, sound[own], {}
             for path in parts.glob(f"{i}.*"):
                 path.unlink()
     finally:
