@@ -1,18 +1,17 @@
 """Drawn talkers: portraits painted from ellipses, synthesised speech, and the exact truth of both.
 
-One plan, a string of phones such as `_pPanaes_`, drives both halves of a clip, as tongue and lips do in one person.
-Shapes are fractions of the frame, x to the right and y down, so a talker is the same person at any size.
+One plan, a string of phones such as `_pPanaes_`, drives both halves of a clip, as tongue and lips do in one
+person. Shapes are fractions of the frame, x to the right and y down, so a talker is the same at any size.
 
-`--world flawless` is filmed as it should be. `--world found`, the default of train.py, has the faults of recordings as
-people find them (FAULTS): lips late against the sound, mumbling, a trembling camera, another's sound, compression.
-What was done to a clip is kept with its truth, for tables and tests; nothing that trains, judges or picks reads it.
+`--world flawless` is filmed as it should be. `--world found`, the default of train.py, has the faults of
+recordings as people find them (FAULTS): late lips, mumbling, a trembling camera, a dubbed voice, compression.
+What was done to a clip is kept with its truth, for tables and tests; nothing that trains or judges reads it.
 
 This file's hash is part of the cache's key: clips are rendered anew when it changes.
 """
 
 import hashlib
 import io
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,14 +26,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, Clips, cached, normalise_loudness, write_clips
+from data import (FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, Clips, cached, cores, normalise_loudness,
+                  write_clips)
 
 TICK = 80                                            # samples: the articulators are tracked every 5 ms
-LIP_LEAD = 0.06      # seconds by which lips precede the sound; 100 ms is the high end (Chandrasekaran et al. 2009)
+LIP_LEAD = 0.06      # seconds by which lips precede the sound; at most 0.1 (Chandrasekaran et al. 2009)
 MOUTH = 0.185                                        # how far below the centre of the face
 
-# A man's formants in Hz (Peterson & Barney 1952). `_` is silence, @ the e of "the", x the sh of "she"; an upper-case
-# letter is the burst that ends a plosive. A phone of high dominance is never blurred away: lips do meet for an m.
+# A man's formants in Hz (Peterson & Barney 1952). `_` is silence, @ the e of "the", x the sh of "she"; an
+# upper-case letter is the burst that ends a plosive. High dominance is not blurred away: lips meet for an m.
 PHONES = {  # F1   F2    F3  | voice noise  noise Hz | open width teeth (0..1) | dominance | seconds
     "_": (500, 1500, 2500,   .00, .00, 1000,   .00, .50, .0,   2.0, .300),
     "a": (750, 1200, 2550,   1.0, .00, 1000,   1.0, .60, .4,   1.0, .125),
@@ -66,7 +66,8 @@ def plan_speech(rng: np.random.Generator, rate: float, n_ticks: int) -> tuple[np
     Returns: phone (T,) row of TABLE at each tick; stress (T,) 0 or 1.
     """
     n = n_ticks // 28 + 8                                     # enough: no syllable is below 140 ms on average
-    stress, pause = rng.random(n) < 0.38, rng.random(n) < 0.13
+    stress = rng.random(n) < 0.38
+    pause = rng.random(n) < 0.13
     pause[:2] = False
     words = zip(rng.choice(ONSETS, n), rng.choice(VOWELS, n), rng.choice(CODAS, n))
     text = ["_"] + [o + v + c + "_" * int(p) for (o, v, c), p in zip(words, pause)]
@@ -88,39 +89,41 @@ def smooth(track: np.ndarray, seconds: float) -> np.ndarray:
 
 
 def speak(rng: np.random.Generator, voice: dict, phone: np.ndarray, stress: np.ndarray) -> Tensor:
-    """Speak (T * 80,) samples in a quiet room. Source and filter (Fant 1960), in windows of 20 ms:
+    """Speak (T * 80,) samples in a quiet room. Source and filter (Fant 1960), in windows of 20 ms, hop 5 ms:
 
         speech(f) = pulses(f) * prod_k F_k^2 / (F_k^2 - f^2 + i f B_k) + noise(f) * band(f)
     """
     control, n = TABLE[phone], len(phone) * TICK
-    formants = np.concatenate([smooth(control[:, :3], 0.05), np.tile(np.float32([3500, 4500]), (len(phone), 1))], 1)
+    upper = np.tile(np.float32([3500, 4500]), (len(phone), 1))
+    formants = np.concatenate([smooth(control[:, :3], 0.05), upper], 1)
     gain = smooth(control[:, 3:5] * (0.75 + 0.35 * stress[:, None]), 0.015)
     noise_hz = smooth(control[:, 5], 0.02)
-    semitones = 3.5 * voice["melody"] * smooth(stress, 0.25) + 0.25 * rng.standard_normal(len(phone))   # and jitter
+    jitter = 0.25 * rng.standard_normal(len(phone))
+    semitones = 3.5 * voice["melody"] * smooth(stress, 0.25) + jitter
     at, ticks = np.arange(n), (np.arange(len(phone)) + 0.5) * TICK
     phase = np.cumsum(np.interp(at, ticks, voice["pitch"] * 2 ** (semitones / 12)) / SAMPLE_RATE) % 1.0
 
     # The derivative of Rosenberg's glottal flow (1971): the folds open slowly, then shut at once.
     opening, closing = voice["open"], 0.16
-    shutting = np.where(phase < opening + closing, -np.sin(np.pi * (phase - opening) / (2 * closing)) / closing, 0)
-    pulses = np.where(phase < opening, np.sin(np.pi * phase / opening) / opening, shutting)
+    shutting = -np.sin(np.pi * (phase - opening) / (2 * closing)) / closing
+    pulses = np.where(phase < opening, np.sin(np.pi * phase / opening) / opening,
+                      np.where(phase < opening + closing, shutting, 0))
     hiss = rng.standard_normal(n)
-    sources = np.stack([np.interp(at, ticks, gain[:, 0]) * (pulses + voice["breath"] * hiss * (phase < opening)),
-                        np.interp(at, ticks, gain[:, 1]) * hiss]).astype(np.float32)
+    voiced = np.interp(at, ticks, gain[:, 0]) * (pulses + voice["breath"] * hiss * (phase < opening))
+    sources = np.stack([voiced, np.interp(at, ticks, gain[:, 1]) * hiss]).astype(np.float32)
 
     hz = np.fft.rfftfreq(6 * TICK, 1 / SAMPLE_RATE).astype(np.float32) + 1.0
-    window = np.hanning(4 * TICK + 1)[:-1].astype(np.float32) / 2  # 20 ms, hop 5 ms: shifted copies add up to one
-    short = np.lib.stride_tricks.sliding_window_view(np.pad(sources, ((0, 0), (120, 120))), 4 * TICK, 1)[:, ::TICK]
+    window = np.hanning(4 * TICK + 1)[:-1].astype(np.float32) / 2          # shifted copies add up to one
+    padded = np.pad(sources, ((0, 0), (120, 120)))
+    short = np.lib.stride_tricks.sliding_window_view(padded, 4 * TICK, 1)[:, ::TICK]
+    spectrum = np.fft.rfft(short * window, 6 * TICK).astype(np.complex64)  # (2, T, 241)
+    for f, b in zip(voice["tract"] * formants.T[:, :, None], (80, 100, 150, 250, 300)):
+        spectrum[0] *= f * f / (f * f - hz * hz + 1j * hz * b)
+    spectrum[1] *= np.exp(-0.5 * (np.log2(hz / noise_hz[:, None]) / 0.45) ** 2)
+    wave = np.fft.irfft(0.12 * spectrum[0] + spectrum[1]).reshape(-1, 6, TICK)
     audio = np.zeros((len(phone) + 5, TICK), np.float32)
-    for t in range(0, len(phone), 1024):                           # 5 s at a time, so that memory is bounded
-        part = slice(t, min(t + 1024, len(phone)))
-        spectrum = np.fft.rfft(short[:, part] * window, 6 * TICK).astype(np.complex64)            # (2, T, 241)
-        for f, b in zip(voice["tract"] * formants[part].T[:, :, None], (80, 100, 150, 250, 300)):
-            spectrum[0] *= f * f / (f * f - hz * hz + 1j * hz * b)
-        spectrum[1] *= np.exp(-0.5 * (np.log2(hz / noise_hz[part, None]) / 0.45) ** 2)
-        wave = np.fft.irfft(0.12 * spectrum[0] + spectrum[1]).reshape(-1, 6, TICK)
-        for k in range(6):                                         # overlap and add
-            audio[t + k : part.stop + k] += wave[:, k]
+    for k in range(6):                                                     # overlap and add
+        audio[k : k + len(phone)] += wave[:, k]
     audio = audio.reshape(-1)[120 : 120 + n] + 0.003 * rng.standard_normal(n)
     return torch.from_numpy(audio.astype(np.float32))
 
@@ -129,54 +132,57 @@ def move(rng: np.random.Generator, who: dict, phone: np.ndarray, stress: np.ndar
          late: int = 0, mumble: float = 0.0) -> dict[str, np.ndarray]:
     """Move lips with the phones, brows and head with the stress; sway and blink. Neighbouring phones blend:
 
-        lip(t) = <dominance * target> / <dominance>,  averaged over 120 ms around t + LIP_LEAD (Cohen & Massaro 1993)
+        lip(t) = <dominance * target> / <dominance>
 
+    averaged over 120 ms around t + LIP_LEAD (Cohen & Massaro 1993).
     With faults, the picture is `late` frames behind the sound, and a share `mumble` of the motion is lost.
 
-    Returns: opening, width (F,) in units of the face; teeth, blink, brow (F,); head (F, 4) dx dy roll log-scale.
+    Returns: opening, width (F,) in units of the face; teeth, blink, brow (F,); head (F, 4) dx dy roll scale.
     """
     n_frames, lead = len(phone) // 8, int(LIP_LEAD * SAMPLE_RATE / TICK) - 8 * late
-    ahead, accent = (np.pad(track, (max(-lead, 0), max(lead, 0)), mode="edge")[max(lead, 0):][:len(phone)]
-                     for track in (phone, stress))
+    ticks = (np.arange(len(phone)) + lead).clip(0, len(phone) - 1)
+    ahead, accent = phone[ticks], stress[ticks]
     target, dominance = TABLE[ahead, 6:9].copy(), TABLE[ahead, 9:10]
     target[:, 0] *= 0.85 + 0.25 * accent
     lips = smooth(dominance * target, 0.12) / smooth(dominance, 0.12)                  # (T, 3)
-    opening, width, teeth = lips[4::8].T                                               # at the middle of each frame
+    opening, width, teeth = lips[4::8].T                                  # at the middle of each frame
     accent = smooth(accent, 0.3)[4::8]
 
     seconds = np.arange(n_frames) / FPS
-    hz, turn = rng.uniform(0.2, 0.75, (4, 3)), rng.uniform(0, 2 * np.pi, (4, 3))
+    hz = rng.uniform(0.2, 0.75, (4, 3))
+    turn = rng.uniform(0, 2 * np.pi, (4, 3))
     sway = np.sin(2 * np.pi * seconds[:, None, None] * hz + turn) @ np.array([0.8, 0.7, 0.6])         # (F, 4)
-    head = sway * [0.012, 0.0115, 0.0245, 0.0087] + accent[:, None] * [0, 0.012, 0, 0]   # a nod on each stress
+    head = sway * [0.012, 0.0115, 0.0245, 0.0087] + accent[:, None] * [0, 0.012, 0, 0]   # a nod on a stress
     shut = np.cumsum(rng.uniform(50, 105, n_frames // 50 + 2)) - rng.uniform(0, 50)
-    away = np.abs(np.arange(n_frames)[:, None] - shut.clip(8)).min(1)                  # frames from the nearest blink
+    away = np.abs(np.arange(n_frames)[:, None] - shut.clip(8)).min(1)     # frames from the nearest blink
     left = 1 - mumble
-    return {"opening": left * (opening - 0.05).clip(0) / 0.95 * who["gape"],           # lips below 5% are pressed
-            "width": who["mouth"] * (0.66 + 0.54 * width), "teeth": teeth, "blink": (1.5 - 0.9 * away).clip(0, 1),
+    return {"opening": left * (opening - 0.05).clip(0) / 0.95 * who["gape"],           # below 5%: pressed
+            "width": who["mouth"] * (0.66 + 0.54 * width),
+            "teeth": teeth,
+            "blink": (1.5 - 0.9 * away).clip(0, 1),
             "brow": left * who["liveliness"] * (0.9 * accent + 0.15 * np.sin(seconds * 1.3 + turn[0, 0])),
-            "head": (1 + left) / 2 * who["liveliness"] * (head - head[0])}                              # a clip begins at rest
+            "head": (1 + left) / 2 * who["liveliness"] * (head - head[0])}             # begins at rest
 
 
-# name: (share of clips that have it, least and most strength, unit; where the rate is from)
+# name: (share of clips that have it, least strength, most). The figures are ours where no source stands.
 FAULTS = {
-    "offset": (0.88, 1, 7, "frames by which lips are late, a third of the clips: early; half of VFHQ is 'often out of "
-               "sync' (ditto-talkinghead issue 83), LatentSync keeps clips within 6 frames"),
-    "mumble": (0.75, 0.10, 0.60, "share of the lips' and brows' range that is lost, and half as much of the head's; "
-               "our choice"),
-    "tremble": (0.70, 0.10, 0.80, "of a camera that jumps, frame by frame, by 1% of the picture and 0.7 degrees "
-                "(deviations); our choice"),
-    "dubbed": (0.04, 1, 1, "the sound is another's; our choice"),
-    "compressed": (0.30, 0.20, 1.00, "from JPEG quality 90 down to 30; our choice, and no fault that the judge was taught"),
+    # Frames by which lips are late (a third of the clips: early). Half of VFHQ is "often out of sync"
+    # (ditto-talkinghead issue 83); LatentSync keeps clips within 6 frames.
+    "offset": (0.88, 1, 7),
+    "mumble": (0.75, 0.10, 0.60),                    # share of the lips' range that is lost; head: half
+    "tremble": (0.70, 0.10, 0.80),                   # of jumps, frame by frame, by 1% and 0.7 degrees
+    "dubbed": (0.04, 1, 1),                          # the sound is another's
+    "compressed": (0.30, 0.20, 1.00),                # JPEG quality 90 to 30; the judge never saw it
 }
-EARLY = 1 / 3                                        # of the clips out of sync: sound rarely comes before the lips
+EARLY = 1 / 3                                        # of the clips out of sync; late is more common
 
 
 def draw_faults(rng: np.random.Generator) -> dict[str, float]:
-    """Choose what is wrong with a clip as found: name -> strength, 0 for what is not. Each fault by itself."""
+    """Choose what is wrong with a clip as found: name -> strength, 0 for what is not."""
     strengths = {}
-    for name, (share, least, most, _) in FAULTS.items():
-        has, strength = rng.random() < share, rng.uniform(least, most)
-        strengths[name] = has * strength
+    for name, (share, least, most) in FAULTS.items():
+        has = rng.random() < share
+        strengths[name] = has * rng.uniform(least, most)
     late = rng.integers(1, 8) * (-1 if rng.random() < EARLY else 1)
     return strengths | {"offset": int(strengths["offset"] > 0) * int(late)}
 
@@ -184,7 +190,7 @@ def draw_faults(rng: np.random.Generator) -> dict[str, float]:
 def shake(rng: np.random.Generator, frames: Tensor, strength: float) -> Tensor:
     """Film with a trembling hand: move and turn each frame (F, 3, S, S) uint8 by itself."""
     n = len(frames)
-    x, y = torch.from_numpy(0.02 * strength * rng.standard_normal((2, n))).float()             # 2 is the picture's side
+    x, y = torch.from_numpy(0.02 * strength * rng.standard_normal((2, n))).float()   # the picture's side is 2
     roll = torch.from_numpy(np.radians(0.7) * strength * rng.standard_normal(n)).float()
     pose = torch.stack([roll.cos(), -roll.sin(), x, roll.sin(), roll.cos(), y], 1).view(n, 2, 3)
     grid = nnf.affine_grid(pose, frames.shape, align_corners=False)
@@ -194,22 +200,25 @@ def shake(rng: np.random.Generator, frames: Tensor, strength: float) -> Tensor:
 
 def compress(frames: Tensor, strength: float) -> Tensor:
     """Save every frame (F, 3, S, S) uint8 as a small JPEG."""
-    def squeeze(frame):
+    def squeeze(frame: np.ndarray) -> np.ndarray:
         file = io.BytesIO()
         Image.fromarray(frame).save(file, "JPEG", quality=round(90 - 60 * strength))
         return np.asarray(Image.open(file))
-    return torch.from_numpy(np.stack([squeeze(f) for f in frames.permute(0, 2, 3, 1).numpy()])).permute(0, 3, 1, 2)
+    squeezed = np.stack([squeeze(frame) for frame in frames.permute(0, 2, 3, 1).numpy()])
+    return torch.from_numpy(squeezed).permute(0, 3, 1, 2)
 
 
 ANGLES = np.radians([0, 25, 50, 75, 100, 140, 180])                     # from the chin up
-FACES = {"man": np.array([.318, .296, .264, .246, .248, .298, .338]),   # radii at ANGLES: chin, jaw, cheek .. crown
+FACES = {"man": np.array([.318, .296, .264, .246, .248, .298, .338]),   # radii at ANGLES, chin to crown
          "woman": np.array([.312, .284, .256, .245, .247, .296, .336])}
 SKINS = np.array([(253, 226, 208), (246, 206, 178), (232, 184, 148), (208, 153, 113), (96, 61, 43)]) / 255
-HAIRS = np.array([(34, 27, 27), (58, 38, 28), (98, 60, 36), (138, 66, 34), (216, 180, 112), (190, 182, 172)]) / 255
+HAIRS = np.array([(34, 27, 27), (58, 38, 28), (98, 60, 36), (138, 66, 34), (216, 180, 112),
+                  (190, 182, 172)]) / 255
 IRISES = np.array([(78, 48, 28), (104, 70, 38), (96, 110, 62), (70, 112, 150), (98, 128, 142)]) / 255
-CLOTHES = np.array([(44, 58, 92), (122, 42, 54), (52, 92, 84), (226, 222, 212), (196, 146, 62), (188, 96, 78)]) / 255
+CLOTHES = np.array([(44, 58, 92), (122, 42, 54), (52, 92, 84), (226, 222, 212), (196, 146, 62),
+                    (188, 96, 78)]) / 255
 WALLS = np.array([(176, 196, 206), (206, 178, 150), (150, 168, 150), (110, 126, 150), (214, 206, 192)]) / 255
-STYLES = {  # lift of the hair over the skull at ANGLES | hairline y, temple, squareness | length at the back | waviness
+STYLES = {  # lift of the hair over the skull at ANGLES | hairline y, temple, squareness | length | waves
     "short": ([.000, .000, .000, .010, .016, .026, .036], .275, .226, 2.5, 0.00, .004),
     "curly": ([.000, .000, .000, .030, .044, .048, .044], .290, .222, 2.2, 0.00, .014),
     "bald":  ([.000, .000, .000, .010, .010, .000, .000], .100, .236, 2.0, 0.00, .002),
@@ -223,10 +232,11 @@ def cast(rng: np.random.Generator) -> dict:
     uniform, normal, tone = rng.uniform, rng.normal, rng.uniform(0, len(SKINS) - 1)
     man, light = bool(rng.random() < 0.5), rng.choice([-1, 1])           # the side that light comes from
     skin = np.array([np.interp(tone, np.arange(len(SKINS)), c) for c in SKINS.T]) * uniform(0.98, 1.01, 3)
-    rouge, rose = 0.25 if man else uniform(0.3, 0.75), np.array([0.80, uniform(0.2, 0.38), 0.32]) * skin[0] ** 0.5
+    rouge = 0.25 if man else uniform(0.3, 0.75)
+    rose = np.array([0.80, uniform(0.2, 0.38), 0.32]) * skin[0] ** 0.5
     styles = "short short short curly bald" if man else "long long bob bob curly short"
     who = {
-        # Inside the mouth is plum and white, off the plane of skin and lips, so that the pixel oracle can tell.
+        # Inside the mouth is plum and white, off the plane of skin and lips, so that pixels tell the truth.
         "skin": skin, "lip": skin * (0.88, 0.66, 0.66) * (1 - rouge) + rouge * rose,
         "interior": np.array([0.25, 0.02, 0.135]) * uniform(0.85, 1.1),
         "teeth": np.array([0.95, 0.955, 0.955]) * uniform(0.95, 1),
@@ -246,8 +256,12 @@ def cast(rng: np.random.Generator) -> dict:
                   "tract": (1 if man else 1.16) * uniform(0.95, 1.06),
                   "open": uniform(0.42, 0.6), "breath": uniform(0.02, 0.12), "rate": uniform(0.88, 1.12)},
     }
-    return {k: x.astype(np.float32) if isinstance(x, np.ndarray) else x.item() if isinstance(x, np.generic) else x
-            for k, x in who.items()}                                      # float64 would double the cost
+    for key, value in who.items():                                        # float64 would double the cost
+        if isinstance(value, np.ndarray):
+            who[key] = value.astype(np.float32)
+        elif isinstance(value, np.generic):
+            who[key] = value.item()
+    return who
 
 
 def cover(distance: np.ndarray, soft: float) -> np.ndarray:
@@ -257,12 +271,12 @@ def cover(distance: np.ndarray, soft: float) -> np.ndarray:
 
 
 def between(v: np.ndarray, upper: np.ndarray, lower: np.ndarray, soft: float) -> np.ndarray:
-    """Cover the band between two curves; its area is exact however thin it is, so closed lips or lids leave nothing."""
+    """Cover the band between two curves; its area is exact however thin it is: closed lips leave nothing."""
     return cover(lower - v, soft) - cover(upper - v, soft)
 
 
 def ellipse(u: np.ndarray, v: np.ndarray, rx: float, ry: float) -> np.ndarray:
-    """Signed distance to an ellipse, exact near its edge: k (1 - k) / |grad k| with k = |(u/rx, v/ry)| (Quilez)."""
+    """Signed distance to an ellipse, exact near its edge: k (1 - k) / |grad k|, k = |u/rx, v/ry| (Quilez)."""
     k = np.hypot(u / rx, v / ry)
     return k * (1 - k) / (np.hypot(u / rx**2, v / ry**2) + 1e-6)
 
@@ -271,11 +285,11 @@ def outline(u: np.ndarray, v: np.ndarray, radii: np.ndarray) -> np.ndarray:
     """Signed distance to r(a) = sum_k c_k cos(k a), the symmetric curve through `radii` at ANGLES."""
     series = np.linalg.solve(np.cos(ANGLES[:, None] * np.arange(7)), radii).astype(np.float32)
     r = np.hypot(u, v) + np.float32(1e-6)
-    return np.polynomial.chebyshev.chebval(v / r, series) - r           # cos(k a) is the k-th polynomial of cos(a)
+    return np.polynomial.chebyshev.chebval(v / r, series) - r           # cos(k a): k-th polynomial of cos(a)
 
 
 def paint(canvas: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> None:
-    """Lay a colour (3,) or (3, ...) over a canvas (3, ...), or opaquely over one with alpha (4, ...), in place."""
+    """Lay a colour (3,) or (3, ...) over a canvas (3, ...), or over one with alpha (4, ...), in place."""
     colour = np.float32(colour).reshape(np.shape(colour) + (1,) * (canvas.ndim - np.ndim(colour)))
     canvas[:3] += coverage * (colour - canvas[:3])
     canvas[3:] += coverage * (1 - canvas[3:])
@@ -287,33 +301,43 @@ class Sheet:
     def __init__(self, who: dict, size: int, soft: float):
         centre = (np.arange(size, dtype=np.float32) + 0.5) / size
         self.u, self.v = np.meshgrid((centre - who["x"]) / who["zoom"], (centre - who["y"]) / who["zoom"])
-        self.pixels, self.who, self.size, self.soft = np.zeros((4, size, size), np.float32), who, size, soft
-        self.shadow, self.glow = who["skin"] * (0.70, 0.56, 0.53), who["skin"] * 0.55 + np.array([0.45, 0.43, 0.40])
+        self.pixels = np.zeros((4, size, size), np.float32)
+        self.who, self.size, self.soft = who, size, soft
+        self.shadow = who["skin"] * (0.70, 0.56, 0.53)
+        self.glow = who["skin"] * 0.55 + np.array([0.45, 0.43, 0.40])
         self.inner = outline(self.u, self.v, who["radii"])
         self.face = cover(self.inner, soft)
-        self.comb(), self.paint_body(), self.paint_face(), self.paint_hair()
+        self.comb()
+        self.paint_body()
+        self.paint_face()
+        self.paint_hair()
 
     def comb(self) -> None:
-        """Shape and colour the hair: strands fan out from the parting, light runs across them, curls are a weave."""
+        """Shape and colour the hair: strands fan out from the parting, light runs across, curls weave."""
         u, v, who, g, light = self.u, self.v, self.who, self.who["grain"], self.who["light"]
         lift, *_, wave = STYLES[who["style"]]
         whorl, around = np.arctan2(u - 0.3 * who["part"], v + 0.58), np.arctan2(u, v)
-        strands = sum(a * np.sin(whorl * k + p) for a, k, p in ((0.5, 47, g[0]), (0.35, 83, g[1]), (0.3, 131, g[2])))
+        waves = (0.5, 47, g[0]), (0.35, 83, g[1]), (0.3, 131, g[2])
+        strands = sum(a * np.sin(whorl * k + p) for a, k, p in waves)
         if who["style"] == "curly":
-            strands = 0.8 * np.sin(u * 110 + 2 * np.sin(v * 60 + g[0])) * np.sin(v * 100 + 2 * np.sin(u * 70 + g[1]))
+            strands = 0.8 * np.sin(u * 110 + 2 * np.sin(v * 60 + g[0]))
+            strands = strands * np.sin(v * 100 + 2 * np.sin(u * 70 + g[1]))
         self.waves = wave * (np.sin(around * 11 + g[3]) * 0.5 + np.sin(around * 29 + g[4]) * 0.5)
-        self.skull, self.strands = outline(u, v, who["radii"] + np.array(lift)) + self.waves, strands
+        self.skull = outline(u, v, who["radii"] + np.array(lift)) + self.waves
+        self.strands = strands
         sheen = np.exp(-((self.skull - 0.05) / 0.022) ** 2) * (0.55 + 1.6 * light * u).clip(0, 1)
         fade = 1 - 0.35 * (v * 1.2 + 0.2).clip(0, 1) - 0.25 * (0.5 - light * u * 2).clip(0, 1)
-        hair, shine = who["hair"][:, None, None], who["hair"][:, None, None] + np.float32(0.35)
-        self.hair = (hair * fade * (1 + 0.16 * strands) + shine * 0.14 * sheen * (1 + 0.5 * strands)).clip(0, 1)
+        hair = who["hair"][:, None, None]
+        shine = (hair + np.float32(0.35)) * 0.14 * sheen * (1 + 0.5 * strands)
+        self.hair = (hair * fade * (1 + 0.16 * strands) + shine).clip(0, 1)
 
     def paint_body(self) -> None:
         """Paint the hair that falls behind, the neck in the shadow of the head, and a jumper."""
         u, v, soft, who, sheet, beside = self.u, self.v, self.soft, self.who, self.pixels, np.abs(self.u)
         length, wave = STYLES[who["style"]][-2:]
         if length:
-            wide = 0.235 + 0.055 * cover(v - 0.04, 0.34) + 1.5 * wave * np.sin(v * 30 + who["grain"][5] + np.sign(u))
+            wave = 1.5 * wave * np.sin(v * 30 + who["grain"][5] + np.sign(u))
+            wide = 0.235 + 0.055 * cover(v - 0.04, 0.34) + wave
             curtain = np.minimum.reduce([wide - beside, length - 0.1 * beside - v + self.waves, v + 0.12])
             paint(sheet, cover(curtain, soft), self.hair * 0.72)
         dim = cover(-u * who["light"], 0.35)                               # 0 on the lit side, 1 in the shade
@@ -330,10 +354,11 @@ class Sheet:
         paint(sheet, torso * (0.3 * dim + 0.2 * cover(0.013 - hole, soft)), who["cloth"] * 0.1)
 
     def blob(self, x, y, rx, ry, colour, opacity=1.0, blur=None, inside=None) -> None:
-        """Paint an ellipse in its own crop of the sheet; `blur` widens its edge, `inside` (T, T) confines it."""
-        blur, (row, column) = blur or self.soft, np.array([y, x]) * self.who["zoom"] + (self.who["y"], self.who["x"])
+        """Paint an ellipse in its own crop of the sheet; `inside` (T, T) confines it."""
+        blur = blur or self.soft
+        centre = np.array([y, x]) * self.who["zoom"] + (self.who["y"], self.who["x"])
         half = np.array([ry + blur, rx + blur]) * self.who["zoom"]
-        low, high = (((row, column) + sign * half) * self.size for sign in (-1, 1))
+        low, high = (centre - half) * self.size, (centre + half) * self.size
         crop = tuple(slice(int(a), int(b) + 1) for a, b in zip(low, high))
         mask = opacity * cover(ellipse(self.u[crop] - x, self.v[crop] - y, rx, ry), blur)
         paint(self.pixels[(slice(None), *crop)], mask if inside is None else mask * inside[crop], colour)
@@ -344,35 +369,38 @@ class Sheet:
         ear, n = who["radii"][3] + 0.008, who["nose"]
         for side in (-1, 1):
             self.blob(side * ear, 0.005, 0.030, 0.062, skin * (0.94 if side == light else 0.78))
-        turn = np.tanh(light * self.u * 3.4 - self.v * 0.9 - 0.1)          # 1 towards the light, -1 away from it
+        turn = np.tanh(light * self.u * 3.4 - self.v * 0.9 - 0.1)          # 1 towards the light, else -1
         rim = 0.45 * (1 - self.inner / 0.05).clip(0, 1) ** 2 * (1 - 0.6 * (turn > 0.4))
         paint(self.pixels, self.face, skin)
         paint(self.pixels, self.face * ((0.25 - turn).clip(0) * 0.5 + rim).clip(0, 1) * 0.9, shadow)
         paint(self.pixels, self.face * 0.12 * turn.clip(0), glow)
-        for sides, x, *spot in (  # x, y, radii, colour, opacity, blur; +- stands for one on each side
-                ("+-", who["apart"], -0.055, 0.085, 0.055, shadow, 0.32, 0.09),                    # eye sockets
-                ("+-", 0.135, 0.085, 0.075, 0.055, skin * (0.95, 0.66, 0.62), 0.34, 0.10),         # cheeks
-                ("+", light * 0.05, -0.185, 0.13, 0.06, glow, 0.30, 0.12),                         # forehead
-                ("+", light * 0.01, 0.278, 0.04, 0.022, glow, 0.22, 0.045),                        # chin
-                ("+", -light * 0.021, 0.02, 0.017, 0.085, shadow, 0.30, 0.034),                    # nose: the dark side
-                ("+", light * 0.004, 0.00, 0.010, 0.085, glow, 0.45, 0.022),                       # its bridge
-                ("+", 0, 0.104, 0.046 * n, 0.016, shadow, 0.50, 0.026),                            # the shadow below
-                ("+-", 0.029 * n, 0.083, 0.016, 0.019, shadow, 0.46, 0.018),                       # its wings
-                ("+", 0, 0.076, 0.028 * n, 0.025, skin * 0.99, 0.85, 0.026),                       # its tip,
-                ("+", light * 0.007, 0.070, 0.012, 0.010, glow, 0.75, 0.016),                      # and the light on it
-                ("+-", 0.0155 * n, 0.098, 0.0095 * n, 0.0055, skin * (0.48, 0.36, 0.33), 0.85, 1.3 * self.soft)):
-            for sign in sides:
-                self.blob(float(f"{sign}1") * x, *spot, self.face)
+        both, one, fine = (1, -1), (1,), 1.3 * self.soft
+        for sides, x, *spot in (  # x, y, radii, colour, opacity, blur
+                (both, who["apart"], -0.055, 0.085, 0.055, shadow, 0.32, 0.09),              # eye sockets
+                (both, 0.135, 0.085, 0.075, 0.055, skin * (0.95, 0.66, 0.62), 0.34, 0.10),   # cheeks
+                (one, light * 0.05, -0.185, 0.13, 0.06, glow, 0.30, 0.12),                   # forehead
+                (one, light * 0.01, 0.278, 0.04, 0.022, glow, 0.22, 0.045),                  # chin
+                (one, -light * 0.021, 0.02, 0.017, 0.085, shadow, 0.30, 0.034),              # nose: dark side
+                (one, light * 0.004, 0.00, 0.010, 0.085, glow, 0.45, 0.022),                 # its bridge
+                (one, 0, 0.104, 0.046 * n, 0.016, shadow, 0.50, 0.026),                      # shadow below
+                (both, 0.029 * n, 0.083, 0.016, 0.019, shadow, 0.46, 0.018),                 # its wings
+                (one, 0, 0.076, 0.028 * n, 0.025, skin * 0.99, 0.85, 0.026),                 # its tip,
+                (one, light * 0.007, 0.070, 0.012, 0.010, glow, 0.75, 0.016),                # and its light
+                (both, 0.0155 * n, 0.098, 0.0095 * n, 0.0055, skin * (0.48, 0.36, 0.33), 0.85, fine)):
+            for side in sides:
+                self.blob(side * x, *spot, self.face)
 
     def paint_hair(self) -> None:
         """Paint stubble or a beard, then the cap of hair: the skull less a window for the face."""
         u, v, soft, who, sheet, beside = self.u, self.v, self.soft, self.who, self.pixels, np.abs(self.u)
         bristle = np.minimum(self.hair * 0.85, np.float32([0.52, 0.43, 0.34])[:, None, None])
         cheek = cover(-ellipse(u, v + 0.03, 0.195, 0.215) - 0.01 * self.strands, 0.03) * cover(v - 0.05, 0.14)
-        moustache = cover(ellipse(beside - 0.035, v - 0.143 - 0.25 * (beside - 0.03).clip(0), 0.052, 0.017), 0.016)
+        droop = v - 0.143 - 0.25 * (beside - 0.03).clip(0)
+        moustache = cover(ellipse(beside - 0.035, droop, 0.052, 0.017), 0.016)
         paint(sheet, np.maximum(cheek, moustache) * self.face * who["beard"], bristle)
         _, hairline, temple, square, length, _ = STYLES[who["style"]]
-        across, fringe = np.abs(u - 0.05 * who["part"] * (v < 0)) / temple, 0.008 * self.strands * (square > 2.2)
+        across = np.abs(u - 0.05 * who["part"] * (v < 0)) / temple
+        fringe = 0.008 * self.strands * (square > 2.2)
         above = (0.10 - v + 0.35 * who["part"] * u + fringe).clip(0) / (0.62 - hairline)
         window = (1 - (across**square + above**square) ** (1 / square)) * 0.26
         cap = cover(np.minimum(self.skull, -window), soft)
@@ -393,7 +421,7 @@ def draw_eyes(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: di
     paint(canvas, between(y, top, lid, soft), skin * (0.90, 0.80, 0.77))
     eye = between(y, lid, bottom, soft)
     paint(canvas, eye, (0.95, 0.94, 0.92))
-    gaze = a - side * (0.004 - 0.25 * m["head"][0]), y - 0.001                 # they stay on you while the head sways
+    gaze = a - side * (0.004 - 0.25 * m["head"][0]), y - 0.001           # they stay on you as the head sways
     disc = 0.022 - np.hypot(*gaze)
     paint(canvas, eye * cover(disc, soft), who["iris"] * 0.45)
     paint(canvas, eye * cover(disc - 0.004, soft + 0.004), who["iris"] * 1.12)
@@ -415,7 +443,7 @@ def draw_eyes(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: di
 
 
 def draw_mouth(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: dict, soft: float) -> None:
-    """Paint lips and what is between them on crops (3, F, h, w); the open area is 2/3 opening * width exactly."""
+    """Paint lips and what is between them on crops (3, F, h, w); the open area is 2/3 opening * width."""
     lip, light, t = who["lip"], who["light"], u / (m["width"] / 2)
     y = v - MOUTH + who["smile"] * np.minimum(t * t, 1.1)
     arch = (1 - t * t).clip(0)
@@ -442,8 +470,8 @@ def draw_mouth(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: d
 def draw_frames(who: dict, m: dict, sheet: Tensor, wall: Tensor, size: int) -> Tensor:
     """Bend the sheet and paint what moves by itself. Returns: (F, 3, size, size) uint8.
 
-    q = pivot + exp(-log_scale) R(-roll) (p - pivot - shift) is where pixel p was before the head moved; the sheet is
-    read at p + w (q - p), w falling from 1 at the chin to 0 at the chest, and higher up where the jaw drops.
+    q = pivot + exp(-log_scale) R(-roll) (p - pivot - shift) is where pixel p was before the head moved; the
+    sheet is read at p + w (q - p), w falling from 1 at the chin to 0 at the chest, higher if the jaw drops.
     """
     pixel, zoom = (np.arange(size, dtype=np.float32) + 0.5) / size, who["zoom"]
     m = {k: z.T[..., None, None] for k, z in m.items()}                   # (F, 1, 1); head (4, F, 1, 1)
@@ -451,50 +479,52 @@ def draw_frames(who: dict, m: dict, sheet: Tensor, wall: Tensor, size: int) -> T
     cos, sin = np.exp(-log_scale) * np.cos(roll), np.exp(-log_scale) * np.sin(roll)
     x, y, px, py = pixel[None, None, :], pixel[None, :, None], who["x"], who["y"] + 0.3 * zoom
     ax, ay = x - px - dx, y - py - dy
-    qx, qy = px + cos * ax + sin * ay, py - sin * ax + cos * ay           # (F, S, S), where the sheet has the pixel
+    qx, qy = px + cos * ax + sin * ay, py - sin * ax + cos * ay           # (F, S, S), the pixel in the sheet
     u, v = (qx - who["x"]) / zoom, (qy - who["y"]) / zoom
     weight = cover(who["y"] + 0.38 * zoom - y, 0.13 * zoom)
     middle = v[:, :, size // 2 : size // 2 + 1]
     jaw = 0.45 * zoom * m["opening"] * cover(middle - 0.21, 0.08) * cover(0.37 - middle, 0.10)
     grid = np.stack([x + weight * (qx - x), y + weight * (qy - y) - jaw], -1).reshape(1, -1, size, 2)
-    bent = nnf.grid_sample(sheet[None], torch.from_numpy(grid * 2 - 1), padding_mode="border", align_corners=False)
+    grid = torch.from_numpy(grid * 2 - 1)
+    bent = nnf.grid_sample(sheet[None], grid, padding_mode="border", align_corners=False)
     bent = bent[0].view(4, -1, size, size)
     frames = (bent[:3] + (1 - bent[3:]) * wall[:, None]).numpy()          # (3, F, S, S)
     for draw, at, wide, high in ((draw_eyes, -0.06, 0.25, 0.095), (draw_mouth, MOUTH + 0.02, 0.12, 0.095)):
-        near = (np.abs(u) < wide) & (np.abs(v - at) < high)               # the part, wherever the head has taken it
+        near = (np.abs(u) < wide) & (np.abs(v - at) < high)               # wherever the head has taken it
         rows, columns = (np.flatnonzero(near.any(axes)) for axes in ((0, 2), (0, 1)))
         crop = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         draw(frames[(slice(None), *crop)], u[crop], v[crop], who, m, 1 / size)
     return torch.from_numpy((frames.clip(0, 1) * 255 + 0.5).astype(np.uint8).swapaxes(0, 1))
 
 
-def render_talker(index: int, seed: int, size: int, n_frames: int, faults: dict[str, float] | None = None) -> Clip:
-    """Draw talker `index` of world `seed`, speaking; the same person and speech at any size and with any faults.
+def render_talker(index: int, seed: int, size: int, n_frames: int,
+                  faults: dict[str, float] | None = None) -> Clip:
+    """Draw talker `index` of world `seed`, speaking; the same person and speech at any size, with any faults.
 
     Args:  faults: name -> strength, as FAULTS explains them; None: a flawless clip.
 
-    Truth: opening, width (F,) of the open mouth in fractions of the frame; blink, brow (F,); head (F, 4) = dx, dy
-    (fractions), roll (radians), log-scale; mouth_box (4,) x0 y0 x1 y1 wide enough for any sway; four colours (3,).
+    Truth: opening, width (F,) of the mouth in fractions of the frame; blink, brow (F,); head (F, 4) = dx, dy
+    (fractions), roll (radians), log-scale; mouth_box (4,) x0 y0 x1 y1 wide enough for any sway; colours (3,).
     With faults, the strength of each as fault_NAME ().
     """
     wrong = dict.fromkeys(FAULTS, 0) | (faults or {})
     who = cast(np.random.default_rng([seed, index, 0]))
     speech, motion, fault = (np.random.default_rng([seed, index, k]) for k in (1, 2, 3))
     n_ticks = max(n_frames, 50) * SAMPLES_PER_FRAME // TICK
-    plan = plan_speech(speech, who["voice"]["rate"], n_ticks)
-    said, voice = plan, who["voice"]
+    voice = who["voice"]
+    plan = said = plan_speech(speech, voice["rate"], n_ticks)
     if wrong["dubbed"]:
         voice = cast(fault)["voice"]
         said = plan_speech(fault, voice["rate"], n_ticks)
     audio = normalise_loudness(speak(speech, voice, *said))[: n_frames * SAMPLES_PER_FRAME]
     m = move(motion, who, *plan, late=wrong["offset"], mumble=wrong["mumble"])
     m = {k: x[:n_frames].astype(np.float32) for k, x in m.items()}
-    sheet = torch.from_numpy(Sheet(who, 2 * size, 0.8 / size).pixels)     # twice as fine: bending it blurs nothing
+    sheet = torch.from_numpy(Sheet(who, 2 * size, 0.8 / size).pixels)   # twice as fine, for bending
     x, y = np.meshgrid(*2 * [(np.arange(size, dtype=np.float32) + 0.5) / size])
     near = np.exp(-((x - 0.5 - 0.3 * who["light"]) ** 2 + (y - 0.3) ** 2) / 0.25)
     wall = torch.from_numpy((who["wall"][:, None, None] * (0.72 + 0.34 * near - 0.18 * y)).clip(0, 1))
     frames = torch.cat([draw_frames(who, {k: x[f : f + 8] for k, x in m.items()}, sheet, wall, size)
-                        for f in range(0, n_frames, 8)])                  # 8 frames at a time stay in the cache
+                        for f in range(0, n_frames, 8)])                  # 8 frames fit the CPU's cache
     if wrong["tremble"]:
         frames = shake(fault, frames, wrong["tremble"])
     if wrong["compressed"]:
@@ -508,9 +538,9 @@ def render_talker(index: int, seed: int, size: int, n_frames: int, faults: dict[
                 {k: torch.as_tensor(np.asarray(x, np.float32)) for k, x in truth.items()})
 
 
-# ---- Clips of them, rendered once ------------------------------------------------------------------------------------
+# ---- Clips of them, rendered once ---------------------------------------------------------------------
 
-def _render(job: tuple[int, int, int, int], found: bool) -> tuple:
+def _render(found: bool, job: tuple[int, int, int, int]) -> tuple:
     """Render one talker as arrays, which travel between processes without shared-memory handles."""
     index, seed, *_ = job
     clip = render_talker(*job, draw_faults(np.random.default_rng([seed, index, 4])) if found else None)
@@ -520,9 +550,9 @@ def _render(job: tuple[int, int, int, int], found: bool) -> tuple:
 
 def _render_all(jobs: Sequence[tuple], found: bool) -> Iterator[tuple]:
     """Render talkers, one process per core; a handful is not worth starting processes for."""
-    render = partial(_render, found=found)
-    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), torch.set_num_threads, (1,))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # for the workers: only one process speaks
+    render = partial(_render, found)
+    pool = ProcessPoolExecutor(cores(), get_context("spawn"), torch.set_num_threads, (1,))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # for workers: one process speaks
     try:
         clips = pool.map(render, jobs, chunksize=4) if len(jobs) >= 32 else map(render, jobs)
     finally:
@@ -535,8 +565,8 @@ def _render_all(jobs: Sequence[tuple], found: bool) -> Iterator[tuple]:
 
 def synthetic_clips(count: int, size: int, seconds: float = 2.0, seed: int = 0, first: int = 0,
                     world: str = "flawless", cache: str | Path | None = None) -> Clips:
-    """Render talkers first .. first + count - 1 once, as they should be or as found; hold out talkers by a `first`
-    beyond the training's."""
+    """Render talkers first .. first + count - 1 once, as they should be or as found; hold out talkers by a
+    `first` beyond the training's."""
     frames = round(seconds * FPS)
     recipe = {"count": count, "size": size, "frames": frames, "seed": seed, "first": first, "world": world,
               "renderer": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}

@@ -1,4 +1,4 @@
-"""What sample.py's command line promises: the sound that was given comes out, and nothing that was given is harmed."""
+"""What sample.py's command line promises: the sound that was given comes out, and nothing given is harmed."""
 
 import os
 import re
@@ -24,12 +24,14 @@ SPEECH = "aevalsrc='0.3*sin(2*PI*220*t)*abs(sin(2*PI*2*t))':s=48000:d=1.3"
 def given(tmp_path_factory) -> dict[str, str]:
     """A generator of random weights, a portrait, and speech in the second track, beside a silent one."""
     folder = tmp_path_factory.mktemp("given")
-    save_generator(Generator(Config(size=32, space_channels=6, channels=8, width=32, layers=1, heads=2, kv_heads=1,
-                                    head_dim=16, mlp_width=32)), folder / "run")
+    tiny = Config(size=32, space_channels=6, channels=8, width=32, layers=1, heads=2, kv_heads=1, head_dim=16,
+                  mlp_width=32)
+    save_generator(Generator(tiny), folder / "run")
     Image.linear_gradient("L").convert("RGB").save(folder / "face.png")
-    subprocess.run([FFMPEG, "-v", "error", "-f", "lavfi", "-i", "anullsrc=d=1.3", "-f", "lavfi", "-i", SPEECH, "-map",
-                    "0", "-map", "1", "-ac", "2", "-c:a", "flac", folder / "speech.mkv"], check=True)
-    return {"--checkpoint": f"{folder}/run", "--image": f"{folder}/face.png", "--audio": f"{folder}/speech.mkv"}
+    subprocess.run([FFMPEG, "-v", "error", "-f", "lavfi", "-i", "anullsrc=d=1.3", "-f", "lavfi", "-i", SPEECH,
+                    "-map", "0", "-map", "1", "-ac", "2", "-c:a", "flac", folder / "speech.mkv"], check=True)
+    names = {"--checkpoint": "run", "--image": "face.png", "--audio": "speech.mkv"}
+    return {flag: str(folder / name) for flag, name in names.items()}
 
 
 def command(given: dict[str, str], *more: str) -> list[str]:
@@ -37,8 +39,8 @@ def command(given: dict[str, str], *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("out", ["A.MP4", "12:30/a.mp4", "-dash/a.mp4", "50%d.mp4"])
-def test_any_name_of_a_video_is_written_with_the_sound_that_was_chosen(given, out, tmp_path, monkeypatch, capsys):
-    """The track with speech, which a message names with the flag that chooses another, as it was: FLAC, stereo."""
+def test_any_name_is_written_with_the_sound_that_was_chosen(given, out, tmp_path, monkeypatch, capsys):
+    """The track with speech, as it was: FLAC, stereo. A message names it, and the flag for another."""
     monkeypatch.chdir(tmp_path)
     Path(out).parent.mkdir(exist_ok=True)
     sample.main(command(given, f"--out={out}"))
@@ -62,18 +64,23 @@ def test_what_is_read_is_never_overwritten(given, flag, tmp_path):
     (["--track", "1"], "is silent"), (["--track", "3"], "track 1 with 2 channels, track 2 with 2 channels"),
     (["--track", "2:3"], "has no such sound"), (["--track", "x"], "want TRACK or TRACK:CHANNEL"),
     (["--out", "x" * 256 + ".mp4"], "name too long"), (["--out", "no/a.mp4"], "in none that can be written")])
-def test_what_cannot_be_done_is_one_line_in_any_encoding(given, flags, words, tmp_path):
+def test_what_cannot_be_done_is_said_and_leaves_nothing(given, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((data.MediaError, OSError, SystemExit)) as caught:
+        sample.main(command(given, "--out", "a.mp4", *flags))
+    assert words.lower() in f"{caught.value} {capsys.readouterr().err}".lower()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_line_and_any_sign_is_spelled_out_in_any_encoding(given, tmp_path):
     """On a terminal that knows only ASCII, with a name that is no UTF-8 among the arguments."""
     odd = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.mkv")
     Path(odd).write_bytes(Path(given["--audio"]).read_bytes())
-    words_given = command(given | {"--audio": odd}, "--out", "a.mp4", *flags)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *words_given], cwd=tmp_path, env=os.environ | ASCII,
-                          capture_output=True, text=True)
-    assert done.returncode and words.lower() in done.stderr.lower() and "Traceback" not in done.stderr
-    assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [b"caf\xe9.mkv"]
-
-
-def test_signs_that_a_terminal_lacks_are_spelled_out():
-    code = "from data import one_line\nwith one_line('', ''):\n    print('0.1±0.2')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | ASCII, capture_output=True)
-    assert done.stdout.strip() == rb"0.1\xb10.2" and not done.stderr
+    code = ("import sample, sys\nfrom data import one_line\n"
+            "with one_line('', ''):\n    print('0.1±0.2')\n    sample.main(sys.argv[1:])")
+    arguments = command(given | {"--audio": odd}, "--out", str(tmp_path / "a.mp4"), "--track", "1")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=os.environ | ASCII,
+                          capture_output=True)
+    assert done.returncode and done.stdout.strip() == rb"0.1\xb10.2"
+    assert done.stderr.count(b"\n") == 1 and rb"caf\udce9.mkv: is silent" in done.stderr
+    assert len(list(tmp_path.iterdir())) == 1

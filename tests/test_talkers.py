@@ -1,4 +1,4 @@
-"""What the drawn worlds promise: exact truth, natural size of everything, and faults that are what they say."""
+"""What the drawn worlds promise: exact truth, natural size of everything, faults that are what they say."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as nnf
 
 from data import Clip, normalise_loudness
+from extras import talkers
 from extras.talkers import EARLY, FAULTS, draw_faults, render_talker, synthetic_clips
 from model import estimate_pose
 from sample import mouth_opening_from_pixels
@@ -20,19 +21,16 @@ def drawn() -> list[Clip]:
 
 
 def test_a_talker_is_the_same_each_time_and_another_with_another_index_or_seed():
-    a, again, index, seed = (render_talker(i, s, 32, 10) for i, s in ((3, 7), (3, 7), (4, 7), (3, 8)))
+    """640 samples and one truth per frame."""
+    a, again, index, seed = (render_talker(i, s, 32, 13) for i, s in ((3, 7), (3, 7), (4, 7), (3, 8)))
     assert torch.equal(a.frames, again.frames) and torch.equal(a.audio, again.audio)
     for other in (index, seed):
         assert (a.frames.float() - other.frames.float()).abs().mean() > 4
         assert not torch.equal(a.audio, other.audio)
-
-
-def test_a_talker_has_640_samples_per_frame_and_one_truth_per_frame():
-    clip = render_talker(0, 0, 48, 13)
-    assert clip.frames.shape == (13, 3, 48, 48) and clip.frames.dtype == torch.uint8
-    assert clip.audio.shape == (13 * 640,) and clip.audio.dtype == torch.float32
-    assert all(clip.truth[k].shape == (13,) for k in ("opening", "width", "blink", "brow"))
-    assert clip.truth["head"].shape == (13, 4) and all(x.isfinite().all() for x in clip.truth.values())
+    assert a.frames.shape == (13, 3, 32, 32) and a.frames.dtype == torch.uint8
+    assert a.audio.shape == (13 * 640,) and a.audio.dtype == torch.float32
+    assert all(a.truth[k].shape == (13,) for k in ("opening", "width", "blink", "brow"))
+    assert a.truth["head"].shape == (13, 4) and all(x.isfinite().all() for x in a.truth.values())
 
 
 def test_size_changes_neither_the_speech_nor_the_truth_nor_what_is_depicted():
@@ -45,17 +43,13 @@ def test_size_changes_neither_the_speech_nor_the_truth_nor_what_is_depicted():
     assert gap.mean() < 2 and stranger.mean() > 8 * gap.mean()
 
 
-def test_the_first_frame_is_a_portrait_at_rest(drawn):
-    """Head upright in its place, lips closed, eyes open."""
+def test_the_mouth_rests_in_silence_and_opens_in_speech(drawn):
+    """Where the 280 ms around a frame are no louder than room noise, lips are closed. The first frame is a
+    portrait at rest: head upright in its place, lips closed, eyes open."""
+    speaking, resting = [], []
     for clip in drawn:
         assert (clip.truth["head"][0] == 0).all() and clip.truth["opening"][0] == 0
         assert (clip.truth["blink"][:2] == 0).all()
-
-
-def test_the_mouth_rests_in_silence_and_opens_in_speech(drawn):
-    """Where the 280 ms around a frame are no louder than room noise, lips are closed."""
-    speaking, resting = [], []
-    for clip in drawn:
         rms = clip.audio.view(-1, 640).square().mean(1).sqrt()
         quiet = nnf.max_pool1d(rms[None], 7, 1, 3)[0] < 0.003
         assert (clip.truth["opening"][quiet] == 0).all()
@@ -65,7 +59,7 @@ def test_the_mouth_rests_in_silence_and_opens_in_speech(drawn):
 
 
 def test_a_talker_is_as_loud_as_loaded_speech_and_pauses_in_the_noise_of_a_room(drawn):
-    """Loudness is already normal, so what a generator hears in training is what `load_speech` gives it later."""
+    """Loudness is already normal: a generator hears in training what `load_speech` gives it later."""
     for clip in drawn:
         torch.testing.assert_close(clip.audio, normalise_loudness(clip.audio), atol=1e-3, rtol=1e-3)
         rms = clip.audio.view(-1, 160).square().mean(1).sqrt()
@@ -98,7 +92,7 @@ def mouth(clip: Clip) -> np.ndarray:
 
 @pytest.mark.parametrize("late", [-5, -1, 3, 7])
 def test_offset_moves_the_mouth_by_whole_frames_and_leaves_the_sound(drawn, late):
-    """The lag at which the mouth, from pixels, correlates most with the flawless clip's: by a loop over lags."""
+    """The lag at which the mouth, from pixels, correlates most with the flawless clip's, by a loop."""
     for clip, flawless in found(drawn, offset=late):
         moved, own = mouth(clip), mouth(flawless)
         curve = {k: np.corrcoef(moved[max(k, 0):50 + min(k, 0)], own[max(-k, 0):50 - max(k, 0)])[0, 1]
@@ -121,9 +115,9 @@ def test_tremble_jumps_by_a_hundredth_of_the_picture_and_turns_by_point_seven_de
     pose = lambda clip: estimate_pose(clip.frames[None] / 255)[0]
     jumps = torch.stack([pose(clip) - pose(flawless) for clip, flawless in found(drawn, tremble=strength)])
     x, _, roll, y, *_ = jumps.std(1).mean(0).div(strength).tolist()
-    assert x == pytest.approx(0.02, rel=0.2) and y == pytest.approx(0.02, rel=0.2)         # the picture's side is 2
+    assert x == pytest.approx(0.02, rel=0.2) and y == pytest.approx(0.02, rel=0.2)   # the picture's side is 2
     assert roll == pytest.approx(math.radians(0.7), rel=0.2)
-    assert (jumps.diff(dim=1).std(1) / jumps.std(1)).mean(0)[0] > 1.3                      # sqrt 2: no drift, but jumps
+    assert (jumps.diff(dim=1).std(1) / jumps.std(1)).mean(0)[0] > 1.3     # sqrt 2: no drift, but jumps
 
 
 def test_dubbing_changes_the_voice_and_nothing_that_is_seen(drawn):
@@ -153,25 +147,41 @@ def test_compression_leaves_blocks_that_grow_with_its_strength_and_the_sound_as_
 
 
 def test_faults_come_at_their_rates_and_strengths_each_by_itself():
-    """2000 draws: shares within four deviations of the table's, strengths spread evenly between its least and most."""
+    """2000 draws: shares within four deviations of the table's, strengths even between its least and most."""
     draws = [draw_faults(np.random.default_rng([9, i])) for i in range(2000)]
     has = {name: np.array([draw[name] != 0 for draw in draws]) for name in FAULTS}
-    for name, (share, least, most, _) in FAULTS.items():
+    for name, (share, least, most) in FAULTS.items():
         strength = np.abs([draw[name] for draw in draws])[has[name]]
         assert abs(has[name].mean() - share) < 4 * math.sqrt(share * (1 - share) / 2000), name
         assert strength.min() >= least and strength.max() <= most, name
         assert strength.mean() == pytest.approx((least + most) / 2, rel=0.07), name
     offsets = np.array([draw["offset"] for draw in draws])[has["offset"]]
-    assert set(offsets) == {*range(-7, 0), *range(1, 8)} and (offsets < 0).mean() == pytest.approx(EARLY, abs=0.05)
+    assert set(offsets) == {*range(-7, 0), *range(1, 8)}
+    assert (offsets < 0).mean() == pytest.approx(EARLY, abs=0.05)
     together = np.corrcoef([has[name] for name in FAULTS]) - np.eye(len(FAULTS))
     assert np.abs(together).max() < 0.09
 
 
 def test_clips_as_found_are_the_talkers_with_what_was_drawn_for_them_and_others_record_nothing(tmp_path):
-    clips, flawless = (synthetic_clips(4, 32, 0.4, 3, world=world, cache=tmp_path) for world in ("found", "flawless"))
+    clips = synthetic_clips(4, 32, 0.4, 3, world="found", cache=tmp_path)
+    flawless = synthetic_clips(4, 32, 0.4, 3, cache=tmp_path)
     for i, (clip, plain) in enumerate(zip(clips, flawless)):
         wrong = draw_faults(np.random.default_rng([3, i, 4]))
         assert {name: clip.truth[f"fault_{name}"].item() for name in FAULTS} == pytest.approx(wrong)
         for got, want in ((clip, render_talker(i, 3, 32, 10, wrong)), (plain, render_talker(i, 3, 32, 10))):
             assert torch.equal(got.frames, want.frames) and torch.equal(got.audio, want.audio)
         assert not any(name.startswith("fault") for name in plain.truth)
+
+
+def test_the_key_of_the_cache_holds_all_that_shapes_the_clips(tmp_path, monkeypatch):
+    """Count, size, seconds, seed, first, world, the renderer's text; the same recipe is read back."""
+    recipe = dict(count=1, size=32, seconds=0.4, seed=0, first=0, cache=tmp_path)
+    changes = dict(count=2, size=48, seconds=0.8, seed=1, first=1, world="found")
+    folders = [synthetic_clips(**(recipe | {key: value})).folder for key, value in changes.items()]
+    folders.append(synthetic_clips(**recipe).folder)
+    monkeypatch.setattr(talkers, "render_talker", None)              # whatever renders now fails
+    assert len(set(folders)) == 7 and synthetic_clips(**recipe).folder == folders[-1]
+    (tmp_path / "talkers.py").write_text("an edited renderer")
+    monkeypatch.setattr(talkers, "__file__", str(tmp_path / "talkers.py"))
+    with pytest.raises(TypeError):
+        synthetic_clips(**recipe)
