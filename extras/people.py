@@ -25,11 +25,12 @@ from scipy import optimize, stats
 from torch import Tensor
 from tqdm import tqdm
 
-import reward
 from data import FPS, Clip, MediaError, folder_clips, load_clip, one_line, replacing, sounds, video_uri, writing
+from extras import reward_flags
+from extras.reward_flags import read_json
 from extras.talkers import synthetic_clips
 from model import SAMPLING_STEPS, Generator, load_generator
-from reward import ASPECTS, read_json, to_bytes
+from reward import ASPECTS, rate_whole, to_bytes
 from sample import check_numbers, crop_argument, device_argument, generator, imitate
 
 # ---------------------------------------------------------------- agreement with people
@@ -176,10 +177,12 @@ def align(judge_scores: dict[tuple[str, str], float], rows: list[tuple[str, str,
 def align_judge(args: argparse.Namespace) -> None:
     """Rate every video that people rated, compare, and fit the calibration. Paths are relative to the table."""
     rows, scores = read_ratings(args.ratings), {}    # a calibration fits raw ratings
-    judge = reward.make_judge(args)
+    judge = reward_flags.make_judge(args)
+    if judge is None:
+        raise MediaError("--judge none", "rates nothing; name a judge")
     for video in tqdm(dict.fromkeys(video for video, _, _ in rows), "rating", leave=False):
         clip = load_clip(args.ratings.parent / video, args.size, args.crop)
-        rated = reward.rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])[0][0]
+        rated = rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])[0][0]
         scores |= {(video, aspect): score for aspect, score in zip(ASPECTS, rated.tolist())}
     print(align(scores, rows, args.out))
 
@@ -271,7 +274,7 @@ def study(args: argparse.Namespace) -> None:
 
     Noise is the same where the runs' chunks are; else it comes from the same seed.
     """
-    out, judge = Path(args.out), reward.make_judge(args)
+    out, judge = Path(args.out), reward_flags.make_judge(args)
     if (out / "key.json").exists():
         raise MediaError(out / "key.json", "is the key of a study that may have votes; choose another --out")
     models = [load_generator(run).to(args.device).eval() for run in args.runs]
@@ -282,7 +285,7 @@ def study(args: argparse.Namespace) -> None:
     videos = {run: imitate(model, clips, frames, args.steps, args.guidance, args.seed)
               for run, model in zip("ab", models)}
     names = [clip.name for clip in clips]
-    ratings = {run: reward.rate_whole(judge, v, audio, names)[0].tolist() for run, v in videos.items()} if judge else {}
+    ratings = {run: rate_whole(judge, v, audio, names)[0].tolist() for run, v in videos.items()} if judge else {}
     swapped = torch.randperm(len(clips), generator=generator(args.seed, 1)) % 2 == 1
     pairs, key = [], {}
     for i, clip in enumerate(tqdm(clips, "pairs", leave=False)):
@@ -315,7 +318,7 @@ def study_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="of clips, noise and sides (default 0)")
     p.add_argument("--max-seconds", type=float, help=f"the length of a clip (default {STUDY_SECONDS:g})")
     p.add_argument("--device", type=device_argument, default=device_argument(), help="default: cuda if present")
-    reward.judge_flags(p)
+    reward_flags.judge_flags(p)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -334,7 +337,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     of_align.add_argument("--device", type=device_argument, default=device_argument(),
                           help="for the judge (%(default)s)")
     of_align.set_defaults(data=None)
-    reward.judge_flags(of_align)
+    reward_flags.judge_flags(of_align)
     args = p.parse_args(argv)
     if args.command == "study":
         check_numbers(of_study, args, steps=1, guidance=0, seed=0, clips=1, max_seconds=1)

@@ -32,13 +32,14 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm import trange
 
-import reward
 from data import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, one_line, pixels, sounds, writing
+from extras import reward_flags
 from extras.lessons import (FAULTS, LESSON_FRAMES, MATERIAL_FRAMES, RIVALS, VERSIONS, Lesson, Material, act,
                             generated_material, good_material, lessons, spoil, whole)
 from extras.people import HELD_OUT_SEED, bootstrap, pairwise_accuracy, spearman
+from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
-from reward import ASPECTS, Judge, prompt, save_sync, train_sync
+from reward import ASPECTS, Judge, prompt
 from sample import check_numbers, crop_argument, device_argument, sync_metrics
 
 # ---------------------------------------------------------------- the tiny judge, and how it learns
@@ -66,6 +67,11 @@ CHAT = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type']
         "<|vision_eos|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
 
 
+def both_orders(rubric: dict) -> tuple[dict, dict]:
+    """Return a rubric as it is, and with its scales from 5 to 1."""
+    return rubric, rubric | {aspect: dict(reversed(rubric[aspect].items())) for aspect in ASPECTS}
+
+
 def tiny_processor(rubric: dict = TINY_RUBRIC):
     """Build a processor: a byte-level tokenizer whose merges are the rubric's words, 64x64 pixels, 64 mel bands."""
     import transformers
@@ -74,7 +80,7 @@ def tiny_processor(rubric: dict = TINY_RUBRIC):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
-    texts = [prompt(aspect, order, rubric) for aspect, order in product(ASPECTS, (False, True))]
+    texts = [prompt(aspect, order) for aspect, order in product(ASPECTS, both_orders(rubric))]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
         special_tokens=["<|pad|>", *SPECIAL.values()]))
@@ -261,6 +267,7 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
     there are whole lessons alone."""
     torch.manual_seed(seed)
     model, hints = judge.model.requires_grad_(True).train(), Hints(judge)
+    rubrics = both_orders(judge.rubric)
 
     def mouths_alone(step):
         rng = torch.Generator().manual_seed(TOWER_STREAM + seed * 1_000_003 + step)
@@ -268,13 +275,13 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
 
     def whole_lessons(step):
         truth = lessons(good, generated, batch, seed * 1_000_003 + step)
-        judge.orders = (step % 2 == 1,)                                              # learns both orders of the scale
+        judge.rubric = rubrics[step % 2]
         logits = judge.logits(truth.frames, truth.audio)
         losses = {"ratings": rating_loss(logits, judge.digits, truth), "hints": hints.loss(truth)}
         return losses | (mouths_alone(step) if tower_steps else {})
     descend(model, hints, tower_steps, mouths_alone, "teaching the towers", lr, muon_lr)
     descend(model, hints, steps, whole_lessons, "teaching the judge", lr, muon_lr)
-    judge.orders = (False,)
+    judge.rubric = rubrics[0]
     for hook in hints.hooks:
         hook.remove()
     model.eval().requires_grad_(False)
@@ -427,9 +434,9 @@ def train_sync_network(args: argparse.Namespace) -> None:
 
 def validate_judge(args: argparse.Namespace) -> None:
     """Run the battery on held-out clips."""
-    judge, (_, held_out) = reward.make_judge(args), clips_for(args, 1)
+    judge, (_, held_out) = reward_flags.make_judge(args), clips_for(args, 1)
     if judge is None:
-        raise MediaError("--judge none", "cannot be validated; name a judge")
+        raise MediaError("--judge", "names no judge to validate; give a folder, such as assets/judge")
     good = good_material(held_out[:args.clips])
     print(f"{len(good)} held-out clips of {args.data or 'drawn talkers'}, judge {args.judge_url or args.judge}\n"
           + battery(judge, good))
@@ -461,7 +468,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     teaching_flags(syncs, 400, "runs/sync")
     validates.add_argument("--clips", type=int, default=64, help="to validate on (%(default)s)")
     validates.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
-    reward.judge_flags(validates)
+    reward_flags.judge_flags(validates)
     args = p.parse_args(argv)
     chosen = commands.choices[args.command]
     least = {"seed": 0, "steps": 1, "tower_steps": 0, "clips": 2}
