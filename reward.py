@@ -284,7 +284,8 @@ def straying(frames: Tensor, portrait: Tensor, still: Tensor) -> Tensor:
 
     Args: frames (B, F, 3, S, S), portrait (B, 3, S, S), still (S, S) weights. Returns: (B, F).
     """
-    error, total = (frames - portrait[:, None]).flatten(0, 1), 0
+    error = (frames - portrait[:, None]).flatten(0, 1)
+    total = 0
     for scale in STILL_SCALES:
         pooled, weight = nnf.avg_pool2d(error, scale), nnf.avg_pool2d(still[None, None], scale)
         weighted = (pooled.abs().mean(1, keepdim=True) * weight).sum((1, 2, 3))
@@ -305,7 +306,8 @@ def likeness(frames: Tensor, portrait: Tensor) -> Tensor:
         mean = nnf.avg_pool2d(x, TEXTURE_WINDOW, TEXTURE_WINDOW // 2)
         return mean, (nnf.avg_pool2d(x * x, TEXTURE_WINDOW, TEXTURE_WINDOW // 2) - mean * mean).clamp_min(0)
 
-    similarity, x, y = [], frames.flatten(0, 1), portrait.repeat_interleave(frames.shape[1], 0)
+    x, y = frames.flatten(0, 1), portrait.repeat_interleave(frames.shape[1], 0)
+    similarity = []
     while len(similarity) < 3 and x.shape[-1] >= TEXTURE_WINDOW:
         (mean_x, var_x), (mean_y, var_y) = moments(x), moments(y)
         light = (2 * mean_x * mean_y + 0.01 ** 2) / (mean_x ** 2 + mean_y ** 2 + 0.01 ** 2)
@@ -380,7 +382,8 @@ class Exemplars:
         def mean(values):
             return torch.cat([v.flatten() for v in values]).mean().item()
 
-        lively, smooth, ranges = videos(lively), videos(smooth), {}
+        lively, smooth = videos(lively), videos(smooth)
+        ranges = {}
         for name, filmed in (("activity", lively), ("smoothness", smooth), ("seams", smooth)):
             views = [filmed] if codec is None else [filmed, [by_codec(video) for video in filmed]]
             means = [mean(temporal(video, chunk_frames)[name] for video in view) for view in views]
@@ -496,7 +499,7 @@ class Component:
     """A part of the reward. Of all, more is better; regularisers reach 0 where the exemplars are."""
 
     weight: float                  # in the total; 0 switches it off
-    floor: float                   # least deviation of a group to divide by: a z-score would blow up less
+    floor: float                   # of a group's deviation: a z-score would blow up what nobody can see
     scale: str
     meaning: str
 
@@ -560,10 +563,13 @@ class Reward:
         batches = zip(*(x.float().split(AT_ONCE) for x in (frames, audio, portrait)))
         parts = [self.chunk_scores(*batch) for batch in batches]
         chunks = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}       # (B, K) each
-        components, mass = {name: values.mean(1) for name, values in chunks.items()}, None    # (B,) each
+        components = {name: values.mean(1) for name, values in chunks.items()}                # (B,) each
+        mass = None
         if set(JUDGED) & set(self.weights):
-            score, mass = self.rate(frames, audio, names)
-            components |= dict(zip(JUDGED, score.T))
+            score, mass = rate_whole(self.judge, frames, audio, names)                        # (B, 3) each
+            for aspect, values in zip(ASPECTS, score.T):
+                knots = self.calibration.get(aspect)
+                components[f"judge_{aspect}"] = calibrate(values, knots) if knots else values
         components = {name: components[name] for name in self.weights if name in components}
         for name, values in components.items():
             if name not in JUDGED and not values.isfinite().all():
@@ -590,11 +596,3 @@ class Reward:
         if "sync" in self.weights:
             chunks["sync"] = -mean(sync_distance(self.sync, frames, audio))
         return {name: values.cpu() for name, values in chunks.items()}
-
-    def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Judge every clip. Returns: score (B, 3), calibrated; mass (B, 3)."""
-        score, mass = rate_whole(self.judge, frames, audio, names)
-        for i, aspect in enumerate(ASPECTS):
-            if aspect in self.calibration:
-                score[:, i] = calibrate(score[:, i], self.calibration[aspect])
-        return score, mass

@@ -96,7 +96,7 @@ class RemoteJudge:
                 remedy = "wait longer with --judge-patience, or check that the server runs and needs no proxy"
             raise JudgeError(self.url, f"{reason(error)}; {remedy}") from None
         finally:
-            stop.set()                               # after an error or Ctrl-C: wait for nobody
+            stop.set()                               # after Ctrl-C
             pool.terminate()
 
     def ask_all(self, clip: tuple[int, Tensor, Tensor, threading.Event]) -> tuple[int, Tensor]:
@@ -116,8 +116,9 @@ class RemoteJudge:
                     temperature=0, logprobs=True, top_logprobs=20, extra_body=VLLM)
                 self.waiting = False
                 return answer
-            except OUTAGE as error:
-                if time.monotonic() >= until:
+            except openai.OpenAIError as error:
+                if not isinstance(error, OUTAGE) or time.monotonic() >= until:
+                    stop.set()                       # for the other workers
                     raise
                 if not self.waiting:
                     self.waiting = True              # of several workers one says so

@@ -1,7 +1,7 @@
 """Models that others trained: a speech encoder to hear by, a language model for a trunk.
 
-A run names them with --audio-encoder and --init-from. Each is a folder that transformers wrote, or a name on the
-hub, which is then downloaded. A run keeps what it needs of them: the trunk is saved with the generator, the name
+A run names them with --audio-encoder and --init-from. Each is a folder that transformers wrote, or a name on
+the hub, which is then downloaded. A run keeps what it needs: the trunk is saved with the generator, the name
 of the encoder in config.json, and the features of a clip in the cache.
 """
 
@@ -57,9 +57,9 @@ class SpeechEncoder:
     """A frozen speech encoder of transformers that gives two features a frame, aligned with it to the sample.
 
     Feature i of wav2vec2, HuBERT and WavLM is computed from samples [320 i, 320 i + 400) and stands for their
-    middle, 320 i + 200; that of Whisper stands for 320 i. With 40 zeros before the sound, or 160 and Whisper's
-    first feature left out, both stand for 320 i + 160, the middle of the i-th half frame. So frame f owns features
-    2f and 2f + 1. Attention then lets each feature know of all the sound, past and future.
+    middle, 320 i + 200; that of Whisper stands for 320 i. With 40 zeros before the sound, or 160 and without
+    Whisper's first feature, both stand for 320 i + 160, the middle of the i-th half frame: frame f owns
+    features 2f and 2f + 1. Attention then lets each feature know of all the sound, past and future.
     """
 
     def __init__(self, name: str, device: str = "cpu"):
@@ -110,9 +110,9 @@ def features(audio: Tensor, n_frames: int, encoder: str, device: str = "cpu",
 
 # ---------------------------------------------------------------- a trunk that was a language model
 #
-# A Block is a layer of Qwen3: the same norms, the same halves in the rotation, 1 + gate = 1 at the start. Rotary
-# frequencies are Qwen3's too, only dealt out over time, row and column. Where all three are the token's index, the
-# trunk under a causal mask is the language model (tests/test_pretrained.py).
+# A Block is a layer of Qwen3: the same norms, the same halves in the rotation, 1 + gate = 1 at the start. So
+# are the rotary frequencies, only dealt out over time, row and column. Where all three are the token's index,
+# the trunk under a causal mask is the language model (tests/test_pretrained.py).
 
 QWEN3_SHAPE = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
                "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_width": "intermediate_size",
@@ -135,7 +135,7 @@ def trunk_shape(name: str) -> dict:
 
 @torch.no_grad()
 def load_trunk(model: Generator, name: str) -> None:
-    """Give a generator of its shape a Qwen3 model's layers and last norm. Raises: ValueError for another shape."""
+    """Give a generator a Qwen3 model's layers and last norm. Raises: ValueError where its shape differs."""
     wrong = {k: v for k, v in trunk_shape(name).items() if getattr(model.config, k) != v}
     if wrong:
         raise ValueError(f"{name} has {wrong}, which the generator has not")

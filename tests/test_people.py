@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import reward
 import sample
 from data import MediaError, load_clip, write_video
-from extras import people
+from extras import people, reward_flags
 from extras.people import (align, bootstrap, isotonic, pairwise_accuracy, rater_ceiling, read_ratings, save_calibration,
                            spearman, tally)
+from extras.reward_flags import load_calibration
 from extras.talkers import render_talker
 from model import Config, Generator, save_generator
-from reward import ASPECTS, calibrate, load_calibration
+from reward import ASPECTS, Ratings, calibrate
 
 # ---------------------------------------------------------------- agreement with people
 
@@ -256,8 +256,8 @@ def test_the_judge_rates_what_the_page_shows(runs, tmp_path, monkeypatch):
 
         def rate(self, frames, audio, names):
             bright = frames.mean((1, 2, 3, 4))[:, None]
-            return reward.Ratings(1 + bright * torch.tensor([1.0, 2, 3]), torch.ones(len(frames), 3))
-    monkeypatch.setattr(reward, "make_judge", lambda args: Bright())
+            return Ratings(1 + bright * torch.tensor([1.0, 2, 3]), torch.ones(len(frames), 3))
+    monkeypatch.setattr(reward_flags, "make_judge", lambda args: Bright())
     _, page, key = make(runs, tmp_path / "s", "amber", "birch", "--clips", "2")
     for pair in page["pairs"]:
         for side in ("left", "right"):

@@ -230,7 +230,7 @@ def test_what_cannot_be_done_is_one_line(flags, said, clips, monkeypatch, tmp_pa
         school.main(["validate", *flags])
 
 
-@pytest.mark.parametrize("command", ["validate --clips 0", "validate --judge-order random", "teach --steps 0",
+@pytest.mark.parametrize("command", ["validate --clips 0", "validate --judge-dtype float8", "teach --steps 0",
                                      "sync --steps 0", "teach --tower-steps -1", "sync --seed 9999999999999999999"])
 def test_bad_flags_end_with_a_usage_line(command, capsys):
     with pytest.raises(SystemExit) as end:
