@@ -13,7 +13,7 @@ import sample
 from data import FPS, Clip, MediaError
 from extras.lessons import FAULTS, blur, spoil
 from extras.reward_flags import make_judge
-from extras.school import CHAT, SPECIAL, save_judge, tiny_judge
+from extras.school import save_judge, tiny_judge
 from extras.talkers import render_talker
 from reward import (COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, Ratings, Reward, beyond, likeness,
                     prompt, spans, straying, temporal, to_bytes)
@@ -43,9 +43,9 @@ def save_omni(folder, generation: str) -> torch.nn.Module:
         model = transformers.Qwen2_5OmniForConditionalGeneration(transformers.Qwen2_5OmniConfig(
             thinker_config=tiny.model.config.to_dict(), enable_audio_output=False))
     else:                             # mixture of experts, deep-stacked vision, finer interleaving
-        token = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(SPECIAL[f"{kind}_token"])
+        token = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind.upper()}|>")
                  for kind in ("image", "audio", "video")}
-        token |= {f"{kind}_{end}_token_id": tokenizer.convert_tokens_to_ids(SPECIAL[f"{kind}_{short}_token"])
+        token |= {f"{kind}_{end}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_{short}|>")
                   for kind in ("vision", "audio") for end, short in (("start", "bos"), ("end", "eos"))}
         rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)
         model = transformers.Qwen3OmniMoeForConditionalGeneration(transformers.Qwen3OmniMoeConfig(
@@ -61,7 +61,7 @@ def save_omni(folder, generation: str) -> torch.nn.Module:
                                  rope_parameters=rope), **token)))
         processor = transformers.Qwen3OmniMoeProcessor(processor.image_processor, processor.video_processor,
                                                        processor.feature_extractor, tokenizer,
-                                                       chat_template=CHAT)
+                                                       chat_template=processor.chat_template)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model.thinker
