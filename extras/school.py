@@ -436,7 +436,7 @@ def validate_judge(args: argparse.Namespace) -> None:
     """Run the battery on held-out clips."""
     judge, (_, held_out) = reward_flags.make_judge(args), clips_for(args, 1)
     if judge is None:
-        raise MediaError("--judge", "names no judge to validate; give a folder, such as assets/judge")
+        raise MediaError("--judge", "cannot be validated: it names none; give a folder, such as assets/judge")
     good = good_material(held_out[:args.clips])
     print(f"{len(good)} held-out clips of {args.data or 'drawn talkers'}, judge {args.judge_url or args.judge}\n"
           + battery(judge, good))

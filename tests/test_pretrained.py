@@ -97,7 +97,7 @@ def test_features_are_kept_per_clip_and_not_mixed_up(encoders, tmp_path):
 
 RUN = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --channels 8 "
        "--space-channels 6 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --steps 2 "
-       "--judge none --updates 1 --prompts 2 --group 2 --parts 1 --watch-clips 1").split()
+       "--judge none --curate 0 --updates 1 --prompts 2 --group 2 --parts 1 --watch-clips 1").split()
 
 
 def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(encoders, tmp_path, monkeypatch,
