@@ -26,8 +26,9 @@ from tqdm import tqdm
 from data import (FPS, LATENCY, MEL_DIM, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, LogMel, MediaError, folder_clips,
                   hear, load_clip, load_portrait, log_mel, one_line, pixels, read_speech, sounds, with_interval,
                   write_video)
+from extras.reward_flags import make_judge, make_reward, reward_flags, table
 from model import SAMPLING_STEPS, Generator, estimate_pose, load_generator, ode_step, unwarp
-from reward import DEFAULT_SYNC, SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork, load_sync, make_judge, make_reward, reward_flags, table
+from reward import DEFAULT_SYNC, SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork, load_sync
 
 
 def generator(seed: int, index: int, device="cpu") -> torch.Generator:

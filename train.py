@@ -71,10 +71,10 @@ from data import (FPS, SAMPLES_PER_FRAME, Clip, MediaError, cached, first_line, 
 from extras.pretrained import encoder_width, load_trunk, trunk_shape
 from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED, funnel,
                            funnel_table, hardware, paired, write_report)
+from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_flags, reward_sync, table
 from extras.talkers import FAULTS, synthetic_clips
 from model import PRESETS, SAMPLING_STEPS, Config, Generator, ode_step, save_generator
-from reward import (ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, judge_knows, make_judge, make_reward,
-                    measuring_sync, rate_whole, reward_flags, reward_sync, table, to_bytes)
+from reward import ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, rate_whole, to_bytes
 from sample import (check_numbers, crop_argument, device_argument, evaluate, frechet, generator, imitate, seeded_noise,
                     summary, sync_metrics)
 
@@ -97,7 +97,7 @@ EXEMPLARS = 64                     # clips that say what is normal: enough for m
 SIGMA_BINS = 5
 LOADS = {"validate_clips", "sampling_steps", "micro_batch", "save_minutes", "judge_batch", "judge_timeout",
          "judge_patience"}         # flags that say how much at once, or how long to wait
-LOCAL = "data", "exemplars", "judge", "sync", "reward_sync", "calibration", "perceptual", "init_from"
+LOCAL = "data", "exemplars", "judge", "sync", "reward_sync", "calibration", "init_from"
 PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}     # where a thing is: it may have moved
 GROW = {"steps", "curate_steps", "updates", "control"}             # of these a run may be given more
 SESSION = {"config", "command", "resume", "pretrained", "further", "refit_codec", "overwrite", "out",
@@ -201,7 +201,7 @@ def load_clips(args: argparse.Namespace) -> tuple[list[Clip], list[Clip], list[C
 
     Training sees neither of the latter; the watched choose the checkpoints, so the reported may not be among them.
     """
-    rated = args.judge_url or args.judge != "none" and judge_knows(args)
+    rated = args.judge_url or args.judge not in ("none", "default") or args.judge == "default" and not args.data
     watch = args.watch_clips if args.updates or args.curate and (rated or reward_sync(args)) else 0
     if args.data:
         train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop, frames=args.frames)
@@ -288,7 +288,7 @@ def pick_clips(judge, clips: list[Clip], args: argparse.Namespace, log: "Log") -
     """
     count, most = round(args.curate * len(clips)), min(EXEMPLARS, len(clips))
     sync, ratings, start = reward_sync(args), None, time.process_time()
-    if judge is not None and judge_knows(args):
+    if judge is not None:
         ratings, spent = rate_clips(judge, clips, args)
         score = ratings.sum(1)
     elif sync is not None:

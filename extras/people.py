@@ -23,12 +23,13 @@ import torch
 from scipy import optimize, stats
 from tqdm import tqdm
 
-import reward
 from data import (FPS, Clip, MediaError, folder_clips, load_clip, one_line, replacing, sounds, video_uri,
                   writing)
+from extras import reward_flags
+from extras.reward_flags import read_json
 from extras.talkers import synthetic_clips
 from model import Generator, load_generator
-from reward import ASPECTS, read_json, to_bytes
+from reward import ASPECTS, rate_whole, to_bytes
 from sample import check_numbers, crop_argument, device_argument, imitate
 
 # ---------------------------------------------------------------- agreement with people
@@ -153,11 +154,13 @@ def align_judge(args: argparse.Namespace) -> None:
     if args.out.is_dir():
         raise MediaError(args.out, "is a folder; name the file to write the calibration to")
     ratings, scores = read_ratings(args.ratings), {}
-    judge = reward.make_judge(args)
+    judge = reward_flags.make_judge(args)
+    if judge is None:
+        raise MediaError("--judge none", "rates nothing; name a judge")
     videos = {video for rated in ratings.values() for video in rated}
     for video in tqdm(sorted(videos), "rating", leave=False):
         clip = load_clip(args.ratings.parent / video, args.size, args.crop)
-        score, _ = reward.rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])
+        score, _ = rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])
         scores[video] = score[0].tolist()
     print(align(scores, ratings, args.out))
 
@@ -199,7 +202,7 @@ def study(args: argparse.Namespace) -> None:
     rng = torch.Generator().manual_seed(args.seed)
     models = [load_generator(run).to(args.device).eval() for run in args.runs]
     clips, frames = study_clips(args, models, rng)
-    judge = reward.make_judge(args)
+    judge = reward_flags.make_judge(args)
     with writing(args.out):                          # before the work that would be lost
         args.out.mkdir(parents=True, exist_ok=True)
     audio, names = sounds(clips, frames), [clip.name for clip in clips]
@@ -214,7 +217,7 @@ def study(args: argparse.Namespace) -> None:
         pairs.append({"id": pair} | {side: video_uri(large[run][i], audio[i]) for side, run in sides.items()})
         key[pair] = sides | {"clip": name}
     if judge:
-        a, b = (reward.rate_whole(judge, video, audio, names)[0].tolist() for video in videos.values())
+        a, b = (rate_whole(judge, video, audio, names)[0].tolist() for video in videos.values())
         for i, pair in enumerate(key.values()):
             pair["judge"] = {"a": a[i], "b": b[i]}
     number = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]       # of what the page shows anyway
@@ -302,7 +305,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for c in aligns, studies:
         c.add_argument("--crop", type=crop_argument, help="x,y,size in pixels (the centre square)")
         c.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
-        reward.judge_flags(c)
+        reward_flags.judge_flags(c)
     args = p.parse_args(argv)
     least = {"seed": 0, "clips": 1, "max_seconds": 1, "size": 32}
     check_numbers(p, args, **{name: low for name, low in least.items() if name in args})

@@ -1,8 +1,8 @@
 """Models that others trained: a speech encoder to hear by, a language model for a trunk.
 
-A run names them with --audio-encoder and --init-from. Each is a folder that transformers wrote, or a name on the hub,
-which is then downloaded. What a run needs of them it keeps: the trunk is saved with the generator, the name of the
-encoder in config.json, and the features of a clip in the cache.
+A run names them with --audio-encoder and --init-from. Each is a folder that transformers wrote, or a name on
+the hub, which is then downloaded. A run keeps what it needs: the trunk is saved with the generator, the name
+of the encoder in config.json, and the features of a clip in the cache.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from model import Generator
 
 
 def pretrained_config(name: str | Path, kinds: Sequence[str], what: str):
-    """Read the configuration of a model of one of `kinds`. Raises: MediaError where there is none, or another kind."""
+    """Read the configuration of a model of one of `kinds`. Raises: MediaError for any other."""
     import transformers
     with loading(name, what):
         config = transformers.AutoConfig.from_pretrained(str(name), local_files_only=Path(name).is_dir())
         if config.model_type not in kinds:
-            raise MediaError(name, f"is a {config.model_type} and cannot serve as {what}; use {', '.join(kinds)}")
+            raise MediaError(name, f"is a {config.model_type}, not {what}; use {', '.join(kinds)}")
         return config
 
 
 def pretrained(name: str | Path, kinds: Sequence[str], what: str) -> torch.nn.Module:
-    """Load the bare model whose configuration `pretrained_config` reads, in fp32. Raises: MediaError, likewise."""
+    """Load the bare model of one of `kinds`, in fp32. Raises: MediaError for any other."""
     import transformers
     pretrained_config(name, kinds, what)
     with loading(name, what):
@@ -41,12 +41,12 @@ def pretrained(name: str | Path, kinds: Sequence[str], what: str) -> torch.nn.Mo
 # ---------------------------------------------------------------- speech, heard by a frozen encoder
 
 ENCODERS = "wav2vec2", "hubert", "wavlm", "whisper"
-ENCODER_HOP = 320                                    # samples per feature of all of them: two features make a frame
-PIECE, AROUND = 16 * FPS, 2 * FPS                    # frames that are heard at once, and heard more on either side
+ENCODER_HOP = 320                                    # samples per feature: two features make a frame
+PIECE, AROUND = 16 * FPS, 2 * FPS                    # frames heard at once, and more on either side
 
 
 def encoder_width(name: str) -> int:
-    """Read how many features `features` gives per frame. Raises: MediaError where `name` is no speech encoder."""
+    """Read how many numbers `features` gives per frame. Raises: MediaError for what is no speech encoder."""
     c = pretrained_config(name, ENCODERS, "a speech encoder")
     if math.prod(getattr(c, "conv_stride", [ENCODER_HOP])) != ENCODER_HOP:
         raise MediaError(name, f"makes a feature of {math.prod(c.conv_stride)} samples, not of {ENCODER_HOP}")
@@ -56,10 +56,10 @@ def encoder_width(name: str) -> int:
 class SpeechEncoder:
     """A frozen speech encoder of transformers that gives two features a frame, aligned with it to the sample.
 
-    Feature i of wav2vec2, HuBERT and WavLM is computed from samples [320 i, 320 i + 400) and stands for their middle,
-    320 i + 200; that of Whisper stands for 320 i. With 40 zeros before the sound, or 160 and Whisper's first feature
-    left out, both stand for 320 i + 160, the middle of the i-th half frame: frame f owns features 2f and 2f + 1, and
-    nothing is interpolated. Attention then lets each feature know of all the sound, past and future.
+    Feature i of wav2vec2, HuBERT and WavLM is computed from samples [320 i, 320 i + 400) and stands for their
+    middle, 320 i + 200; that of Whisper stands for 320 i. With 40 zeros before the sound, or 160 and without
+    Whisper's first feature, both stand for 320 i + 160, the middle of the i-th half frame: frame f owns
+    features 2f and 2f + 1. Attention then lets each feature know of all the sound, past and future.
     """
 
     def __init__(self, name: str, device: str = "cpu"):
@@ -72,7 +72,7 @@ class SpeechEncoder:
         with loading(name, "a speech encoder"):
             self.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, local_files_only=local)
             self.listen(torch.ones(SAMPLES_PER_FRAME))                # what cannot hear is found out now
-        sign = hashlib.sha256(f"{self.model.config.to_json_string()}{self.extractor.to_json_string()}".encode())
+        sign = hashlib.sha256((self.model.config.to_json_string() + self.extractor.to_json_string()).encode())
         for weight in self.model.state_dict().values():
             sign.update(weight.cpu().numpy())
         self.fingerprint = sign.hexdigest()
@@ -86,7 +86,7 @@ class SpeechEncoder:
 
     @torch.no_grad()
     def __call__(self, sound: Tensor, n_frames: int) -> Tensor:
-        """(n_frames * 640,) -> (n_frames, 2 hidden): long speech piece by piece, each with two seconds around it."""
+        """(n_frames * 640,) -> (n_frames, 2 hidden): piece by piece, each with two seconds around it."""
         parts = []
         for start in range(0, n_frames, PIECE):
             first, stop = max(0, start - AROUND), start + PIECE + AROUND
@@ -110,9 +110,9 @@ def features(audio: Tensor, n_frames: int, encoder: str, device: str = "cpu",
 
 # ---------------------------------------------------------------- a trunk that was a language model
 #
-# A Block is a layer of Qwen3: the same norms, the same halves in the rotation, 1 + gate = 1 at the start. Rotary
-# frequencies are Qwen3's too, only dealt out over time, row and column: where all three are the token's index, the
-# trunk under a causal mask is the language model, to the bit of the arithmetic (tests/test_pretrained.py).
+# A Block is a layer of Qwen3: the same norms, the same halves in the rotation, 1 + gate = 1 at the start. So
+# are the rotary frequencies, only dealt out over time, row and column. Where all three are the token's index,
+# the trunk under a causal mask is the language model (tests/test_pretrained.py).
 
 QWEN3_SHAPE = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
                "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_width": "intermediate_size",
@@ -120,22 +120,22 @@ QWEN3_SHAPE = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "
 QWEN3_LAYER = {"attention_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
                "v": "self_attn.v_proj", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
                "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj",
-               "up": "mlp.up_proj", "down": "mlp.down_proj"}                  # a Block's parts: a Qwen3 layer's
+               "up": "mlp.up_proj", "down": "mlp.down_proj"}                 # a Block's: a Qwen3 layer's
 
 
 def trunk_shape(name: str) -> dict:
-    """Read the fields of Config that a Qwen3 model fixes, from a folder or the hub. Raises: MediaError if it cannot."""
+    """Read the fields of Config that a Qwen3 model fixes. Raises: MediaError for any other model."""
     c = pretrained_config(name, ["qwen3"], "a language model")
     if c.attention_bias or c.hidden_act != "silu" or c.rope_parameters["rope_type"] != "default":
-        raise MediaError(name, f"has attention_bias {c.attention_bias}, hidden_act {c.hidden_act} and rope_type "
-                               f"{c.rope_parameters['rope_type']}; the trunk has no bias, silu and the default rope")
+        raise MediaError(name, f"has attention_bias {c.attention_bias}, hidden_act {c.hidden_act}, rope_type "
+                               f"{c.rope_parameters['rope_type']}; the trunk has no bias, silu, default rope")
     return {ours: getattr(c, theirs) for ours, theirs in QWEN3_SHAPE.items()} | {
         "rope_base": float(c.rope_parameters["rope_theta"])}
 
 
 @torch.no_grad()
 def load_trunk(model: Generator, name: str) -> None:
-    """Give a generator of its shape the layers and the last norm of a Qwen3 model. Raises: ValueError for another."""
+    """Give a generator a Qwen3 model's layers and last norm. Raises: ValueError where its shape differs."""
     wrong = {k: v for k, v in trunk_shape(name).items() if getattr(model.config, k) != v}
     if wrong:
         raise ValueError(f"{name} has {wrong}, which the generator has not")

@@ -29,14 +29,15 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm import trange
 
-import reward
 from data import (FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, one_line, pixels,
                   sounds, writing)
+from extras import reward_flags
 from extras.lessons import (FAULTS, GROUP, LESSON_FRAMES, MATERIAL_FRAMES, VERSIONS, Lessons, Material, act,
                             draw_lessons, generated_material, good_material, spoil, whole)
 from extras.people import HELD_OUT_SEED, bootstrap, pairwise_accuracy, spearman
+from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
-from reward import ASPECTS, Judge, save_sync, train_sync
+from reward import ASPECTS, Judge
 from sample import check_numbers, crop_argument, device_argument, sync_metrics
 
 # ---------------------------------------------------------------- the tiny judge, and how it learns
@@ -221,6 +222,8 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
     of it together, on whole lessons, and still on mouths, or what the towers know of them would fade."""
     torch.manual_seed(seed)
     model, hints = judge.model.requires_grad_(True).train(), Hints(judge)
+    rubric = judge.rubric
+    descending = rubric | {aspect: dict(reversed(rubric[aspect].items())) for aspect in ASPECTS}
 
     def mouths_alone(step):
         rng = torch.Generator().manual_seed(TOWER_STREAM + seed * 1_000_003 + step)
@@ -229,14 +232,14 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
 
     def whole_lessons(step):
         lessons = draw_lessons(good, generated, batch, seed * 1_000_003 + step)
-        judge.orders = (step % 2 == 1,)                                           # both orders of the scale
+        judge.rubric = descending if step % 2 else rubric        # both orders of the scale
         logits = judge.logits(lessons.frames, lessons.audio)
         return {"ratings": rating_loss(logits, judge.digits, lessons), "hints": hints.loss(lessons),
                 **mouths_alone(step)}
 
     descend(model, hints, tower_steps, mouths_alone, "teaching the towers")
     descend(model, hints, steps, whole_lessons, "teaching the judge")
-    judge.orders = (False,)
+    judge.rubric = rubric
     for hook in hints.hooks:
         hook.remove()
     model.eval().requires_grad_(False)
@@ -391,7 +394,7 @@ def train_sync_network(args: argparse.Namespace) -> None:
 
 def validate_judge(args: argparse.Namespace) -> None:
     """Run the battery on held-out clips."""
-    judge, (_, held_out) = reward.make_judge(args), clips_for(args, 1)
+    judge, (_, held_out) = reward_flags.make_judge(args), clips_for(args, 1)
     if judge is None:
         raise MediaError("--judge none", "cannot be validated; name a judge")
     good = good_material(held_out[:args.clips])
@@ -420,7 +423,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                          help="runs of train.py, best of several ages, to learn from their videos too")
     validates.add_argument("--clips", type=int, default=EXAM_CLIPS, help="to validate on (%(default)s)")
     validates.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
-    reward.judge_flags(validates)
+    reward_flags.judge_flags(validates)
     args = p.parse_args(argv)
     least = {"seed": 0, "steps": 1, "tower_steps": 0, "clips": 2}
     check_numbers(p, args, **{name: low for name, low in least.items() if name in args})

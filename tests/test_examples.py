@@ -1,61 +1,52 @@
-"""The examples of extras/examples, run as README says: `python -m extras.examples.NAME` with the flags of train.py."""
+"""The examples of extras/examples, run as README says, with the flags of train.py."""
 
 import json
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-import torch
 
 import reward
 import train
-from data import SAMPLES_PER_FRAME
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
-        "--channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 1 --steps 2 "
-        "--curate .5 --curate-steps 1 --updates 2 --prompts 2 --group 2 --micro-batch 4 --parts 1 --rollout-steps 3 "
-        "--draws 1 --watch-clips 2 --looks 1").split()
+TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --channels 8 "
+        "--space-channels 6 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 1 "
+        "--steps 2 --curate .5 --curate-steps 1 --updates 2 --prompts 2 --group 2 --micro-batch 4 --parts 1 "
+        "--rollout-steps 3 --draws 1 --watch-clips 2 --looks 1").split()
 
 
 @pytest.fixture
 def example(monkeypatch, tmp_path):
-    """Run an example as a command. Returns: its names, and the lines of its run's log."""
-    for module, name in (train, "make_judge"), (reward, "Reward"):                   # undone after the test
-        monkeypatch.setattr(module, name, getattr(module, name))
-    for name in "COMPONENTS", "WEIGHTS":
-        monkeypatch.setattr(reward, name, dict(getattr(reward, name)))
+    """Run an example as a command. Returns: the lines of its run's log. What it puts in place
+    is undone after the test."""
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
 
     def run(name, *more):
         monkeypatch.setattr(sys, "argv", [name, *TINY, "--out", str(tmp_path / "run"), *more])
-        names = runpy.run_module(f"extras.examples.{name}", run_name="__main__")
-        return names, [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    return run
+        runpy.run_module(f"extras.examples.{name}", run_name="__main__")
+        return [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+
+    with (patch.object(train, "make_judge", train.make_judge), patch.object(reward, "Reward", reward.Reward),
+          patch.dict(reward.COMPONENTS), patch.dict(reward.WEIGHTS)):
+        yield run
 
 
 def test_a_judge_of_your_own_picks_and_rewards(example):
     """It is asked for the training clips, of which it picks half, and in each of two updates."""
-    names, log = example("own_judge")
+    log = example("own_judge")
     assert any("funnel" in entry for entry in log)
     updates = [entry for entry in log if "parts" in entry]
     assert len(updates) == 2
     for entry in updates:
         assert all(1 <= entry["components"][f"judge_{aspect}"]["mean"] <= 5 for aspect in reward.ASPECTS)
 
-    judge, audio = names["OwnJudge"](), torch.zeros(2, 20 * SAMPLES_PER_FRAME)
-    audio[:, 10 * SAMPLES_PER_FRAME:] = torch.randn(2, 10 * SAMPLES_PER_FRAME)       # half silence, half noise
-    frames = torch.full((2, 20, 3, 32, 32), 0.5)
-    frames[0, 11::2, :, 16:] += 0.1                  # one face moves while it is loud, the other one in silence
-    frames[1, 1:10:2, :, 16:] += 0.1
-    in_time, out_of_time = judge.rate(frames, audio, ["a", "b"]).score[:, 0]
-    assert in_time > 4 and out_of_time < 2
-
 
 def test_a_component_of_your_own_is_one_like_the_others(example):
     """It is logged, has a weight that --weights changes, and counts in the total."""
-    names, log = example("own_reward", "--judge", "none", "--reward-sync", "none", "--weights", "hush=2")
+    log = example("own_reward", "--judge", "none", "--reward-sync", "none", "--weights", "hush=2")
     updates = [entry for entry in log if "parts" in entry]
     assert len(updates) == 2 and all("hush" in entry["components"] for entry in updates)
     said = next(entry["rewarded"] for entry in log if "rewarded" in entry)

@@ -11,11 +11,12 @@ import torch
 
 import reward
 from data import MediaError, load_clip, write_video
-from extras import people
+from extras import people, reward_flags
 from extras.people import (align, bootstrap, isotonic, pairwise_accuracy, rater_ceiling, read_ratings,
                            spearman, tally)
+from extras.reward_flags import load_calibration
 from model import Config, Generator, save_generator
-from reward import ASPECTS, calibrate, load_calibration
+from reward import ASPECTS, calibrate
 
 
 # ---------------------------------------------------------------- agreement with people
@@ -98,7 +99,7 @@ class Bright:
 
 def test_videos_that_people_rated_are_rated_by_the_judge(tmp_path, monkeypatch, capsys):
     """Six grey videos, brighter and brighter: people who like light agree with a judge that does."""
-    monkeypatch.setattr(reward, "make_judge", lambda args: Bright())
+    monkeypatch.setattr(reward_flags, "make_judge", lambda args: Bright())
     rows = ["video,aspect,rating"]
     for i in range(6):
         frames = torch.full((25, 3, 64, 64), 40 * i, dtype=torch.uint8)
@@ -181,7 +182,7 @@ def test_a_pair_has_one_clip_and_one_noise_and_the_key_says_whose_is_whose(made,
 
 
 def test_the_judge_rates_what_the_page_shows(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward, "make_judge", lambda args: Bright())
+    monkeypatch.setattr(reward_flags, "make_judge", lambda args: Bright())
     _, page, key = make(runs, tmp_path / "s", "amber", "birch", "--clips", "2")
     for pair, side in ((pair, side) for pair in page["pairs"] for side in ("left", "right")):
         (tmp_path / "v.mp4").write_bytes(base64.b64decode(pair[side].removeprefix("data:video/mp4;base64,")))

@@ -18,22 +18,24 @@ ARROWS = {
     "model": {"data", "kernels"},
     "grpo": {"kernels", "model"},
     "reward": {"data", "model"},
-    "sample": {"data", "model", "reward"},
-    "train": MAIN | {"extras.pretrained", "extras.report", "extras.talkers"},
+    "sample": {"data", "model", "reward", "extras.reward_flags"},
+    "train": MAIN | {"extras.pretrained", "extras.report", "extras.reward_flags", "extras.talkers"},
     "kernels.bench": {"kernels", "model", "grpo"},
     "extras.talkers": {"data"},
     "extras.report": {"data"},
     "extras.pretrained": {"data", "model"},
     "extras.endpoint": {"data", "reward"},
-    "extras.people": {"data", "model", "reward", "sample", "extras.talkers"},
+    "extras.reward_flags": {"data", "reward"},
+    "extras.sync": {"data", "reward"},
+    "extras.people": {"data", "model", "reward", "sample", "extras.reward_flags", "extras.talkers"},
     "extras.lessons": MAIN,
-    "extras.school": MAIN | {"extras.lessons", "extras.people", "extras.talkers"},
+    "extras.school": MAIN | {"extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
+                             "extras.talkers"},
 }
 # The functions that import an extra when a run asks for it, so that nobody else needs it; no other function may.
 ON_DEMAND = {
     ("data", "hear"): {"extras.pretrained"},                    # --audio-encoder
-    ("reward", "make_judge"): {"extras.endpoint"},              # --judge-url
-    ("reward", "make_reward"): {"extras.pretrained"},           # --perceptual
+    ("extras.reward_flags", "make_judge"): {"extras.endpoint"},  # --judge-url
     ("sample", "score_videos"): {"extras.talkers"},             # --score without --data
     ("kernels.bench", "bench_whole"): {"train"},
 }

@@ -269,7 +269,7 @@ def test_a_clip_that_cannot_be_scored_is_named(tmp_path):
 
 @pytest.mark.parametrize("flag", [
     ["--size", "8"], ["--size", "1e3"], ["--weights", "beauty=1"], ["--weights", "seam=-1"], ["--weights", "seam"],
-    ["--judge-order", "random"], ["--seed", "9999999999999999999"]])
+    ["--judge-dtype", "float8"], ["--seed", "9999999999999999999"]])
 def test_bad_flags_of_a_score_end_with_a_usage_line(flag, capsys):
     with pytest.raises(SystemExit) as end:
         sample.main(["--score", "v.mp4", *flag])

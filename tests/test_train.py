@@ -422,14 +422,12 @@ def test_a_clip_without_a_rating_is_never_picked(cache, monkeypatch):
 
 
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(cache, videos):
-    """--data and a network of its own; the embedded judge knows drawn talkers only and is not asked."""
-    for judge in None, SimpleNamespace(rate=None, window=None):
-        flags = ["--judge", str(reward.DEFAULT_JUDGE)] if judge else []
-        picked, clips, entries = picks(judge, "--data", str(videos), "--reward-sync", str(REWARD_SYNC), *flags)
-        confidence = sample.sync_metrics(reward.load_sync(REWARD_SYNC), train.pixels(clips, 24),
-                                         train.sounds(clips, 24))["sync_confidence"]
-        assert sorted(picked.curated.tolist()) == sorted(confidence.argsort()[-(len(clips) // 2):].tolist())
-        assert [c.name for c in picked.lively] == [c.name for c in picked.smooth] and not entries
+    """--data and a network of its own."""
+    picked, clips, entries = picks(None, "--data", str(videos), "--reward-sync", str(REWARD_SYNC))
+    confidence = sample.sync_metrics(reward.load_sync(REWARD_SYNC), train.pixels(clips, 24),
+                                     train.sounds(clips, 24))["sync_confidence"]
+    assert sorted(picked.curated.tolist()) == sorted(confidence.argsort()[-(len(clips) // 2):].tolist())
+    assert [c.name for c in picked.lively] == [c.name for c in picked.smooth] and not entries
 
 
 def test_exemplars_are_the_lively_and_the_smooth_clips_or_those_of_a_folder(run, videos, tmp_path, monkeypatch):

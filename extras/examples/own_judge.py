@@ -1,9 +1,9 @@
 """A judge of your own: anything with `window`, `fingerprint` and `rate`.
 
-    python -m extras.examples.own_judge --out runs/own-judge            with the flags of train.py; --resume, too
+    python -m extras.examples.own_judge --out runs/own-judge      with the flags of train.py, --resume too
 
-The rules below stand for whatever you have: a network, a program, a service. They are short and poor. A mouth that
-holds still while a face trembles to the beat would please them.
+The rules below stand for whatever you have: a network, a program, a service. They are short and poor: a face
+that trembles to the beat while its mouth holds still would please them.
 """
 
 import torch
@@ -15,17 +15,17 @@ from reward import Ratings
 
 
 class OwnJudge:
-    """Rate lips by how the lower face follows loudness, liveliness by how much it moves, motion by how smoothly."""
+    """Rate lips by how the lower face follows loudness, liveliness by its range, motion by trembling."""
 
     window = None                                    # frames that it rates at once; None: any number
-    fingerprint = "own judge, first version"         # ratings are kept on disk under this name: change it with the rules
+    fingerprint = "own judge, first version"         # ratings are kept under it: change it with the rules
 
     def rate(self, frames: Tensor, audio: Tensor, names: list[str]) -> Ratings:
         """Rate B clips by lip-sync, expressiveness and motion, from 1 to 5; NaN where a clip cannot be rated.
 
         Args: frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640) at 16 kHz; names, B of them, for messages.
         """
-        frames = frames.cpu()                                                            # sound is there already
+        frames = frames.cpu()                                                            # as sound is
         lower = frames[..., frames.shape[-2] // 2:, :]                                   # (B, F, 3, S/2, S)
         change = lower.diff(dim=1).abs().mean((2, 3, 4))                                 # (B, F - 1)
         loudness = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)).std(-1)[:, 1:]            # (B, F - 1)
@@ -35,7 +35,7 @@ class OwnJudge:
         liveliness = 1 + 4 * (change.mean(1) / 0.02).clamp(0, 1)
         motion = 5 - 4 * (tremble / 0.04).clamp(0, 1)
         score = torch.stack([lips, liveliness, motion], 1)                               # (B, 3)
-        return Ratings(score, mass=torch.ones_like(score))                               # mass: this was an answer
+        return Ratings(score, mass=torch.ones_like(score))                               # it was an answer
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -44,13 +44,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-9)
 
 
-def make_judge(args) -> OwnJudge:
-    """What train.py calls for its judge, with the flags of the run."""
-    args.judge = "own"                               # not the embedded one: it may also pick among the clips of --data
-    return OwnJudge()
-
-
 if __name__ == "__main__":                           # processes that draw talkers import this file, too
-    train.make_judge = make_judge
+    train.make_judge = lambda args: OwnJudge()       # it also picks among the clips of --data
     with one_line("stopped", "choose fewer --clips"):
         train.main()

@@ -1,9 +1,10 @@
 """A component of your own in the reward.
 
-    python -m extras.examples.own_reward --pretrained runs/tiny --out runs/hush         with the flags of train.py
+    python -m extras.examples.own_reward --pretrained runs/tiny --out runs/hush     with the flags of train.py
 
-`hush`: while nobody speaks, the lower face should rest. It is measured per chunk, so that GRPO can credit the moment.
-What needs no chunks, a mark for the whole video, is added in `__call__` instead, to `components` and `total`.
+`hush`: while nobody speaks, the lower face should rest. It is measured per chunk, so that GRPO can credit the
+moment. What needs no chunks, a mark for the whole video, is added in `__call__` instead, to `components` and
+`total`.
 """
 
 from torch import Tensor
@@ -18,9 +19,9 @@ QUIET = 0.02                                         # loudness; speech has 0.1 
 class OwnReward(reward.Reward):
     """The reward of the flags, and one more component."""
 
-    def localised(self, frames: Tensor, audio: Tensor, portrait: Tensor) -> dict[str, Tensor]:
+    def chunk_scores(self, frames: Tensor, audio: Tensor, portrait: Tensor) -> dict[str, Tensor]:
         """frames (B, F, 3, S, S) in [0, 1], audio (B, F * 640), portrait (B, 3, S, S) -> name -> (B, K)."""
-        chunks = super().localised(frames, audio, portrait)
+        chunks = super().chunk_scores(frames, audio, portrait)
         loudness = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)).std(-1)[:, 1:]            # (B, F - 1)
         lower = frames[..., frames.shape[-2] // 2:, :]                                   # (B, F, 3, S/2, S)
         change = lower.diff(dim=1).abs().mean((2, 3, 4)).cpu() * (loudness.cpu() < QUIET)
@@ -29,7 +30,8 @@ class OwnReward(reward.Reward):
 
 
 if __name__ == "__main__":                           # processes that draw talkers import this file, too
-    reward.COMPONENTS["hush"] = reward.Component(1.0, 0.0005, "-1..0", "the lower face rests while nobody speaks")
+    reward.COMPONENTS["hush"] = reward.Component(1.0, 0.0005, "-1..0",
+                                                 "the lower face rests while nobody speaks")
     reward.WEIGHTS["hush"] = 1.0                     # now --weights knows it
     reward.Reward = OwnReward
     with one_line("stopped", "choose fewer --clips"):
