@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import mannwhitneyu
 from torch import Tensor
@@ -39,6 +40,7 @@ GROUPS = {  # how independent of the reward a metric is
         "amplitude", "head", "motion", "jerk_ratio", "jerk", "seam", "still_psnr")}
 ASPECTS = "lip-sync", "expressiveness", "motion"     # of the judge's ratings
 SHOWN = 4                                            # held-out clips that play in the report
+PANEL = 192                                          # pixels per side of a face in them
 
 
 def hardware(device: str, processes: int) -> str:
@@ -65,17 +67,15 @@ def write_clips(folder: Path, names: Sequence[str], arms: Sequence[Tensor], clip
 
     Args: names of the arms; their videos (B, F, 3, S, S) in [0, 1]; the B true clips.
     """
-    frames, size = arms[0].shape[1], arms[0].shape[-1]
-    times = max(1, round(256 / size))
-    labels = label_strip(["truth", *names], times * size).expand(frames, -1, -1, -1)
+    frames, labels = arms[0].shape[1], label_strip(["truth", *names], PANEL)
     for old in folder.glob("clip-*.mp4"):
         old.unlink()
     for i, clip in enumerate(clips[:SHOWN]):
         faces = torch.cat([pixels([clip], frames)[0], *(arm[i] for arm in arms)], -1)
+        faces = nnf.interpolate(faces, (PANEL, labels.shape[-1]), mode="bicubic", antialias=True)
         faces = (faces.clamp(0, 1) * 255).round().byte()
-        faces = faces.repeat_interleave(times, -1).repeat_interleave(times, -2)
         sound = clip.audio[: frames * SAMPLES_PER_FRAME]
-        write_video(folder / f"clip-{i + 1}.mp4", torch.cat([faces, labels], -2), sound)
+        write_video(folder / f"clip-{i + 1}.mp4", (torch.cat([face, labels], 1) for face in faces), sound)
 
 
 def label_strip(names: Sequence[str], width: int) -> Tensor:

@@ -122,10 +122,10 @@ def test_clips_play_the_truth_beside_each_arm_above_their_names_with_sound(shown
     reader = imageio_ffmpeg.read_frames(str(shown / "clip-1.mp4"))
     width, height = next(reader)["size"]
     frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(int) for frame in reader]
-    assert len(frames) == 26 and width == 2 * 256 and height > 256
+    assert len(frames) == 26 and width == 2 * 192 and height > 192
     for frame in frames[0], frames[-1]:
-        assert abs(frame[128, 128] - [255, 0, 0]).max() < 12 and abs(frame[128, 384] - [0, 0, 255]).max() < 12
-        for names in frame[258:, :256], frame[258:, 256:]:                           # dark letters on white
+        assert abs(frame[96, 96] - [255, 0, 0]).max() < 12 and abs(frame[96, 288] - [0, 0, 255]).max() < 12
+        for names in frame[194:, :192], frame[194:, 192:]:                           # dark letters on white
             assert names.min() < 80 and np.median(names) > 240
     assert abs(len(load_speech(shown / "clip-1.mp4")) - 26 * 640) < 1600
 
