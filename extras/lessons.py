@@ -26,10 +26,11 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from data import FPS, Clip, MediaError, normalise_loudness, pixels, sounds
+from extras.mouths import mouth_axis, mouth_boxes, mouth_opening_from_pixels
 from grpo import Settings, drawing_step, stochastic_steps
 from model import estimate_pose, load_generator, pixel_grid, unwarp, warp
 from reward import to_bytes
-from sample import evaluate, imitate, mouth_axis, mouth_boxes, mouth_opening_from_pixels, seeded_noise
+from sample import evaluate, imitate, seeded_noise
 
 MATERIAL_FRAMES = 64                # of a clip; lessons are windows of it, so sound can be shifted
 LESSON_FRAMES = 16, 48              # shortest and longest lesson

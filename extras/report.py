@@ -1,260 +1,283 @@
-"""What a run shows at its end: report.md and its curves.
+"""What a run shows at its end: report.html, one file to look at and to send, and report.md with the same.
 
-Made of log.jsonl and held_out.json alone, so that a resumed run reports the whole of itself.
+Made of log.jsonl, held_out.json and the pictures beside them, so a resumed run reports the whole of itself.
 """
 
 import json
 import math
 import platform
+import re
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
+from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from data import replacing, with_interval
+from data import SAMPLES_PER_FRAME, Clip, pixels, with_interval, write_video
+from extras.page import Part, code, curves, heading, picture, table, text, videos, write_page
 
 PRETRAINED, CURATED, POST_TRAINED = "pretrained", "curated", "post-trained"          # the arms
 MORE_PRETRAINING, MORE_CURATION, UNCURATED = "more pretraining", "more curation", "GRPO without curation"
-# Which arm is compared with which: with what it started from, and with the same CPU time spent otherwise.
-PAIRS = [(CURATED, PRETRAINED), (POST_TRAINED, CURATED), (POST_TRAINED, PRETRAINED), (POST_TRAINED, MORE_CURATION),
-         (UNCURATED, MORE_PRETRAINING), (POST_TRAINED, MORE_PRETRAINING)]
-ENDS = {"codec_step": "the codec", "config": "preparation", "funnel": "rating", "control": "measuring",
-        "held_out": "measuring", "rewarded": "measuring"}              # what a line without a stage of training ends
+PAIRS = [  # an arm, and what it is compared with: what it started from, or the same CPU time spent otherwise
+    (CURATED, PRETRAINED), (POST_TRAINED, CURATED), (POST_TRAINED, PRETRAINED), (POST_TRAINED, MORE_CURATION),
+    (UNCURATED, MORE_PRETRAINING), (POST_TRAINED, MORE_PRETRAINING)]
+ENDS = {  # what a line of the log without a stage of training ends
+    "codec_step": "the codec", "config": "preparation", "funnel": "rating", "control": "measuring",
+    "held_out": "measuring", "rewarded": "measuring"}
 GROUPS = {  # how independent of the reward a metric is
     "no part of the reward contains or resembles them": (
-        "lip_sync", "mouth_own", "mouth_late", "mouth_other", "over_late", "over_other", "offset", "mouth_psnr",
-        "psnr"),
+        "lip_sync", "mouth_own", "mouth_late", "mouth_other", "over_late", "over_other", "offset",
+        "mouth_psnr", "psnr"),
     "measured by another network of the same make as the reward's": (
         "sync_confidence", "sync_own", "mouth_distance", "identity"),
     "resembled by a part of the reward": (
         "amplitude", "head", "motion", "jerk_ratio", "jerk", "seam", "still_psnr")}
+ASPECTS = "lip-sync", "expressiveness", "motion"     # of the judge's ratings
+SHOWN = 4                                            # held-out clips that play in the report
+PANEL = 192                                          # pixels per side of a face in them
 
 
 def hardware(device: str, processes: int) -> str:
     """Name the GPU, or the CPU, and the threads of each process."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.exists() else ())
-             if line.startswith("model name")]
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else (names or [platform.machine()])[0]
-    return f"{name}, {torch.get_num_threads()} CPU threads" + f" in each of {processes} processes" * (processes > 1)
+    info, name = Path("/proc/cpuinfo"), platform.machine()
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    elif info.exists() and (found := re.search(r"^model name\s*: (.+)", info.read_text(), re.M)):
+        name = found[1]
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    return f"{name}, {torch.get_num_threads()} CPU threads{each}"
 
 
 def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Subtract metrics of one arm from another's, clip by clip, as PAIRS lists them. Returns: title -> metrics."""
-    shown = [(a, b) for a, b in PAIRS if a in made and b in made]
-    return {f"{a} minus {b}": {k: v - made[b][k] for k, v in made[a].items()} for a, b in shown}
+    """Subtract metrics of one arm from another's, clip by clip, by PAIRS. Returns: title -> metrics."""
+    return {f"{a} minus {b}": {name: value - made[b][name] for name, value in made[a].items()}
+            for a, b in PAIRS if a in made and b in made}
 
 
-def read(text: str):
-    """Read JSON, in which null stands for what is no number."""
-    def numbers(value):
-        if isinstance(value, dict):
-            return {key: numbers(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [numbers(part) for part in value]
-        return math.nan if value is None else value
-    return numbers(json.loads(text))
+# ---------------------------------------------------------------- clips
+
+def write_clips(folder: Path, names: Sequence[str], arms: Sequence[Tensor], clips: Sequence[Clip]) -> None:
+    """Write clip-1.mp4 and so on: the truth and what each arm generated side by side, with sound and labels.
+
+    Args: names of the arms; their videos (B, F, 3, S, S) in [0, 1]; the B true clips.
+    """
+    frames, labels = arms[0].shape[1], label_strip(["truth", *names], PANEL)
+    for old in folder.glob("clip-*.mp4"):
+        old.unlink()
+    for i, clip in enumerate(clips[:SHOWN]):
+        faces = torch.cat([pixels([clip], frames)[0], *(arm[i] for arm in arms)], -1)
+        faces = nnf.interpolate(faces, (PANEL, labels.shape[-1]), mode="bicubic", antialias=True)
+        faces = (faces.clamp(0, 1) * 255).round().byte()
+        sound = clip.audio[: frames * SAMPLES_PER_FRAME]
+        write_video(folder / f"clip-{i + 1}.mp4", (torch.cat([face, labels], 1) for face in faces), sound)
 
 
-def having(entries: list[dict], key: str) -> list[dict]:
-    """Choose the entries of a log that have this key."""
-    return [e for e in entries if key in e]
+def label_strip(names: Sequence[str], width: int) -> Tensor:
+    """Draw names side by side, each in the middle of `width` pixels. Returns: (3, H, N * width) uint8."""
+    names = [textwrap.fill(name, 14) for name in names]
+    lines = 1 + max(name.count("\n") for name in names)
+    strip = Image.new("RGB", (width * len(names), width * lines // 7 + width // 16), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(width / 8)
+    for i, name in enumerate(names):
+        draw.text(((i + 0.5) * width, width / 32), name, "black", font, anchor="ma", align="center")
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
-
-
-# ---------------------------------------------------------------- the funnel: what was found, and what was picked
+# ---------------------------------------------------------------- the funnel: what was found, what was picked
 
 def funnel(strengths: dict[str, Tensor], ratings: Tensor, picked: Tensor) -> list[dict]:
-    """Say of each fault how many clips have it, what the judge rates them, and what is left among those it picks.
+    """Say of each fault how many clips have it, how the judge rates them, and what is left among its picks.
 
     Args:    strengths: fault -> (N,), 0 for none; ratings (N, 3); picked (n,) rows.
-    Returns: a row for each fault. `auc` is the chance that a rating tells a clip with the fault from one without, for
-             the aspect that tells best: .5 is guessing, 1 is always.
+    Returns: a row for each fault. `auc` is the chance that a rating tells a clip with the fault from one
+             without, for the aspect that tells best: .5 is guessing, 1 is always.
     """
     def auc(good, bad):
-        return mannwhitneyu(good, bad).statistic / (len(good) * len(bad)) if len(good) and len(bad) else math.nan
+        pairs = len(good) * len(bad)
+        return mannwhitneyu(good, bad).statistic / pairs if pairs else math.nan
 
-    rows, known = [], ratings.isfinite().all(1)
+    def mean(values):                                # over all clips, those without the fault included
+        return values.double().abs().mean().item()
+
+    rows, rated = [], ratings.isfinite().all(1)
     for name, strength in strengths.items():
         has = strength != 0
-        aucs = [auc(ratings[~has & known, a], ratings[has & known, a]) for a in range(ratings.shape[1])]
+        with_it, without = ratings[has & rated], ratings[~has & rated]
+        aucs = [auc(without[:, aspect], with_it[:, aspect]) for aspect in range(len(ASPECTS))]
         best = int(np.argmax(aucs))
-        rows.append({"fault": name, "share": has.double().mean().item(), "strength": size(strength),
-                     "rated_with": ratings[has & known].mean(0).tolist(),
-                     "rated_without": ratings[~has & known].mean(0).tolist(), "auc": float(aucs[best]), "aspect": best,
-                     "share_picked": has[picked].double().mean().item(), "strength_picked": size(strength[picked])})
+        rows.append({"fault": name, "share": mean(has), "strength": mean(strength),
+                     "rated_with": with_it.mean(0).tolist(), "rated_without": without.mean(0).tolist(),
+                     "auc": float(aucs[best]), "aspect": best,
+                     "share_picked": mean(has[picked]), "strength_picked": mean(strength[picked])})
     return rows
 
 
-def size(strength: Tensor) -> float:
-    """Return the mean strength over all clips, those without the fault included."""
-    return strength.abs().double().mean().item()
-
-
-def funnel_table(rows: list[dict], aspects=("lip-sync", "expressiveness", "motion")) -> str:
-    """Write the funnel as a table in Markdown."""
-    def rated(values):
+def funnel_table(rows: list[dict]) -> Part:
+    def three(values):
         return " / ".join(f"{value:.1f}" for value in values)
 
-    head = ("fault", "share of clips", "mean strength", f"rated ({' / '.join(aspects)}) with it", "without",
+    head = ("fault", "share of clips", "mean strength", f"rated ({' / '.join(ASPECTS)}) with it", "without",
             "found by", "AUC", "share of picks", "mean strength")
-    return markdown_table(head, [
-        (r["fault"], f"{r['share']:.0%}", f"{r['strength']:.2f}", rated(r["rated_with"]), rated(r["rated_without"]),
-         aspects[r["aspect"]], f"{r['auc']:.2f}", f"{r['share_picked']:.0%}", f"{r['strength_picked']:.2f}")
-        for r in rows])
+    return table(head, [
+        (r["fault"], f"{r['share']:.0%}", f"{r['strength']:.2f}", three(r["rated_with"]),
+         three(r["rated_without"]), ASPECTS[r["aspect"]], f"{r['auc']:.2f}", f"{r['share_picked']:.0%}",
+         f"{r['strength_picked']:.2f}") for r in rows])
 
 
-# ---------------------------------------------------------------- curves
+# ---------------------------------------------------------------- what the log tells
 
-def draw_curves(path: Path, panels: dict[str, list[tuple]], unit: str, scale: str = "linear") -> None:
-    """Draw title -> curves (x, y, deviation, label), five panels a row; the deviation is shaded, 0 for none."""
-    from matplotlib.figure import Figure             # here: it takes a second, and only the report draws
-    columns, rows = min(len(panels), 5), math.ceil(len(panels) / 5)
-    figure = Figure(figsize=(max(6, 2.8 * columns), max(3, 2.2 * rows)), layout="constrained")
-    for place, (title, curves) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=unit, yscale=scale)
-        for x, y, deviation, label in curves:
-            x, y = np.array(x), np.array(y, float)
-            axes.plot(x, y, ".-" if len(x) < 20 else "-", label=label)
-            if np.any(deviation):
-                axes.fill_between(x, y - deviation, y + deviation, alpha=0.2)
-        if len(curves) > 1:
-            axes.legend(fontsize=7)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+def parse_json(line: str):
+    """Parse JSON in which null stands for nan."""
+    def with_nan(value):
+        if isinstance(value, dict):
+            return {key: with_nan(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [with_nan(part) for part in value]
+        return math.nan if value is None else value
+    return with_nan(json.loads(line))
 
 
-def facts(entries: list[dict]) -> str:
-    """Tell how a run was made: commands, hardware, seed, and where its time went."""
-    sessions, updates = having(entries, "config"), having(entries, "parts")
-    spent, before = Counter(), {"seconds": 0}
-    for e in entries:                                # seconds count from the start of each session
-        stage = e.get("stage") or next(name for key, name in ENDS.items() if key in e)
-        goes_on = e["seconds"] >= before["seconds"]
-        spent[stage] += e["seconds"] - before["seconds"] * goes_on
-        before = e
-    last = sessions[-1]
-    rows = [("hardware", " / ".join(dict.fromkeys(s["hardware"] for s in having(sessions, "hardware")))),
-            ("seed", f"{last['seed']}"),
-            ("generator", f"{last['parameters'] / 1e6:.2f} M parameters, {last['config']['size']} pixels"),
-            ("minutes", f"{sum(spent.values()) / 60:.1f}"),
-            *((f"minutes of {stage}", f"{seconds / 60:.1f}") for stage, seconds in spent.items())]
-    for stage in updates[0]["seconds_for"] if updates else ():
-        rows.append((f"seconds an update, {stage}", f"{np.mean([e['seconds_for'][stage] for e in updates]):.2f}"))
-    if updates:
-        rows.append(("unrated videos", f"{sum(e['components']['total']['unrated'] for e in updates)}"))
-    for e in having(entries, "control"):
-        rows.append((e["control"], f"{e['steps']} steps in {e['cpu_seconds']:.0f} CPU-seconds"))
-    commands = "\n".join(s["command"] for s in having(sessions, "command"))
-    return f"```sh\n{commands}\n```\n\n" + markdown_table(("", ""), rows)
+def with_key(log: list[dict], key: str) -> list[dict]:
+    return [entry for entry in log if key in entry]
 
 
-# ---------------------------------------------------------------- parts of the report
-
-def funnel_part(entries: list[dict]) -> str:
-    """Tabulate what was found and what the judge picked. Returns: Markdown, empty without a funnel."""
-    found = having(entries, "funnel")
-    if not found:
-        return ""
-    return ("\n## What was found, and what the judge picked\n\nEach clip's faults are kept with its truth; nothing "
-            "that trains, judges or picks reads them. The embedded judge knows what to look for: it was taught on "
-            "flawless talkers with faults of these kinds, labelled by the mouth that lip_sync reads, but for "
-            "compression, which it never met.\n\n" + funnel_table(found[-1]["funnel"]))
-
-
-def loss_part(folder: Path, entries: list[dict]) -> str:
-    """Draw the loss of pretraining by noise level. Returns: Markdown, empty without such steps."""
-    steps = [e for e in having(entries, "loss_by_sigma") if e["stage"] == "pretraining"]
-    if not steps:
-        return ""
-    blocks = np.array_split(np.array([[e["step"], *e["loss_by_sigma"]] for e in steps], float), min(len(steps), 100))
-    with np.errstate(invalid="ignore"):              # a level that a short run never drew stays nan
-        x, *bins = np.stack([np.nansum(b, 0) / np.isfinite(b).sum(0) for b in blocks], 1)
-    edges = np.linspace(0, 1, len(bins) + 1)
-    labels = [f"sigma {a:.1f} to {b:.1f}" for a, b in zip(edges, edges[1:])]
-    draw_curves(folder / "pretraining.png", {"velocity loss": [(x, y, 0, name) for y, name in zip(bins, labels)]},
-                "step", "log")
-    return ("\n## Pretraining\n\nThe weighted error of the velocity by noise level; below the picture, its mean over "
-            "the last hundredth.\n\n![loss by noise level](pretraining.png)\n\n"
-            + markdown_table(labels, [[f"{y[-1]:.4f}" for y in bins]]))
+def watched_parts(folder: Path, log: list[dict]) -> list[Part]:
+    """Draw the watched metrics of every stage, and tabulate which step was kept, and the last."""
+    stages = {}
+    for entry in with_key(log, "watched"):
+        at = entry["step"] if "step" in entry else entry["update"]
+        stages.setdefault(entry["stage"], []).append((at, entry["watched"], entry["best"]))
+    if not stages:
+        return []
+    panels, rows = {}, []
+    for stage, looks in stages.items():
+        last, values, best = looks[-1]
+        for name in values:
+            x, y = zip(*((at / max(last, 1), watched[name]) for at, watched, _ in looks))
+            panels.setdefault(name, []).append((x, y, 0, stage))
+        kept = next(watched for at, watched, _ in looks if at == best)
+        rows += [[stage, f"{what}, {at}", *(f"{value:.3f}" for value in watched.values())]
+                 for what, at, watched in (("kept", best, kept), ("last", last, values))]
+    return [heading("On the way"),
+            text("Metrics of the moving average on the watched clips. They choose which step is kept."),
+            curves(folder / "watched.png", "watched metrics", panels, "share of the stage"),
+            table(("stage", "step", *panels), rows)]
 
 
-def looks_part(folder: Path, entries: list[dict]) -> str:
-    """Draw the watched metrics of every stage, and tabulate which step was kept and what the last one had come to."""
-    looks, text = having(entries, "watched"), ""
-    by_stage = {stage: [e for e in looks if e["stage"] == stage] for stage in dict.fromkeys(e["stage"] for e in looks)}
-    if not looks:
-        return text
-    places = {stage: [e.get("step", e.get("update")) for e in some] for stage, some in by_stage.items()}
-    panels = {name: [(np.array(places[stage]) / max(places[stage][-1], 1), [e["watched"][name] for e in some], 0, stage)
-                     for stage, some in by_stage.items()] for name in looks[0]["watched"]}
-    draw_curves(folder / "watched.png", panels, "share of the stage")
-    rows = []
-    for stage, some in by_stage.items():
-        kept = next(e for e in some if e.get("step", e.get("update")) == some[-1]["best"])
-        for what, e in (("kept", kept), ("last", some[-1])):
-            values = [f"{value:.3f}" for value in e["watched"].values()]
-            rows.append([stage, f"{what}, {e.get('step', e.get('update'))}", *values])
-    return ("\n## On the way\n\nMetrics of the moving average on the watched clips, which choose what is kept.\n\n"
-            "![watched metrics](watched.png)\n\n"
-            + markdown_table(("stage", "step", *looks[0]["watched"]), rows))
-
-
-def reward_part(folder: Path, entries: list[dict]) -> str:
-    """Draw the reward's components over the updates. Returns: Markdown, empty without updates."""
-    updates = [e for e in having(entries, "parts") if e["stage"] == "post-training"]
+def reward_parts(folder: Path, log: list[dict]) -> list[Part]:
+    """Draw the reward's components over the updates."""
+    updates = [entry for entry in with_key(log, "parts") if entry["stage"] == "post-training"]
     if not updates:
-        return ""
-    x, panels = [e["update"] for e in updates], {}
+        return []
+    x, panels = [entry["update"] for entry in updates], {}
     for name in [name for name, of in updates[0]["components"].items() if "mean" in of]:
         mean, std = ([e["components"][name][of] for e in updates] for of in ("mean", "group_std"))
         panels[name] = [(x, mean, np.array(std), name)]
-    draw_curves(folder / "rewards.png", panels | {"reward": [(x, [e["reward"] for e in updates], 0, "")]}, "update")
-    return ("\n## Post-training\n\nThe reward of rollouts and its components; shaded, a group's standard deviation.\n\n"
-            "![reward over updates](rewards.png)\n")
+    panels["reward"] = [(x, [entry["reward"] for entry in updates], 0, "")]
+    return [heading("Post-training"),
+            text("The reward of rollouts and its components. A group's standard deviation is shaded."),
+            curves(folder / "rewards.png", "reward over updates", panels, "update")]
 
 
-def held_out_part(values: dict[str, dict], entries: list[dict]) -> str:
-    """Tabulate the held-out metrics of every arm and their paired differences. Returns: Markdown."""
-    text, codec = "", having(entries, "codec")[-1]["codec"]
-    for sampler, made in values.items():
-        made = {arm: {k: torch.tensor(v) for k, v in metrics.items()} for arm, metrics in made.items()}
-        logged = {e["arm"]: e for e in entries if e.get("sampler") == sampler}                   # the last one counts
-        differences, names = paired(made), next(iter(made.values()))
+def pretraining_parts(folder: Path, log: list[dict]) -> list[Part]:
+    """Draw the loss of pretraining by noise level."""
+    steps = [entry for entry in with_key(log, "loss_by_sigma") if entry["stage"] == "pretraining"]
+    if not steps:
+        return []
+    losses = np.array([[entry["step"], *entry["loss_by_sigma"]] for entry in steps], float)
+    blocks = np.array_split(losses, min(len(steps), 100))
+    with np.errstate(invalid="ignore"):              # a level that a short run never drew stays nan
+        x, *levels = np.stack([np.nansum(b, 0) / np.isfinite(b).sum(0) for b in blocks], 1)
+    edges = np.linspace(0, 1, len(levels) + 1)
+    labels = [f"sigma {a:.1f} to {b:.1f}" for a, b in zip(edges, edges[1:])]
+    panels = {"velocity loss": [(x, y, 0, label) for y, label in zip(levels, labels)]}
+    return [heading("Pretraining"),
+            text("The weighted error of the velocity by noise level; in the table, over the last hundredth."),
+            curves(folder / "pretraining.png", "loss by noise level", panels, "step", "log"),
+            table(("", *labels), [["loss", *(f"{y[-1]:.4f}" for y in levels)]])]
 
-        def row(name, columns, codec_too):
-            return [name, *([f"{codec.get(name, math.nan):.3f}"] if codec_too else []),
-                    *(with_interval(c[name]) for c in columns.values())]
 
-        def rows(columns, codec_too=False):
-            for title, members in GROUPS.items():
-                yield [f"*{title}*", *[""] * (len(columns) + codec_too)]
-                yield from (row(name, columns, codec_too) for name in members if name in names)
-                if codec_too and "mouth_distance" in members and all("mouth_distance" in e for e in logged.values()):
-                    yield ["mouth_distance", "", *(f"{logged[arm]['mouth_distance']:.3f}" for arm in made)]
-        text += (f"\n## Held-out clips, {sampler}\n\n{len(names['psnr'])} clips, generated from portrait and sound; "
-                 "mean ± 95% interval.\n\n" + markdown_table(("", "codec alone", *made), rows(made, True)))
-        if differences:
-            text += ("\nDifferences, clip by clip:\n\n" + markdown_table(("", *differences), rows(differences)))
-    return text
+def grouped_table(columns: dict[str, dict[str, str]]) -> Part:
+    """Tabulate title -> metric -> cell, grouped by how independent of the reward the metrics are."""
+    rows = []
+    for title, names in GROUPS.items():
+        rows.append([title])
+        rows += [[name, *(column.get(name, "") for column in columns.values())]
+                 for name in names if any(name in column for column in columns.values())]
+    return table(("", *columns), rows)
+
+
+def held_out_parts(values: dict[str, dict], log: list[dict]) -> list[Part]:
+    """Tabulate the held-out metrics of every arm and their paired differences, sampler by sampler."""
+    def cells(metrics):
+        return {name: with_interval(value) for name, value in metrics.items()}
+
+    parts, codec = [], with_key(log, "codec")[-1]["codec"]
+    for sampler, arms in values.items():
+        made = {arm: {name: torch.tensor(v) for name, v in metrics.items()} for arm, metrics in arms.items()}
+        columns = {arm: cells(metrics) for arm, metrics in made.items()}
+        for entry in with_key(log, "mouth_distance"):        # of all clips together; the last one counts
+            if entry["sampler"] == sampler and entry["arm"] in columns:
+                columns[entry["arm"]]["mouth_distance"] = f"{entry['mouth_distance']:.3f}"
+        alone = {"codec alone": {name: f"{value:.3f}" for name, value in codec.items()}}
+        count = len(next(iter(made.values()))["psnr"])
+        parts += [heading(f"Held-out clips, {sampler}"),
+                  text(f"{count} clips, generated from portrait and sound; mean ± 95% interval."),
+                  grouped_table(alone | columns)]
+        if differences := {title: cells(metrics) for title, metrics in paired(made).items()}:
+            parts += [text("Differences, clip by clip:"), grouped_table(differences)]
+    return parts
+
+
+def how_it_was_made(log: list[dict]) -> list[Part]:
+    """List commands, hardware, seed, and where the time went."""
+    sessions, updates = with_key(log, "config"), with_key(log, "parts")
+    spent, before = Counter(), 0
+    for entry in log:                                # seconds count from the start of each session
+        stage = entry.get("stage") or next(name for key, name in ENDS.items() if key in entry)
+        spent[stage] += entry["seconds"] - (before if entry["seconds"] >= before else 0)
+        before = entry["seconds"]
+    run, machines = sessions[-1], {entry["hardware"]: 0 for entry in with_key(sessions, "hardware")}
+    rows = {"hardware": " / ".join(machines), "seed": f"{run['seed']}",
+            "generator": f"{run['parameters'] / 1e6:.2f} M parameters, {run['config']['size']} pixels",
+            "minutes": f"{sum(spent.values()) / 60:.1f}"}
+    rows |= {f"minutes of {stage}": f"{seconds / 60:.1f}" for stage, seconds in spent.items()}
+    if updates:
+        rows |= {f"seconds an update, {stage}": f"{np.mean([e['seconds_for'][stage] for e in updates]):.2f}"
+                 for stage in updates[0]["seconds_for"]}
+        rows["unrated videos"] = f"{sum(entry['components']['total']['unrated'] for entry in updates)}"
+    rows |= {entry["control"]: f"{entry['steps']} steps in {entry['cpu_seconds']:.0f} CPU-seconds"
+             for entry in with_key(log, "control")}
+    commands = "\n".join(entry["command"] for entry in with_key(sessions, "command"))
+    return [heading("How it was made"), code(commands), table(("", ""), list(rows.items()))]
 
 
 def write_report(folder: Path) -> None:
-    """Write report.md and the curves that it shows, of what the run has logged and measured."""
-    entries = [read(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    values = read((folder / "held_out.json").read_text())
-    by_reward = "".join(f"\n## By the reward\n\n```\n{e['rewarded']}\n```\n" for e in having(entries, "rewarded")[-1:])
-    text = (f"# {folder.resolve().name}\n\n" + facts(entries) + funnel_part(entries) + held_out_part(values, entries)
-            + by_reward + looks_part(folder, entries) + reward_part(folder, entries) + loss_part(folder, entries)
-            + f"\n## Pictures\n\nTruth above {', '.join(values['ode'])}; all side by side, with sound, in "
-              "[sample.mp4](sample.mp4).\n\n![truth above generated](sheet.png)\n")
-    with replacing(folder / "report.md") as path:
-        path.write_text(text)
+    """Write report.html and report.md, with the curves, of what the run has logged, measured and shown."""
+    log = [parse_json(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    values = parse_json((folder / "held_out.json").read_text())
+    title, arms = folder.resolve().name, ["truth", *values["ode"]]
+    parts = [heading(title, 1)]
+    if clips := sorted(folder.glob("clip-*.mp4")):
+        parts += [text(f"Held-out clips, from left to right: {', '.join(arms)}. Each arm was given the first "
+                       "frame and the sound. Unmute a clip to hear it."),
+                  videos(clips, f"{4 * len(arms)}rem")]
+    parts += watched_parts(folder, log) + reward_parts(folder, log) + pretraining_parts(folder, log)
+    parts += held_out_parts(values, log)
+    for entry in with_key(log, "rewarded")[-1:]:
+        parts += [heading("By the reward"), code(entry["rewarded"])]
+    for entry in with_key(log, "funnel")[-1:]:
+        parts += [heading("What was found, and what the judge picked"),
+                  text("Nothing that trains, judges or picks reads what faults a clip has. But the embedded "
+                       "judge was taught faults of these kinds, compression excepted, on flawless talkers."),
+                  funnel_table(entry["funnel"])]
+    if (sheet := folder / "sheet.png").exists():
+        parts += [heading("Stills"), text(f"From top to bottom: {', '.join(arms)}."),
+                  picture(sheet, "stills of the same frames")]
+    write_page(folder / "report", title, parts + how_it_was_made(log))

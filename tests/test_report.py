@@ -1,17 +1,25 @@
-"""What a run shows at its end: the funnel, against loops; the report itself is tested with a run, in test_train.py."""
+"""What a run shows at its end: the funnel against loops, and a report that is the same in both languages."""
 
+import base64
 import json
 import math
+import re
+from html.parser import HTMLParser
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from extras.report import PAIRS, funnel, funnel_table, paired
+from data import Clip, load_speech
+from extras.page import picture, table
+from extras.report import funnel, funnel_table, paired, write_clips, write_report
 
 
 def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
-    """AUC by a loop over pairs, a tie is half; the aspect that finds best; a clip without a rating counts in shares and
-    in no rating."""
+    """AUC by a loop over pairs, a tie is half; the aspect that finds best. A clip without a rating counts in
+    shares and in no rating."""
     rng = torch.Generator().manual_seed(0)
     strength = torch.randint(-2, 3, (40,), generator=rng) * 0.5
     ratings = torch.randint(1, 6, (40, 3), generator=rng).float()                    # many ties
@@ -27,23 +35,114 @@ def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
         aucs.append(sum(wins) / len(wins))
     assert row["auc"] == pytest.approx(max(aucs)) and row["aspect"] == aucs.index(max(aucs)) == 2
     has = [i for i in range(40) if strength[i] != 0]
-    assert row["share"] == len(has) / 40 and row["strength"] == pytest.approx(sum(map(abs, strength.tolist())) / 40)
-    assert row["rated_with"] == pytest.approx([ratings[[i for i in has if i != 5], a].mean().item() for a in range(3)])
+    rated = [i for i in has if i != 5]
+    assert row["share"] == len(has) / 40
+    assert row["strength"] == pytest.approx(sum(map(abs, strength.tolist())) / 40)
+    assert row["rated_with"] == pytest.approx([ratings[rated, aspect].mean().item() for aspect in range(3)])
     assert row["share_picked"] == sum(i in has for i in picked.tolist()) / 4
     assert row["strength_picked"] == pytest.approx(sum(abs(strength[i].item()) for i in picked) / 4)
-    assert "| offset |" in funnel_table([row]) and "| motion |" in funnel_table([row])
+    assert f"{funnel_table([row])}".count("| offset |") == 1
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_fault_that_all_clips_have_or_none_has_a_row_without_an_auc():
     rows = funnel({"all": torch.ones(5), "none": torch.zeros(5)}, torch.rand(5, 3), torch.arange(2))
     assert [row["share"] for row in rows] == [1, 0] and all(math.isnan(row["auc"]) for row in rows)
-    assert json.loads(json.dumps(rows)) and funnel_table(rows).count("\n") == 4
+    assert json.loads(json.dumps(rows)) and funnel_table(rows).markdown.count("\n") == 4
 
 
 def test_pairs_are_subtracted_clip_by_clip():
-    made = {arm: {"psnr": torch.tensor([float(i), 2.0 * i])} for i, arm in enumerate({b for _, b in PAIRS[:2]} | {"x"})}
-    made["post-trained"] = {"psnr": torch.tensor([5.0, 7.0])}
-    for title, metrics in paired(made).items():
-        first, _, second = title.partition(" minus ")
-        assert (first, second) in PAIRS and torch.equal(metrics["psnr"], made[first]["psnr"] - made[second]["psnr"])
+    made = {arm: {"psnr": torch.tensor(values)} for arm, values in (
+        ("pretrained", [1.0, 2.0]), ("other", [9.0, 9.0]), ("post-trained", [5.0, 7.0]))}
+    assert {title: metrics["psnr"].tolist() for title, metrics in paired(made).items()} == {
+        "post-trained minus pretrained": [4.0, 5.0]}
+
+
+# ---------------------------------------------------------------- the page
+
+class Reader(HTMLParser):
+    """The cells of tables, row by row, and the source of everything that is embedded."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.rows, self.sources = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip()
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self.rows.append([])
+
+
+def test_a_table_has_the_same_cells_in_markdown_and_in_html():
+    part = table(("", "a < b", "c"), [["no part"], ["x & y", "1", "2"]])
+    assert Reader(part.html).rows == [["", "a < b", "c"], ["no part"], ["x & y", "1", "2"], []]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.markdown.splitlines()]
+    assert lines == [["", "a < b", "c"], ["---"] * 3, ["*no part*", "", ""], ["x & y", "1", "2"]]
+
+
+def test_a_large_picture_is_embedded_smaller(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (800, 2000, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "sheet.png")
+    source, = Reader(picture(tmp_path / "sheet.png", "noise").html).sources
+    assert source.startswith("data:image/jpeg;base64,")
+    assert len(source) < 0.4 * (tmp_path / "sheet.png").stat().st_size
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A run of one arm: five red clips that it made blue, 26 frames of 32 pixels, with a tone."""
+    folder = tmp_path_factory.mktemp("shown")
+    red, blue = (torch.eye(3)[i, :, None, None].expand(26, 3, 32, 32) for i in (0, 2))
+    tone = 0.1 * torch.sin(torch.arange(30 * 640) * 0.1)
+    clips = [Clip(str(i), (red * 255).byte(), tone) for i in range(5)]
+    (folder / "clip-9.mp4").write_text("of an earlier run")
+    write_clips(folder, ["pretrained"], [blue.expand(5, -1, -1, -1, -1)], clips)
+    run = {"seconds": 1, "config": {"size": 32}, "seed": 0, "parameters": 9, "codec": {"psnr": 31.25},
+           "command": "python train.py --data 'a<b'", "hardware": "a CPU"}
+    (folder / "log.jsonl").write_text(json.dumps(run) + "\n")
+    values = {"pretrained": {"psnr": [21.5, None], "seam": [1.5, 1.5]}}
+    (folder / "held_out.json").write_text(json.dumps({"ode": values}))
+    write_report(folder)
+    return folder
+
+
+def test_clips_play_the_truth_beside_each_arm_above_their_names_with_sound(shown):
+    assert sorted(path.name for path in shown.glob("*.mp4")) == [f"clip-{i}.mp4" for i in (1, 2, 3, 4)]
+    reader = imageio_ffmpeg.read_frames(str(shown / "clip-1.mp4"))
+    width, height = next(reader)["size"]
+    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(int) for frame in reader]
+    assert len(frames) == 26 and width == 2 * 192 and height > 192
+    for frame in frames[0], frames[-1]:
+        assert abs(frame[96, 96] - [255, 0, 0]).max() < 12 and abs(frame[96, 288] - [0, 0, 255]).max() < 12
+        for names in frame[194:, :192], frame[194:, 192:]:                           # dark letters on white
+            assert names.min() < 80 and np.median(names) > 240
+    assert abs(len(load_speech(shown / "clip-1.mp4")) - 26 * 640) < 1600
+
+
+def test_the_report_is_one_file_that_embeds_what_it_shows(shown):
+    page, markdown = (shown / "report.html").read_text(), (shown / "report.md").read_text()
+    sources = Reader(page).sources
+    assert len(sources) == 4 and all(source.startswith("data:video/mp4;base64,") for source in sources)
+    assert base64.b64decode(sources[1].partition(",")[2]) == (shown / "clip-2.mp4").read_bytes()
+    assert "http" not in re.sub(r'src="[^"]*"', "", page)
+    assert page.index("<video") < page.index("<table") and "[clip-4.mp4](clip-4.mp4)" in markdown
+
+
+def test_html_and_markdown_hold_the_same_rows(shown):
+    rows = [row for row in Reader((shown / "report.html").read_text()).rows if len(row) > 1]
+    lines = [line for line in (shown / "report.md").read_text().splitlines() if line.startswith("| ")]
+    assert ["psnr", "31.250", "nan±nan"] in rows
+    assert ["seam", "", "1.500±0.000"] in rows and ["seed", "0"] in rows
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in lines

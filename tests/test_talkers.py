@@ -9,9 +9,9 @@ import torch.nn.functional as nnf
 
 from data import Clip, normalise_loudness
 from extras import talkers
+from extras.mouths import mouth_opening_from_pixels
 from extras.talkers import EARLY, FAULTS, draw_faults, render_talker, synthetic_clips
 from model import estimate_pose
-from sample import mouth_opening_from_pixels
 
 
 @pytest.fixture(scope="module")
