@@ -24,6 +24,7 @@ ARROWS = {
     "extras.pretrained": {"data", "model"},
     "extras.learned_codec": {"data", "model"},
     "extras.endpoint": {"data", "reward"},
+    "extras.face": {"data"},
     "extras.people": {"data", "model", "reward", "sample", "extras.talkers"},
     "extras.lessons": MAIN,
     "extras.school": MAIN | {"extras.lessons", "extras.people", "extras.talkers"},
