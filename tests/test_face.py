@@ -1,4 +1,4 @@
-"""The head is found and framed: one steady square, in a photo as in a video, or one line that says what to do."""
+"""The head is found and framed: one steady square in a photo as in a video, or one line that says what to do."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image
 from data import FPS, SAMPLES_PER_FRAME, MediaError, write_video
 from extras import face
 
-PHOTO = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")          # a real face that is always there
+PHOTO = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")      # a real face, always there
 RAW = Path("/work/shared/data/grid_raw/bbaf2n.mpg")
 
 
@@ -38,7 +38,7 @@ def test_the_same_head_is_cut_alike_wherever_it_is_and_however_large(photo):
     x, y, side = face.frame_of([np.asarray(photo)])
     scale = 300 / photo.width
     picture = on_a_wall(photo, 640, 360, 200, 8, 300)
-    found = face.frame_of([picture.transpose(2, 0, 1)] * 3)                          # (3, H, W), and more than one
+    found = face.frame_of([picture.transpose(2, 0, 1)] * 3)                      # (3, H, W), more than one
     expected = np.array([200 + x * scale, 8 + y * scale, side * scale])
     assert np.abs(found - expected).max() < 0.07 * expected[2]
 
@@ -71,8 +71,8 @@ def test_the_square_lies_inside_the_picture(x, y, size):
 
 
 @pytest.mark.parametrize("boxes, says", [
-    ([], "no face found; .*--crop x,y,size.*--crop none"),
-    ([box(0, 0, 90), box(300, 0, 100)], "two faces found.*--crop x,y,size"),
+    ([], "shows no face; .*--crop x,y,size.*--crop none"),
+    ([box(0, 0, 90), box(300, 0, 100)], "shows two faces.*--crop x,y,size"),
 ])
 def test_what_cannot_be_framed_is_refused_in_one_line_that_names_the_flag(boxes, says):
     with pytest.raises(MediaError, match=f"^me.jpg: {says}") as refused:
@@ -125,7 +125,7 @@ def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
 
 
 def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch):
-    """Twelve looks a scene: a talker, then silence; a talker with one slip; two talkers; a scene of a second."""
+    """Looks by scene: a talker, then silence; a talker with one slip; two talkers; a scene of a second."""
     talker, pair = [box(100, 80, 60)], [box(100, 80, 60), box(300, 80, 60)]
     found = [talker] * 12 + [talker] * 5 + [[]] + [talker] * 6 + [pair] * 12 + [talker] * 2
     heard = np.ones(38 * face.LOOK, bool)
