@@ -3,17 +3,17 @@
     python -m extras.face me.jpg         # writes me.frame.png: what would be cut, to look at
     python -m extras.face me.mp4         # a long video: what of it can be used, and why the rest cannot
 
-The generator has seen heads of one size in one place of a square. `frame_of` finds that square in any picture.
-A detector gives a box around the face; the square is HEAD times as large, its centre UP boxes above the box's.
+The generator has seen heads of one size in one place of a square. `frame_of` finds it in any picture.
+A detector gives a box around the face; the square is HEAD times as large, its centre UP boxes above its own.
 Both constants were measured on training clips, so a photo and a video of one person are cut alike. One square
-serves a whole clip, so the cut adds no motion of its own. It lies inside the picture: near an edge it is moved,
-and where the picture is too small it shrinks. `--crop x,y,size` replaces all this; `--crop none` takes the
+serves a whole clip, so the cut adds no motion. It lies inside the picture: near an edge it is moved, and where
+the picture is too small it shrinks. `--crop x,y,size` replaces all this; `--crop none` takes the
 centre square.
 
 `pieces` cuts a long video into stretches in which one person is seen and heard.
 
-The detector is dlib's for frontal faces: histograms of oriented gradients under a linear filter, at every place
-and scale. Its weights are part of the library, so nothing is downloaded.
+The detector is dlib's for frontal faces: histograms of oriented gradients under a linear filter, at every
+place and scale. Its weights are part of the library, so nothing is downloaded.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from data import ACTIVE_RMS, FFMPEG, FPS, SAMPLES_PER_FRAME, MediaError, first_line, load_speech, one_line
 
-HEAD, UP = 1.80, 0.22            # the square's side, and its centre's height above the box's, in boxes
+HEAD, UP = 1.80, 0.21            # the square's side, and its centre's height above the box's, in boxes
 WORK = 480                       # pixels of the shorter side in which faces of 80 pixels and more are found
 SCALES = 5                       # boxes come in sizes 6/5 apart; looks at 5 scales in between make it 4%
 ALIKE = 0.7                      # a second face of this share of the first one's size is a rival
@@ -45,20 +46,26 @@ Square = tuple[int, int, int]                        # x, y, side in pixels
 
 # ---- One picture -------------------------------------------------------------------------------------------
 
+@lru_cache
+def detector():
+    """Load dlib's detector. Raises: MediaError where dlib is not installed, for it is optional."""
+    try:
+        import dlib
+    except ImportError:
+        raise MediaError("finding faces", "needs dlib; pip install dlib-bin, or use --crop none") from None
+    return dlib.get_frontal_face_detector()
+
+
 def find_faces(picture: np.ndarray, work: int = WORK) -> list[Box]:
     """Find upright faces in a picture, the surest first.
 
     Args:    picture: (3, H, W) or (H, W, 3) uint8 RGB; work: pixels of the shorter side while looking.
     Returns: boxes (x, y, width, height, score) in pixels of the picture. Raises: MediaError without dlib.
     """
-    try:
-        import dlib                                  # here: it is optional
-    except ImportError:
-        raise MediaError("finding faces", "needs dlib; pip install dlib-bin, or use --crop none") from None
     image = as_image(picture)
     up = work / min(image.size)
     image = image.resize([max(1, round(side * up)) for side in image.size], Image.BICUBIC)
-    found, scores, _ = dlib.get_frontal_face_detector().run(np.array(image), 0, 0.0)
+    found, scores, _ = detector().run(np.array(image), 0, 0.0)
     return [(box.left() / up, box.top() / up, box.width() / up, box.height() / up, score)
             for box, score in zip(found, scores)]
 
@@ -97,7 +104,7 @@ def square_of(found: Sequence[Sequence[Box]], width: int, height: int,
     size = np.median(boxes[:, 2])
     centres = boxes[:, :2] + boxes[:, 2:4] / 2 - [0, UP * size]                                # (F, 2)
     centre = np.median(centres, 0)
-    if np.quantile(np.abs(centres - centre).max(1), 0.9) > WANDER * HEAD * size:
+    if np.quantile(np.abs(centres - centre).max(1), 0.8) > WANDER * HEAD * size:
         raise MediaError(name, f"the head moves through the picture; take a part where it stays, or {REMEDY}")
     side = round(min(HEAD * size, width, height))
     x, y = (round(min(max(0, at - side / 2), most - side)) for at, most in zip(centre, (width, height)))
@@ -162,7 +169,7 @@ def watch(path: str | Path) -> Seen:
                    "-map", "[looks]", "-fps_mode", "passthrough", "-q:v", "2", "%08d.jpg"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise MediaError(path, f"cannot be watched ({first_line(Exception(done.stderr))}); use a video")
+            raise MediaError(path, f"cannot be watched ({first_line(done.stderr)}); use a video")
         lines = Path(folder, "cuts").read_text().splitlines()
         times = [float(line.split("=")[1]) for line in lines if "scd.time" in line]
         width, height = Image.open(Path(folder, "first.png")).size
