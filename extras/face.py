@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from data import ACTIVE_RMS, FFMPEG, FPS, SAMPLES_PER_FRAME, MediaError, first_line, load_speech, one_line
 
-HEAD, UP = 1.80, 0.21            # the square's side, and its centre's height above the box's, in boxes
+HEAD, UP = 1.85, 0.21            # the square's side, and its centre's height above the box's, in boxes
 WORK = 480                       # pixels of the shorter side in which faces of 80 pixels and more are found
 SCALES = 5                       # boxes come in sizes 6/5 apart; looks at 5 scales in between make it 4%
 ALIKE = 0.7                      # a second face of this share of the first one's size is a rival
