@@ -206,7 +206,7 @@ def speaks(path: str | Path) -> np.ndarray:
 
 def marks(seen: Seen, heard: np.ndarray) -> list[tuple[int, str]]:
     """Say of each frame which scene it belongs to, and why it cannot be used, if so."""
-    frames = min(len(seen.found) * LOOK, len(heard))
+    frames = min(len(seen.found) * LOOK + LOOK // 2, len(heard))    # looks stand in the middle
     scene = np.searchsorted(seen.cuts, np.arange(frames), "right").tolist()
     why = []
     for start, stop in runs(scene):
