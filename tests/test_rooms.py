@@ -33,6 +33,7 @@ ARROWS = {
     "extras.lessons": MAIN | {"extras.mouths"},
     "extras.school": MAIN | {"extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
                              "extras.talkers"},
+    "extras.face": {"data", "extras.media"},
 }
 # The functions that import an extra when a run asks for it, so that nobody else needs it; no other function may.
 ON_DEMAND = {

@@ -1,0 +1,145 @@
+"""The head is found and framed: one steady square, or one line that says what to do."""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import FPS, SAMPLES_PER_FRAME, MediaError, write_video
+from extras import face
+
+PHOTO = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")      # a real face, always there
+RAW = Path("/work/shared/data/grid_raw/bbaf2n.mpg")
+
+
+@pytest.fixture
+def photo():
+    pytest.importorskip("dlib", reason="faces are found with dlib: pip install dlib-bin")
+    return Image.open(PHOTO).convert("RGB")
+
+
+def on_a_wall(photo, width, height, x, y, side):
+    """The photo, scaled to `side` pixels of width, on a plain wall."""
+    wall = Image.new("RGB", (width, height), (120, 130, 140))
+    wall.paste(photo.resize((side, round(side * photo.height / photo.width)), Image.LANCZOS), (x, y))
+    return np.asarray(wall)
+
+
+def box(x, y, size, score=1.0):
+    return x, y, size, size, score
+
+
+def test_the_same_head_is_cut_alike_wherever_it_is_and_however_large(photo):
+    """A frame of the photo moved and scaled is the frame of the picture, moved and scaled."""
+    x, y, side = face.frame_of([np.asarray(photo)])
+    scale = 300 / photo.width
+    picture = on_a_wall(photo, 640, 360, 200, 8, 300)
+    found = face.frame_of([picture.transpose(2, 0, 1)] * 3)                      # (3, H, W), more than one
+    expected = np.array([200 + x * scale, 8 + y * scale, side * scale])
+    assert np.abs(found - expected).max() < 0.07 * expected[2]
+
+
+def test_a_picture_that_is_framed_already_stays_nearly_whole(photo):
+    x, y, side = face.frame_of([np.asarray(photo)])
+    square = np.asarray(photo.crop((x, y, x + side, y + side)))
+    again = np.array(face.frame_of([square]))
+    assert again[2] > 0.9 * side and again[:2].max() < 0.07 * side
+
+
+@pytest.mark.skipif(not RAW.exists(), reason=f"{RAW} is not there")
+def test_a_raw_clip_is_cut_as_the_training_clips_were():
+    """x 44, y 44, side 216: where the training square of this clip is found again in its 360x288 original."""
+    pytest.importorskip("dlib", reason="faces are found with dlib: pip install dlib-bin")
+    assert np.abs(np.subtract(face.frame_of_video(RAW), (44, 44, 216))).max() < 0.1 * 216
+
+
+def test_one_square_serves_a_clip_and_a_slip_does_not_move_it():
+    steady = [[box(100, 80, 60)]] * 9
+    slips = [*steady[:4], [box(300, 10, 90)], *steady[5:], []]
+    assert face.square_of(slips, 640, 360) == face.square_of(steady, 640, 360)
+
+
+@pytest.mark.parametrize("x, y", [(0, 0), (580, 0), (0, 300), (580, 300), (250, 100)])
+@pytest.mark.parametrize("size", [60, 250])
+def test_the_square_lies_inside_the_picture(x, y, size):
+    left, top, side = face.square_of([[box(x, y, size)]], 640, 360)
+    assert left >= 0 and top >= 0 and left + side <= 640 and top + side <= 360 and side > size
+
+
+@pytest.mark.parametrize("boxes, says", [
+    ([], "shows no face; .*--crop x,y,size.*--crop none"),
+    ([box(0, 0, 90), box(300, 0, 100)], "shows two faces.*--crop x,y,size"),
+])
+def test_what_cannot_be_framed_is_refused_in_one_line_that_names_the_flag(boxes, says):
+    with pytest.raises(MediaError, match=f"^me.jpg: {says}") as refused:
+        face.square_of([boxes], 640, 360, "me.jpg")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_larger_of_two_unlike_faces_is_framed():
+    assert face.square_of([[box(0, 0, 50), box(300, 100, 100)]], 640, 360)[0] > 200
+
+
+def test_a_head_that_wanders_is_refused():
+    with pytest.raises(MediaError, match="moves"):
+        face.square_of([[box(40 * i, 100, 60)] for i in range(10)], 640, 360)
+
+
+def test_a_picture_that_lies_on_its_side_is_to_be_turned(photo):
+    with pytest.raises(MediaError, match="turn the picture"):
+        face.frame_of([np.rot90(np.asarray(photo))])
+
+
+def test_a_wall_has_no_face(photo):
+    with pytest.raises(MediaError, match="no face"):
+        face.frame_of([np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)])
+
+
+def test_without_dlib_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    face.detector.cache_clear()
+    with pytest.raises(MediaError, match="pip install dlib-bin"):
+        face.find_faces(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_the_drawing_shows_what_is_cut():
+    """Left the picture with a red square, right the square alone."""
+    picture = np.zeros((100, 200, 3), np.uint8)
+    picture[20:60, 100:140] = (0, 0, 255)
+    shown = np.asarray(face.show(picture, (100, 20, 40), side=100))
+    assert shown.shape == (100, 300, 3)
+    assert (shown[5:95, 205:295] == (0, 0, 255)).all() and (shown[20, 100:140, 0] > 200).any()
+
+
+def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
+    """2 s of a wall, then 3 s of a face: the cut is at frame 50, and faces are seen after it alone."""
+    wall, scene = np.full((180, 320, 3), 90, np.uint8), on_a_wall(photo, 320, 180, 80, 0, 150)
+    frames = torch.from_numpy(np.stack([wall] * 2 * FPS + [scene] * 3 * FPS)).permute(0, 3, 1, 2)
+    write_video(tmp_path / "me.mp4", frames, 0.1 * torch.randn(5 * FPS * SAMPLES_PER_FRAME))
+    kept, left_out = face.pieces(tmp_path / "me.mp4")
+    assert [piece[:2] for piece in kept] == [(50, 125)] and left_out == [(0, 50, "no face")]
+    assert face.told(kept, left_out) == "3 s in 1 pieces; left out: no face 2 s (1)"
+
+
+def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch):
+    """Looks by scene: a talker, then silence; a talker with one slip; two talkers; a scene of a second."""
+    talker, pair = [box(100, 80, 60)], [box(100, 80, 60), box(300, 80, 60)]
+    found = [talker] * 12 + [talker] * 5 + [[]] + [talker] * 6 + [pair] * 12 + [talker] * 2
+    heard = np.ones(38 * face.LOOK, bool)
+    heard[84:144] = False
+    monkeypatch.setattr(face, "watch", lambda path: face.Seen(found, 640, 360, [144, 288, 432]))
+    monkeypatch.setattr(face, "speaks", lambda path: heard)
+    kept, left_out = face.pieces("me.mp4")
+    assert [piece[:2] for piece in kept] == [(0, 84), (144, 288)]
+    assert left_out == [(84, 144, "no speech"), (288, 432, "two faces"), (432, 456, "too short")]
+
+
+def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):
+    sound = 0.1 * torch.randn(10 * FPS, SAMPLES_PER_FRAME)
+    sound[50:75], sound[125:200] = 0, 0              # one second, three seconds
+    monkeypatch.setattr(face, "load_speech", lambda path: sound.flatten())
+    assert face.runs(face.speaks("me.wav")) == [(0, 125), (125, 200), (200, 250)]
