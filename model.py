@@ -27,6 +27,7 @@ S pixels per side, L tokens of a sequence, H heads, D head dim.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,7 +40,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import MEL_DIM, reading_weights, write_weights
+from data import MEL_DIM, MediaError, first_line, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
@@ -576,6 +577,24 @@ def save_generator(model: Generator, folder: Path, weights: dict[str, Tensor] | 
     Args: weights: instead of the model's own state dict (its moving average); more: further entries of config.json.
     """
     write_weights(folder, weights or model.state_dict(), {"model": asdict(model.config), **more})
+
+
+def hub_folder(name: str | Path) -> Path:
+    """Return a folder of weights; one that is not here, but is called owner/name, is downloaded from the hub.
+
+    Raises: MediaError where there is neither such a folder nor such a repository.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    why = ""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not Path(name).exists():
+        from httpx import HTTPError                          # here: only a name needs them
+        from huggingface_hub import snapshot_download
+        try:
+            return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        except (OSError, ValueError, HTTPError) as error:
+            why = f", nor does the hub ({first_line(error)})"
+    raise MediaError(name, f"holds no config.json{why}; give the folder of a run, or owner/name on the hub")
 
 
 def load_generator(folder: str | Path) -> Generator:

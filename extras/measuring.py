@@ -1,0 +1,165 @@
+"""What a run measures: every arm on held-out clips, the looks that choose a checkpoint, and the pictures of a run.
+
+The metrics themselves, none of which a reward contains, are in sample.py; report.md is made of them by report.py.
+"""
+
+import argparse
+import math
+import shlex
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+import grpo
+from data import SAMPLES_PER_FRAME, Clip, pixels, replacing, sounds, write_speech, write_video
+from extras.processes import world
+from extras.report import hardware, paired, write_report
+from extras.session import Log, plain_json
+from model import Generator, ode_step
+from reward import Reward, measuring_sync, table, to_bytes
+from sample import evaluate, frechet, imitate, seeded_noise, summary
+
+HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
+
+
+def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
+    """A generator with these weights."""
+    model = Generator(args.config).to(args.device).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
+    """Measure videos by what no reward uses, with the sync network of --sync."""
+    return evaluate(videos, clips, args.config.chunk_frames, measuring_sync(args))
+
+
+def means(metrics: dict[str, Tensor]) -> dict[str, float]:
+    return {name: round(values.mean().item(), 5) for name, values in metrics.items()}
+
+
+def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
+             noisy: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    """Generate clips anew from portrait and sound, and measure them: by the ODE, or with noise on all steps that may
+    have it, as rollouts do on some.
+
+    Returns: metrics, name -> (B,), and the videos.
+    """
+    steps, step = args.sampling_steps, ode_step
+    if noisy:
+        steps, shape = args.rollout_steps, (model.config.video_tokens, model.config.channels)
+        noise = seeded_noise(HELD_OUT_SEED + args.seed, range(len(clips)), shape, args.device)
+        step = grpo.drawing_step(args.settings, grpo.stochastic_steps(steps), noise)
+    videos = imitate(model, clips, args.frames, steps, seed=args.seed, step=step)
+    return held_out_metrics(videos, clips, args), videos
+
+
+def held_out_score(metrics: dict[str, Tensor]) -> float:
+    """Choose the checkpoint, on watched clips: by the correlation of the mouth with the true one, less a penalty for
+    wrong amounts of motion.
+
+    No reward contains the correlation. 10% too much or too little motion, of the mouth or of all, costs 0.01 of it, so
+    that a reward that is being hacked is not kept for its lips. 10% too much of the head costs half as much, and too
+    little nothing: a head sways as it likes. (The distance to the true frames would not do: a head that stands still is
+    nearest to one that moves.)
+    """
+    mouth = metrics["lip_sync"] if "lip_sync" in metrics else metrics["mouth_own"]
+    off = {name: math.log(max(metrics[name].mean().item(), 1e-6)) for name in ("amplitude", "motion", "head")}
+    return mouth.mean().item() - 0.1 * (abs(off["amplitude"]) + abs(off["motion"])) - 0.05 * max(off["head"], 0)
+
+
+# ---------------------------------------------------------------- before and after training
+
+def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: argparse.Namespace, log: Log) -> None:
+    """Say what is about to be trained, and what the codec alone can reach: nothing generated can be better."""
+    videos = []
+    for clip in held_out:
+        true = pixels([clip], args.frames).to(args.device)
+        videos.append(model.codec.decode(true[:, 0], model.codec.encode(true)).cpu())
+    codec = held_out_metrics(torch.cat(videos), held_out, args)
+    parameters = sum(p.numel() for p in model.parameters())
+    log(config=asdict(args.config), seed=args.seed, parameters=parameters, codec=means(codec),
+        command=shlex.join(["python", "train.py", *args.command]), hardware=hardware(args.device, world()))
+    print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
+          f"{len(clips)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
+          f"on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
+
+
+def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> float:
+    """Return the Frechet distance of generated mouths in motion, windows of five frames, to the true clips'."""
+    net = measuring_sync(args)
+    return frechet(*(net.visual(v).flatten(0, 1) for v in (videos, pixels(clips, videos.shape[1])))).item()
+
+
+def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argparse.Namespace,
+            log: Log) -> dict[str, Tensor]:
+    """Measure every arm's weights on the same held-out clips from the same noise; print means and paired differences.
+
+    held_out.json keeps the value of every clip. Returns: the videos of each arm, (B, F, 3, S, S), by the ODE.
+    """
+    values, shown = {}, {}
+    for sampler in ("ode", args.sampler) if len(arms) > 1 else ("ode",):
+        made = {}
+        for name, weights in arms.items():
+            made[name], videos = validate(loaded(weights, args), clips, args, noisy=sampler != "ode")
+            if sampler == "ode":
+                shown[name] = videos
+            print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
+                  f"{summary(made[name])}")
+            together = {}
+            if measuring_sync(args):
+                together["mouth_distance"] = mouth_distance(videos, clips, args)
+                print(f"  all clips together   Frechet distance of mouths {together['mouth_distance']:.3f}")
+            log(arm=name, sampler=sampler, held_out=means(made[name]), **together)
+        for title, difference in paired(made).items():
+            print(f"{title}, clip by clip, {sampler}:\n{summary(difference)}")
+        values[sampler] = {name: {k: v.tolist() for k, v in metrics.items()} for name, metrics in made.items()}
+    with replacing(args.out / "held_out.json") as path:
+        path.write_text(plain_json(values))
+    return shown
+
+
+def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
+    """Tell, apart from the held-out metrics, what the reward says of every arm's videos and of the true clips."""
+    frames = next(iter(arms.values())).shape[1]
+    true, audio = pixels(clips, frames), sounds(clips, frames)
+    return f"the same {len(clips)} clips by the reward:\n" + table(reward, {
+        name: reward(videos, audio, true[:, 0], [f"{name} {clip.name}" for clip in clips])
+        for name, videos in (arms | {"truth": true}).items()})
+
+
+def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
+    """Write sheet.png, some frames of a few clips, truth above what each arm generated; sample.mp4, truth beside
+    generated, with sound; and the portrait and the speech of the first clip, to try sample.py with."""
+    frames = arms[0].shape[1]
+    videos = [pixels(clips[:rows], frames)] + [arm[:rows] for arm in arms]
+    at = torch.linspace(0, frames - 1, columns).long()
+    sheet = rearrange([to_bytes(video[:, at]) for video in videos], "arm b column c y x -> (b arm y) (column x) c")
+    for name, picture in ("sheet", sheet), ("portrait", clips[0].frames[0].permute(1, 2, 0)):
+        with replacing(folder / f"{name}.png") as path:
+            Image.fromarray(picture.numpy()).save(path, format="png")
+    write_speech(folder / "speech.wav", clips[0].audio)
+    beside = to_bytes(torch.cat([video[0] for video in videos], -1))
+    enlarged = beside.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    write_video(folder / "sample.mp4", enlarged, clips[0].audio[: frames * SAMPLES_PER_FRAME])
+
+
+def conclude(arms: dict[str, dict[str, Tensor]], clips: list[Clip], reward: Reward | None, args: argparse.Namespace,
+             log: Log) -> None:
+    """Measure, draw and report what a run has come to, and say what to try next."""
+    videos = measure(arms, clips, args, log)
+    write_pictures(args.out, list(videos.values()), clips)
+    if reward:
+        log(rewarded=(said := rewarded(reward, videos, clips)))
+        print(said)
+    write_report(args.out)
+    tried = shlex.join(["python", "sample.py", "--checkpoint", f"{args.out}", "--image", f"{args.out}/portrait.png",
+                        "--audio", f"{args.out}/speech.wav", "--out", "video.mp4"])
+    print(f"{(time.perf_counter() - log.start) / 60:.1f} minutes in all\nto try next:\n  {tried}\n"
+          f"{args.out}/report.md: metrics and curves; sheet.png (truth above {', '.join(arms)}), "
+          "sample.mp4 (truth beside them), log.jsonl")
