@@ -1,16 +1,16 @@
-"""Teach portraits to speak: pretrain on what is found, fine-tune on what the judge picks, reinforce with what it says.
+"""Teach portraits to speak: pretrain on what is found, fine-tune on what the judge picks, reinforce by it.
 
     python train.py                                    drawn talkers as found, two CPU cores, minutes
     python train.py --data my_clips --size 64          your own video clips
     python train.py --resume runs/tiny                 go on where a run was stopped
     python train.py --resume runs/tiny --steps 6000    give a run more; its later stages are then done anew
     python train.py --curate 0 --updates 0             pretraining alone
-    python train.py --control                          and what each stage's time would have bought otherwise
-    python train.py --pretrained runs/tiny --out runs/other    curate and post-train a finished run anew
-    python train.py --pretrained runs/tiny --data my_clips --out runs/mine    train it first on your own clips
+    python train.py --control                          and what post-training's time would have bought otherwise
+    python train.py --pretrained runs/tiny --out runs/other     curate and post-train a finished run anew
+    python train.py --pretrained runs/tiny --data my_clips --out runs/mine     train it first on your own clips
     torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
 
-1. Pretraining by flow matching on all clips. A clip's chunks are noised, each to a noise level of its own,
+1. Pretraining by flow matching on all clips. Each chunk of a clip is noised to a level of its own,
 
        x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ U(0.02, 1) per chunk
 
@@ -19,26 +19,25 @@
        loss = w(sigma) * |predicted velocity - (noise - clean)|^2,      w = min(sigma / 0.2, 1)^2.
 
    The weight tames the division by sigma near the clean end, where the network predicts the clean latent.
-   The generator learns what it is shown: late lips, mumbling mouths, trembling cameras. More steps teach that better.
-2. Curation. The judge rates every clip once, and training goes on with the same loss on the highest rated share. A
-   network that is fine-tuned on these clips can only become as good as they are.
-3. Post-training by GRPO (grpo.py explains it). Groups of videos of training prompts are generated and scored by the
-   reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
+   The generator learns what it is shown: late lips, mumbling mouths, trembling cameras.
+2. Curation. The judge rates every clip once, and training goes on with the same loss on the clips that it rates
+   highest. A network that is fine-tuned on these can only become as good as they are.
+3. Post-training by GRPO (grpo.py explains it). Groups of videos of training prompts are generated and scored by
+   the reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
 
-Every stage after pretraining looks at watched clips on the way, and keeps the moving average of the weights that did
-best on them. Other clips are reported. `--control` spends the CPU time of post-training otherwise: on more
-pretraining, on more curation, and on GRPO without curation.
+Every stage after pretraining looks at watched clips on the way, and keeps the moving average of the weights
+that did best on them. Other clips are reported. `--control` spends the CPU time of post-training otherwise: on
+more pretraining, on more curation, and on GRPO without curation.
 
-All random numbers of a step come from a generator keyed by (seed, step), so a resumed run repeats an unbroken one.
-What stands beside the method is in extras: flags.py, session.py (log, lock, Ctrl-C), processes.py (torchrun),
-measuring.py and report.py.
+All random numbers of a step come from a generator keyed by (seed, step): a resumed run repeats an unbroken one.
+What stands beside the method is in extras: flags.py, session.py (lock, log, checkpoints, Ctrl-C), processes.py
+(torchrun), measuring.py and report.py.
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, N tokens, C channels, S pixels per side.
 """
 
 import argparse
 import copy
-import hashlib
 import math
 import shlex
 import sys
@@ -46,6 +45,7 @@ import time
 from collections import deque
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +56,20 @@ from tqdm import tqdm
 
 import grpo
 from data import FPS, Clip, Clips, MediaError, cached, fitting, folder_clips, hear, one_line, pixels, sounds
-from extras.flags import flags, parse_arguments
-from extras.measuring import HELD_OUT_SEED, conclude, describe, held_out_score, loaded, means, validate
+from extras.flags import parse_arguments
+from extras.measuring import HELD_OUT_SEED, conclude, describe, held_out_score, loaded, validate
 from extras.pretrained import load_trunk
-from extras.processes import (all_gather, ddp, gather_groups, join_processes, keep_freed_memory, rank,
-                              rank_zero_first, shard, world)
-from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED, funnel,
-                           funnel_table)
-from extras.session import (CHECKPOINTS, Log, after_the_step, at_once, clear, continues, go_on, load, lock,
-                            resumable, save)
+from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, join_processes, keep_freed_memory,
+                              rank, rank_zero_first, shard, summed_up, world)
+from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED,
+                           funnel)
+from extras.session import (Log, at_once, carry_out, clear, continues, fingerprint, keep_arm, load, lock, resumable,
+                            save)
 from extras.talkers import FAULTS, synthetic_clips
-from model import Generator, load_generator, save_generator
+from model import Generator, load_generator
 from reward import (ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, make_judge, make_reward, measuring_sync,
                     rate_whole, reward_sync)
-from sample import generator, summary, sync_metrics
+from sample import generator, sync_metrics
 
 WATCHED = 100_000                  # the first of the talkers that are watched, beyond any that are reported
 CODEC_CLIPS = 256                  # enough to fit the codec's components
@@ -77,11 +77,9 @@ EXEMPLARS = 64                     # clips that say what is normal: enough for m
 RATED_AT_ONCE = 32                 # clips: a judge that rates none of so many is no judge
 AUDIO_DROPOUT = 0.1                # share of clips without sound, which guidance compares with
 GRAD_CLIP = 1.0                    # largest norm of a gradient
-SIGMA_BINS = 5
-SAVE_MINUTES = 2.0                 # between checkpoints
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
 POST_EMA = 0.95                    # of the policy's moving average
-POST_STREAM = 500_000              # where the random numbers of updates begin, beyond those of any training step
+POST_STREAM = 500_000              # where the random numbers of updates begin, beyond any training step's
 UNRATED_OVER, MOST_UNRATED = 10, 0.1      # updates over which a judge may leave less than this share unrated
 
 
@@ -105,12 +103,12 @@ class Latents:
 def load_clips(args: argparse.Namespace, watch: int = 0) -> tuple[Clips, list[Clip], list[Clip]]:
     """Return the clips to train on, to report on, and to watch on the way, each `args.frames` long or longer.
 
-    Training sees neither of the latter. The watched choose the checkpoints, so the reported may not be among them.
+    The watched clips choose the checkpoints, so the reported ones may not be among them.
     """
+    size, seed = args.config.size, HELD_OUT_SEED + args.seed
     if args.data:
-        train, held_out = folder_clips(args.data, args.config.size, args.seconds, args.crop, frames=args.frames)
+        train, held_out = folder_clips(args.data, size, args.seconds, args.crop, frames=args.frames)
     else:
-        size, seed = args.config.size, HELD_OUT_SEED + args.seed
         train = synthetic_clips(args.clips, size, args.seconds, args.seed, world=args.world)
         held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
         if watch:
@@ -119,7 +117,7 @@ def load_clips(args: argparse.Namespace, watch: int = 0) -> tuple[Clips, list[Cl
         raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(train)} to train on, "
                                     f"{len(held_out)} held out); add files or lower --seconds")
     if args.updates and len(train) < args.prompts:
-        raise MediaError(args.data or "--clips", f"has {len(train)} clips for {args.prompts} --prompts; lower these")
+        raise MediaError(args.data or "--clips", f"{len(train)} are too few for --prompts {args.prompts}; lower it")
     reported = held_out[: len(held_out) - min(watch, len(held_out) // 2)]
     return train, reported[: args.validate_clips], held_out[len(reported):]
 
@@ -142,7 +140,7 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
     for i in tqdm(range(0, len(clips), batch), "encoding", leave=False):
         latents.append(model.codec.encode(pixels(clips[i:i + batch], frames).to(device)).cpu())
     mel = torch.stack([hear(clip.audio, frames, model.config.audio_encoder, device) for clip in clips])
-    portrait = torch.stack([clip.frames[0].clone() for clip in clips])       # a view would hold its file's map
+    portrait = torch.stack([clip.frames[0].clone() for clip in clips])      # a view would hold its file's map
     return Latents(portrait, mel, torch.cat(latents))
 
 
@@ -161,22 +159,23 @@ class Picks:
 def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, float]:
     """Ask for ratings (B, 3) of all training clips, NaN where the judge gives none. Each group is kept on disk.
 
-    A judge raises JudgeError where it rates none of a group. So groups are spread over the set: neighbours may be
+    A judge that rates none of a group raises JudgeError. So groups are spread over the set: neighbours may be
     parts of one video that nobody could rate. Returns: ratings, and the CPU time that they took.
     """
+    def rate(rows: range, to: Path) -> None:
+        start, some = time.process_time(), [clips[row] for row in rows]
+        scores, _ = rate_whole(judge, pixels(some, args.frames), sounds(some, args.frames),
+                               [clip.name for clip in some])
+        np.save(to / "ratings.npy", scores.numpy())
+        (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
+
     groups, judged = math.ceil(len(clips) / RATED_AT_ONCE), judge.fingerprint
     ratings, spent = torch.empty(len(clips), len(ASPECTS)), 0.0
     for i in tqdm(range(groups), "rating", leave=False):
-        def rate(to: Path) -> None:
-            start, some = time.process_time(), [clips[row] for row in rows]
-            scores, _ = rate_whole(judge, pixels(some, args.frames), sounds(some, args.frames),
-                                   [clip.name for clip in some])
-            np.save(to / "ratings.npy", scores.numpy())
-            (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
-
         rows = range(i, len(clips), groups)
-        kept = cached(None, {"clips": clips.folder.name,                 # named by a hash of what is in it
-                             "rows": [clips.rows[row] for row in rows], "frames": args.frames, "judge": judged}, rate)
+        recipe = {"clips": clips.folder.name, "rows": [clips.rows[row] for row in rows],
+                  "frames": args.frames, "judge": judged}          # a folder's name is a hash of what is in it
+        kept = cached(None, recipe, partial(rate, rows))
         ratings[i::groups] = torch.from_numpy(np.load(kept / "ratings.npy"))
         spent += float((kept / "cpu_seconds").read_text())
     if not ratings.isfinite().all(1).any():
@@ -187,18 +186,17 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
 def pick_clips(judge, clips: Clips, args: argparse.Namespace, log: Log) -> Picks:
     """Rank the training clips by the judge, or else by the reward's sync network, and choose the best.
 
-    Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with the highest
-    sum tremble as all clips do. With neither a judge nor a network that knows the clips, nothing is curated.
+    Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with the
+    highest sum tremble as all clips do. With neither a judge nor a network, nothing is curated.
     """
-    count, most = round(args.curate * len(clips)), min(EXEMPLARS, len(clips))
-    sync = reward_sync(args)
+    count, most, sync = round(args.curate * len(clips)), min(EXEMPLARS, len(clips)), reward_sync(args)
     if judge is not None:
         ratings, spent = rate_clips(judge, clips, args)
     elif sync is not None:
         start = time.process_time()
-        confidence = [sync_metrics(sync, pixels([clip], args.frames), sounds([clip], args.frames))["sync_confidence"]
-                      for clip in tqdm(clips, "rating", leave=False)]
-        ratings = torch.stack(confidence).expand(-1, len(ASPECTS))       # one opinion for all aspects
+        measured = [sync_metrics(sync, pixels([clip], args.frames), sounds([clip], args.frames))
+                    for clip in tqdm(clips, "rating", leave=False)]
+        ratings = torch.stack([m["sync_confidence"] for m in measured]).expand(-1, len(ASPECTS))
         spent = time.process_time() - start
     else:
         return Picks(torch.empty(0, dtype=torch.long), spread(clips, most), spread(clips, most))
@@ -212,8 +210,7 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace, log: Log) -> Picks
                       for aspect in ("expressiveness", "motion"))
     if judge is not None and clips[0].truth and "fault_offset" in clips[0].truth:
         strengths = {name: torch.stack([clip.truth[f"fault_{name}"] for clip in clips]) for name in FAULTS}
-        log(funnel=(rows := funnel(strengths, ratings, curated)))
-        print(f"{len(clips)} clips as found, and the {len(curated)} that the judge picks:\n{funnel_table(rows)}")
+        log(funnel=funnel(strengths, ratings, curated))
     return Picks(curated, lively, smooth, spent)
 
 
@@ -236,8 +233,8 @@ def flow_matching_loss(model: Generator, batch: tuple[Tensor, ...]) -> tuple[Ten
 def draw_batch(data: Latents, args: argparse.Namespace, step: int) -> tuple[Tensor, ...]:
     """Draw the batch of a step; every process draws all of it and returns its own rows.
 
-    Returns: portrait (B, 3, S, S) in [0, 1], mel (B, F, mel_channels), clean (B, 1, K, N, C), context (B, K, N, C),
-    noise (B, 1, K, N, C), sigma (B, 1, K), heard (B,).
+    Returns: portrait (B, 3, S, S) in [0, 1], mel (B, F, mel_channels), clean (B, 1, K, N, C),
+    context (B, K, N, C), noise (B, 1, K, N, C), sigma (B, 1, K), heard (B,).
     """
     device = args.device
     draw = dict(generator=generator(args.seed, step, device), device=device)
@@ -246,21 +243,12 @@ def draw_batch(data: Latents, args: argparse.Namespace, step: int) -> tuple[Tens
     sigma = torch.rand(clean.shape[:2], **draw).clamp_min(0.02)[:, None]
     noise = torch.randn(clean.shape, **draw)[:, None]
     heard = torch.rand(args.batch, **draw) >= AUDIO_DROPOUT
-    # Noise on the past, anything from none to as much as there is signal: generation's own past is never perfect,
-    # and a trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
+    # Noise on the past, from none to as much as there is signal: generation's own past is never perfect, and a
+    # trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
     slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, **draw)
     context = clean + slip * torch.randn(clean.shape, **draw)
-    rows, clean, context, noise, sigma, heard = (x[shard()] for x in (rows, clean, context, noise, sigma, heard))
-    return (data.portrait[rows].to(device) / 255, data.mel[rows].to(device), clean[:, None], context, noise, sigma,
-            heard)
-
-
-def by_noise_level(error: Tensor, sigma: Tensor) -> list[float | None]:
-    """Average errors of all processes over bins of sigma; None where a bin is empty."""
-    sigma, error = (torch.cat(x).flatten() for x in zip(*all_gather((sigma.cpu(), error.detach().cpu()))))
-    bins = (sigma * SIGMA_BINS).long().clamp_max(SIGMA_BINS - 1)
-    means = [error[bins == i].mean().item() for i in range(SIGMA_BINS)]
-    return [None if math.isnan(mean) else round(mean, 5) for mean in means]
+    portrait, mel = data.portrait[rows].to(device) / 255, data.mel[rows].to(device)
+    return tuple(x[shard()] for x in (portrait, mel, clean[:, None], context, noise, sigma, heard))
 
 
 def optimizers(model: Generator, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -279,14 +267,6 @@ def snapshot(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in weights.items()}
 
 
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """Tell weights from others: a stage that went on from them is only as old as they are."""
-    sign = hashlib.sha256()
-    for tensor in weights.values():
-        sign.update(tensor.cpu().numpy().tobytes())
-    return sign.hexdigest()
-
-
 class Stage:
     """Weights that change step by step, their moving average, and the best average that the looks have seen.
 
@@ -295,7 +275,8 @@ class Stage:
 
     unit = "step"
 
-    def __init__(self, name: str, model: Generator, args: argparse.Namespace, total: int = 0, budget: float = 0.0):
+    def __init__(self, name: str, model: Generator, args: argparse.Namespace, total: int = 0,
+                 budget: float = 0.0):
         self.name, self.model, self.args, self.total, self.budget = name, model, args, total, budget
         model.checkpointing = args.checkpointing
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -326,7 +307,7 @@ class Stage:
     def advance(self) -> dict:
         """Take a step and charge its CPU time. Returns: what to log.
 
-        Raises: JudgeError or KeyboardInterrupt before anything has changed. MediaError where the loss is no number.
+        Raises: JudgeError or KeyboardInterrupt before anything has changed; MediaError where the loss is nan.
         """
         start = time.process_time()
         entry = self.take_step()
@@ -340,7 +321,7 @@ class Stage:
         torch._foreach_lerp_([self.average[k] for k in floats], [weights[k] for k in floats], 1 - decay)
 
     def look(self, watched: list[Clip]) -> dict[str, Tensor]:
-        """Measure the moving average on the watched clips, always from the same noise, and keep it if it is best."""
+        """Measure the moving average on the watched clips, always from the same noise; keep the best."""
         with at_once():
             metrics = None if rank() else validate(loaded(self.average, self.args), watched, self.args)[0]
         metrics = all_gather(metrics)[0]
@@ -366,11 +347,12 @@ class FlowMatching(Stage):
         self.trained = ddp(self.model)
 
     def take_step(self) -> dict:
-        factor = min((self.step + 1) / self.args.warmup, 1 - self.progress)          # warm up, then decay to zero
+        factor = min((self.step + 1) / self.args.warmup, 1 - self.progress)      # warm up, then decay to zero
         for optimizer, rate in zip(self.optimizers, self.rates):
             optimizer.param_groups[0]["lr"] = factor * rate
             optimizer.zero_grad()
-        error, sigma = flow_matching_loss(self.trained, draw_batch(self.data, self.args, self.first + self.step))
+        batch = draw_batch(self.data, self.args, self.first + self.step)
+        error, sigma = flow_matching_loss(self.trained, batch)
         loss = error.mean()
         loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
@@ -386,45 +368,50 @@ class FlowMatching(Stage):
 
 
 class PostTraining(Stage):
-    """Learning by GRPO. The reference, which the policy starts from and is held to, are the weights to begin with."""
+    """Learning by GRPO. The policy starts at the reference and is held to it."""
 
     unit = "update"
 
     def __init__(self, name: str, reference: Generator, reward: Reward, data: Latents, clips: list[Clip],
                  args: argparse.Namespace):
         super().__init__(name, copy.deepcopy(reference), args, args.updates)
-        self.reference, self.reward, self.data, self.clips = reference.requires_grad_(False), reward, data, clips
+        self.reference = reference.requires_grad_(False)
+        self.reward, self.data, self.clips = reward, data, clips
         self.settings, self.checked = args.settings, False
         self.trained = ddp(self.model, unused=True)
-        self.optimizers = [torch.optim.AdamW(self.model.parameters(), args.post_lr, betas=(0.9, 0.95), weight_decay=0)]
-        self.unrated = deque(maxlen=UNRATED_OVER)                  # videos without a rating, of the last updates
+        weights = self.model.parameters()
+        self.optimizers = [torch.optim.AdamW(weights, args.post_lr, betas=(0.9, 0.95), weight_decay=0)]
+        self.unrated = deque(maxlen=UNRATED_OVER)        # videos without a rating, in each of the last updates
 
     def take_step(self) -> dict:
         """One update of GRPO: roll out, score, compare, and take a gradient step on each part of the rollouts.
 
         The first part is on-policy, its ratios are 1. On the later ones they are not, and the clip is at work.
         """
-        args, group, optimizer, clock = self.args, self.settings.group, self.optimizers[0], [time.perf_counter()]
+        args, group, optimizer = self.args, self.settings.group, self.optimizers[0]
+        clock = [time.perf_counter()]
         rng = generator(args.seed, POST_STREAM + self.step)
         rows = torch.randperm(len(self.data), generator=rng)[: args.prompts]
         steps = grpo.window(self.settings, self.step, rng)
-        with at_once():                                                              # this changes nothing yet
-            # Roll out: a group of videos of each prompt. Of every run's first ones, rescoring is checked.
-            portrait = (self.data.portrait[rows] / 255).to(args.device)
-            mel = self.data.mel[rows].to(args.device)
-            rollout = grpo.roll_out(self.model, portrait, mel, self.settings, steps, rng, shard())
-            if not self.checked:
+        prompts = self.data[rows]
+
+        # Roll out: a group of videos of each prompt. Then score. Neither changes anything yet.
+        with at_once():
+            rollout = grpo.roll_out(self.model, (prompts.portrait / 255).to(args.device),
+                                    prompts.mel.to(args.device), self.settings, steps, rng, shard())
+            if not self.checked:                                   # once a run
                 grpo.check_rescoring(self.model, rollout, self.settings)
                 self.checked = True
             clock.append(time.perf_counter())
-            # Score.
             scores = self.score(rollout, [self.clips[i] for i in rows[shard()]])
-        # Advantage: of each video over its group. All processes' rewards are compared; this one's are gone on with.
-        advantage, components = grpo.advantages(scores, self.reward.weights, self.settings, rollout.latents.shape[1],
-                                                self.reward.floors)                  # (B, K)
+
+        # Advantage: how much better than its group each video is, of all processes; then of this one's videos.
+        advantage, components = grpo.advantages(scores, self.reward.weights, self.settings,
+                                                rollout.latents.shape[1], self.reward.floors)        # (B, K)
         self.count_unrated(components["total"]["unrated"], len(advantage))
         advantage = advantage.unflatten(0, (-1, group))[shard()].flatten(0, 1).to(args.device)
         clock.append(time.perf_counter())
+
         # Loss and step, on each part of whole groups, a few rollouts at a time as memory allows.
         optimizer.param_groups[0]["lr"] = args.post_lr * min((self.step + 1) / POST_WARMUP, 1 - self.progress)
         size, parts = math.ceil(len(rollout) / group / args.parts) * group, []
@@ -432,25 +419,26 @@ class PostTraining(Stage):
             part, part_advantage, logs = rollout[at:at + size], advantage[at:at + size], []
             optimizer.zero_grad()
             for i in range(0, len(part), args.micro_batch):
-                few, few_advantage = part[i:i + args.micro_batch], part_advantage[i:i + args.micro_batch]
+                few, few_advantage = (x[i:i + args.micro_batch] for x in (part, part_advantage))
                 loss, log = grpo.grpo_loss(self.trained, self.reference, few, few_advantage, self.settings)
                 (loss * len(few) / len(part)).backward()
                 logs.append((log, len(few) / len(part) / world()))
             norm = clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
             optimizer.step()
-            parts.append(self.summed_up(logs) | {"grad_norm": norm.item()})
+            parts.append(summed_up(logs) | {"grad_norm": norm.item()})
         self.step += 1
         self.blend(POST_EMA)
         clock.append(time.perf_counter())
-        seconds = [round(b - a, 3) for a, b in zip(clock, clock[1:])]
+
         if not all(math.isfinite(part["loss"] + part["grad_norm"]) for part in parts):
-            raise MediaError(args.out, f"the loss is {parts[-1]['loss']} at update {self.step}; lower --post-lr")
+            raise MediaError(args.out, f"the loss is no number at update {self.step}; lower --post-lr")
+        seconds = [round(b - a, 3) for a, b in zip(clock, clock[1:])]
         return {"reward": scores.total.nanmean().item(), "components": components, "sigma": steps[0][0],
                 "parts": parts, "seconds_for": dict(zip(("rollout", "reward", "update"), seconds))}
 
     @torch.no_grad()
     def score(self, rollout: grpo.Rollout, prompts: list[Clip]) -> Scores:
-        """Judge a rollout of these prompts. Returns: the Scores of all processes' rollouts, in the prompts' order."""
+        """Judge a rollout of these prompts. Returns: the Scores of all processes' rollouts, in their order."""
         group = self.settings.group
         audio = sounds(prompts, rollout.frames.shape[1]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
@@ -463,79 +451,33 @@ class PostTraining(Stage):
         """Raise JudgeError where the judge leaves too many videos unrated; single ones are only left out."""
         self.unrated.append(unrated)
         if sum(self.unrated) >= MOST_UNRATED * UNRATED_OVER * videos:
-            raise JudgeError("the judge", f"left {sum(self.unrated)} videos unrated in {len(self.unrated)} updates of "
-                                          f"{videos} videos; {NO_JUDGE}")
-
-    def summed_up(self, logs: list[tuple[dict, float]]) -> dict:
-        """Average what grpo_loss logged over the micro-batches of all processes, each with its share."""
-        mine = [({k: v.cpu() for k, v in log.items()}, share) for log, share in logs]
-        logs = [entry for entries in all_gather(mine) for entry in entries]
-        mean = {k: sum(log[k] * share for log, share in logs).tolist() for k in logs[0][0]}
-        return mean | {"ratio_max": torch.stack([log["ratio_max"] for log, _ in logs]).amax(0).tolist()}
-
-
-def carry_out(stage: Stage, watched: list[Clip], log: Log) -> dict[str, Tensor]:
-    """Take a stage to its end, with looks at the watched clips, log lines and checkpoints on the way.
-
-    Returns: the weights to go on with.
-    """
-    args, saved, first = stage.args, time.monotonic(), stage.step
-    log.rewind(stage)
-    bar = tqdm(None, stage.name, initial=stage.step, total=stage.total or None, unit=stage.unit)
-
-    def stop():
-        save(stage, args.out)
-        bar.close()
-        sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: {go_on(args)}")
-
-    with after_the_step() as asked, bar:
-        while True:
-            try:
-                if watched and stage.look_is_due:
-                    metrics = stage.look(watched)
-                    log(stage=stage.name, **{stage.unit: stage.step}, watched=means(metrics),
-                        best=stage.best["step"])
-                    bar.write(f"{stage.name}, {stage.unit} {stage.step}, {len(watched)} watched clips:\n"
-                              f"{summary(metrics)}")
-                if stage.progress >= 1:
-                    break
-                entry = stage.advance()
-            except KeyboardInterrupt:
-                if asked:                                  # the second one: what it tore is not saved
-                    raise
-                stop()
-            except JudgeError:                             # it is away, say: what was reached is kept
-                save(stage, args.out)
-                raise
-            log(stage=stage.name, **{stage.unit: stage.step}, **entry)
-            bar.update()
-            shown = "reward" if "reward" in entry else "loss"
-            bar.set_postfix({shown: f"{entry[shown]:.3f}"})
-            if asked:
-                stop()
-            if time.monotonic() - saved > 60 * SAVE_MINUTES:
-                save(stage, args.out)
-                saved = time.monotonic()
-        if stage.name not in CHECKPOINTS and stage.step > first:
-            log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
-        save(stage, args.out)
-    if watched:
-        print(f"{stage.name}: kept {stage.unit} {stage.best['step']} of {stage.step}; "
-              f"{stage.cpu_seconds:.0f} s of CPU time")
-    return stage.kept
+            raise JudgeError("the judge", f"left {sum(self.unrated)} videos unrated in {len(self.unrated)} "
+                                          f"updates of {videos} videos; {NO_JUDGE}")
 
 
 # ---------------------------------------------------------------- the three stages, and controls
 
+@dataclass
+class Run:
+    """What the stages of a run share."""
+
+    args: argparse.Namespace
+    log: Log
+    clips: Clips                   # to train on
+    watched: list[Clip]
+    data: Latents                  # of the clips to train on
+    picks: Picks | None = None
+    reward: Reward | None = None
+
+
 def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: Log) -> FlowMatching:
-    """Make a new run with its codec fitted, or go on with one of before. Its data are set by the caller."""
+    """Make a new generator with its codec fitted, or go on with one of before. The caller sets its data."""
     torch.manual_seed(args.seed)
     stage = FlowMatching("pretraining", None, args, args.steps)
     if args.resume:
         load(stage, args.out / "state.pt")
         log.rewind(stage)
-        return stage
-    if args.pretrained:
+    elif args.pretrained:
         if (args.pretrained / "state.pt").exists():
             load(stage, args.pretrained / "state.pt", anew=args.further)
         else:                                              # as published: weights alone
@@ -543,64 +485,64 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: Log) -> 
             stage.restart()
             stage.step = 0 if args.further else args.steps
         save(stage, args.out)
-        return stage
-    if args.init_from:
-        load_trunk(stage.model, args.init_from)
-    if not rank():
-        fit_codec(stage.model, clips, args)
-    codec = stage.model.codec
-    codec.load_state_dict(all_gather({k: v.cpu() for k, v in codec.state_dict().items()})[0])
-    stage.restart()
+    else:
+        if args.init_from:
+            load_trunk(stage.model, args.init_from)
+        if not rank():
+            fit_codec(stage.model, clips, args)
+        codec = stage.model.codec
+        codec.load_state_dict(all_gather({k: v.cpu() for k, v in codec.state_dict().items()})[0])
+        stage.restart()
     return stage
 
 
-def curate(args: argparse.Namespace, start: dict[str, Tensor], data: Latents, picks: Picks,
-           watched: list[Clip], log: Log) -> FlowMatching:
+def curate(run: Run, start: dict[str, Tensor]) -> FlowMatching:
     """Fine-tune the pretrained generator on the clips that were picked."""
-    stage = FlowMatching("curation", data[picks.curated], args, args.curate_steps, first=args.steps)
-    stage.recipe = {"picked": picks.curated.tolist(), "start": fingerprint(start)}
+    args, picked = run.args, run.picks.curated
+    stage = FlowMatching("curation", run.data[picked], args, args.curate_steps, first=args.steps)
+    stage.recipe = {"picked": picked.tolist(), "start": fingerprint(start)}
     if not (continues(stage, args.out) or args.pretrained and continues(stage, args.pretrained)):
         load(stage, args.out / "state.pt", anew=True)
-        stage.cpu_seconds = picks.cpu_seconds
-    carry_out(stage, watched, log)
+        stage.cpu_seconds = run.picks.cpu_seconds
+    carry_out(stage, run.watched, run.log)
     return stage
 
 
-def post_train(args: argparse.Namespace, start: dict[str, Tensor], reward: Reward, data: Latents, clips: list[Clip],
-               watched: list[Clip], log: Log, name: str = "post-training") -> PostTraining:
+def post_train(run: Run, start: dict[str, Tensor], name: str = "post-training") -> PostTraining:
     """Reinforce a generator by the reward."""
-    stage = PostTraining(name, loaded(start, args), reward, data, clips, args)
+    stage = PostTraining(name, loaded(start, run.args), run.reward, run.data, run.clips, run.args)
     stage.recipe = {"start": fingerprint(start)}
-    continues(stage, args.out)
-    carry_out(stage, watched, log)
+    continues(stage, run.args.out)
+    carry_out(stage, run.watched, run.log)
     return stage
 
 
-def control_arms(args: argparse.Namespace, arms: dict[str, dict], spent: float, reward: Reward, data: Latents,
-                 clips: list[Clip], picks: Picks, watched: list[Clip], log: Log) -> dict[str, dict[str, Tensor]]:
+def control_arms(run: Run, arms: dict[str, dict], spent: float) -> dict[str, dict[str, Tensor]]:
     """Spend the CPU time of post-training otherwise, from the same starts. Returns: arm -> weights.
 
-    More curation goes on from the curated generator, for as long as its post-training took. GRPO without curation
-    starts from the pretrained one, and more pretraining takes as long as that.
+    More curation goes on from the curated generator, for as long as its post-training took. GRPO without
+    curation starts from the pretrained one, and more pretraining takes as long as that.
     """
+    args = run.args
+
     def longer(name: str, start: str, rows: Tensor | slice, first: int, seconds: float) -> Stage:
-        stage = FlowMatching(name, data[rows], args, budget=seconds, first=first)
+        stage = FlowMatching(name, run.data[rows], args, budget=seconds, first=first)
         stage.recipe = {"start": fingerprint(arms[start]), "budget": seconds}
         if not continues(stage, args.out):
             load(stage, args.out / ("curate.pt" if start == CURATED else "state.pt"), anew=True)
-        carry_out(stage, watched, log)
+        carry_out(stage, run.watched, run.log)
         return stage
 
     stages = []
     if CURATED in arms:
-        stages = [longer(MORE_CURATION, CURATED, picks.curated, args.steps + args.curate_steps, spent),
-                  post_train(args, arms[PRETRAINED], reward, data, clips, watched, log, UNCURATED)]
+        stages = [longer(MORE_CURATION, CURATED, run.picks.curated, args.steps + args.curate_steps, spent),
+                  post_train(run, arms[PRETRAINED], UNCURATED)]
         spent = stages[-1].cpu_seconds
     stages += [longer(MORE_PRETRAINING, PRETRAINED, slice(None), args.steps, spent)]
     return {stage.name: stage.kept for stage in stages}
 
 
-# ---------------------------------------------------------------- the run
+# ---------------------------------------------------------------- a run
 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
@@ -609,10 +551,10 @@ def main(argv: list[str] | None = None) -> None:
     with redirect_stderr(sys.stdout if rank() else sys.stderr):         # one of them may complain of flags
         args = parse_arguments(argv)
     with lock(args.out), resumable(args, start):
-        run(args, start)
+        train(args, start)
 
 
-def run(args: argparse.Namespace, start: float) -> None:
+def train(args: argparse.Namespace, start: float) -> None:
     """Do all that the flags ask for, from data to report."""
     if (args.out / "config.json").exists() and not (args.resume or args.overwrite):
         raise MediaError(args.out, f"holds a run; go on with --resume {shlex.quote(str(args.out))}, choose "
@@ -626,54 +568,60 @@ def run(args: argparse.Namespace, start: float) -> None:
         clear(args.out)
     log = Log(args.out, start, args.tensorboard)
     pretraining = begin_pretraining(args, clips, log)
-    pretraining.data = data = encode(pretraining.model, clips, args.frames, args.device)
+    pretraining.data = encode(pretraining.model, clips, args.frames, args.device)
     if not rank():
         describe(pretraining.model, clips, held_out, args, log)
-    with rank_zero_first():
-        picks = pick_clips(judge, clips, args, log) if curates or reinforces else None
-    if picks and args.exemplars:
-        parts = folder_clips(args.exemplars, args.config.size, args.seconds, args.crop, frames=args.frames)
-        picks.lively = picks.smooth = spread([clip for part in parts for clip in part], EXEMPLARS)
+    run = Run(args, log, clips, watched, pretraining.data)
+    if curates or reinforces:
+        with rank_zero_first():
+            run.picks = pick_clips(judge, clips, args, log)
 
     resume, anew = (shlex.join([flag, str(args.out)]) for flag in ("--resume", "--pretrained"))
     with fitting("pretraining", "lower --batch, or give --checkpointing"):
         arms = {PRETRAINED: carry_out(pretraining, [], log)}
-        if curates and len(picks.curated):
-            keep_arm(args, PRETRAINED, arms)
-            arms[CURATED] = curate(args, arms[PRETRAINED], data, picks, watched, log).kept
-    reward = None
+        if curates and len(run.picks.curated):
+            keep_arm(loaded(arms[PRETRAINED], args), PRETRAINED, args)
+            arms[CURATED] = curate(run, arms[PRETRAINED]).kept
     if reinforces:
         *_, (last, weights) = arms.items()
-        keep_arm(args, last, arms)
-        reward = make_reward(args, judge, picks.lively, picks.smooth, args.config.chunk_frames,
-                             pretraining.model.codec)
+        keep_arm(loaded(weights, args), last, args)
+        codec = pretraining.model.codec
+        run.reward = make_reward(args, judge, *exemplars(run), args.config.chunk_frames, codec)
         with fitting("post-training",
                      f"lower --micro-batch, with {resume}; or --prompts or --group, with {anew}"):
-            post = post_train(args, weights, reward, data, clips, watched, log)
+            post = post_train(run, weights)
             arms[POST_TRAINED] = post.kept
             if args.control:
-                arms |= control_arms(args, arms, post.cpu_seconds, reward, data, clips, picks, watched, log)
+                arms |= control_arms(run, arms, post.cpu_seconds)
     if not rank():
         with fitting("measuring", f"lower --validate-clips, with {resume}"):
-            conclude(arms, held_out, reward, args, log)
+            conclude(arms, held_out, run.reward, args, log)
 
 
 def later_stages(args: argparse.Namespace, judge) -> tuple[bool, bool]:
-    """Say whether there is curation and post-training. Both want something that knows the clips: a judge, or the
-    reward's sync network. Drawn talkers may be reinforced by the regularisers alone, as an experiment."""
+    """Say whether there is curation and post-training.
+
+    Both want something that knows the clips: a judge, or the reward's sync network. Drawn talkers may be
+    reinforced by the regularisers alone, as an experiment.
+    """
     known = judge is not None or reward_sync(args) is not None
     curates, reinforces = bool(args.curate and known), bool(args.updates and (known or not args.data))
-    left_out = ["curation"] * (args.curate > 0 and not curates) + ["post-training"] * (args.updates and not reinforces)
+    left_out = ["curation"] if args.curate and not curates else []
+    left_out += ["post-training"] if args.updates and not reinforces else []
     if left_out:
         print(f"no {' and no '.join(left_out)}: neither a judge nor a sync network knows these clips; "
-              "give --judge or --reward-sync (README says how to make one)")
+              "give --judge or --reward-sync (README tells how to make one)")
     return curates, reinforces
 
 
-def keep_arm(args: argparse.Namespace, name: str, arms: dict[str, dict[str, Tensor]]) -> None:
-    """Write an arm's weights to a folder of their own, for sample.py: the run's folder holds the last stage's."""
-    if not rank():
-        save_generator(loaded(arms[name], args), args.out / name, training=flags(args))
+def exemplars(run: Run) -> tuple[list[Clip], list[Clip]]:
+    """Return the lively and the smooth clips to compare with: those of --exemplars, or the picks."""
+    args = run.args
+    if not args.exemplars:
+        return run.picks.lively, run.picks.smooth
+    parts = folder_clips(args.exemplars, args.config.size, args.seconds, args.crop, frames=args.frames)
+    clips = spread([clip for part in parts for clip in part], EXEMPLARS)
+    return clips, clips
 
 
 if __name__ == "__main__":

@@ -71,17 +71,9 @@ GROW = {"steps", "curate_steps", "updates", "control"}
 SESSION = {"config", "settings", "command", "resume", "pretrained", "further", "overwrite", "out", "device"}
 
 
-def run_flags() -> argparse.ArgumentParser:
-    """Make the flags that name a run of before, whose own flags all others are then compared with."""
-    p = argparse.ArgumentParser(add_help=False)
-    g = p.add_argument_group("a run of before")
-    g.add_argument("--resume", type=Path, metavar="RUN",
-                   help="go on with a stopped run, or, with more --steps, --curate-steps or --updates, with "
-                        "a finished one; its other flags stay, but where things moved")
-    g.add_argument("--pretrained", type=Path, metavar="RUN",
-                   help="curate and post-train a run anew, a folder or a name on the hub, with these flags "
-                        "and its other ones, into --out; with --data, first train it for --steps on those clips")
-    return p
+def flag(name: str) -> str:
+    """How a setting is called on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def numbers(p: argparse.ArgumentParser, title: str, rows: list[tuple]) -> argparse._ArgumentGroup:
@@ -93,17 +85,21 @@ def numbers(p: argparse.ArgumentParser, title: str, rows: list[tuple]) -> argpar
     return g
 
 
-def all_flags(runs: argparse.ArgumentParser) -> tuple[argparse.ArgumentParser, set[str]]:
-    """Make the whole parser. Returns: it, and the names of the flags of curation and post-training."""
-    p = argparse.ArgumentParser(description="Pretrain, curate and post-train a generator.", parents=[runs])
+def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
+    """Make the parser. Returns: it, and the names of the flags that define curation and post-training."""
+    p = argparse.ArgumentParser(description="Pretrain, curate and post-train a generator.")
+    g = p.add_argument_group("a run of before")
+    g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, or, with more --steps, "
+                   "--curate-steps or --updates, with a finished one; other flags stay, but where things moved")
+    g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew, a folder or a "
+                   "name on the hub, into --out; with --data, first train it for --steps on those clips")
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and defaults (%(default)s)")
     g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
     g.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run")
-    g.add_argument("--device", type=device_argument, default=device_argument(),
-                   help="cpu or cuda (%(default)s)")
-    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
-                   help="compute blocks again in the backward pass: less memory, slower steps (by preset)")
+    g.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute blocks again in the "
+                   "backward pass: less memory, slower steps (by preset)")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard, too")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="a folder of video clips (drawn talkers)")
@@ -113,8 +109,8 @@ def all_flags(runs: argparse.ArgumentParser) -> tuple[argparse.ArgumentParser, s
     g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
     numbers(p, "pretraining", PRETRAINING)
     g = numbers(p, "curation and post-training", POST_TRAINING)
-    g.add_argument("--exemplars", metavar="DIR", help="clips that say how much and how smoothly things should "
-                   "move (the training clips that the judge picks)")
+    g.add_argument("--exemplars", metavar="DIR", help="clips that say how much and how smoothly things should move "
+                   "(the training clips that the judge picks)")
     g.add_argument("--control", action="store_true", help="spend its time otherwise, too, and compare")
     g = p.add_argument_group("GRPO", "grpo.Settings; grpo.py explains it")
     for f in fields(grpo.Settings):
@@ -122,11 +118,11 @@ def all_flags(runs: argparse.ArgumentParser) -> tuple[argparse.ArgumentParser, s
                        help=f.metadata["help"] + " (%(default)s)")
     of_reward = reward_flags(p)
     g = numbers(p, "validation", VALIDATION)
-    g.add_argument("--sync", metavar="DIR", help="a sync network for these clips, from extras.school sync, or "
-                   "none (the one for drawn talkers; with --data none)")
+    g.add_argument("--sync", metavar="DIR", help="a sync network for these clips, from extras.school sync, or none "
+                   "(the one for drawn talkers; with --data none)")
     g = p.add_argument_group("generator", "its shape (by preset); model.Config explains each")
-    g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model, and "
-                   "take its shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B; lower --muon-lr")
+    g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model, and take "
+                   "its shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B; lower --muon-lr")
     g.add_argument("--audio-encoder", metavar="NAME_OR_DIR", help="hear by a frozen wav2vec2, HuBERT, WavLM or "
                    "Whisper, which hears all of the speech before the first frame (log-mel: 80 ms ahead)")
     for f in fields(Config):
@@ -136,26 +132,21 @@ def all_flags(runs: argparse.ArgumentParser) -> tuple[argparse.ArgumentParser, s
     return p, later | {name for name, *_ in POST_TRAINING}
 
 
-def flag(name: str) -> str:
-    """How a setting is called on the command line."""
-    return "--" + name.replace("_", "-")
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the flags; those of a run of before stand where none is given."""
-    runs = run_flags()
-    p, later = all_flags(runs)
-    before = runs.parse_known_args(argv)[0]
+    p, later = all_flags()
+    before = p.parse_args(argv)
+    run = hub_folder(before.pretrained) if before.pretrained else before.resume
+    known = vars(before).keys() | {f.name for f in fields(Config)}
+    saved = {k: v for k, v in saved_flags(p, run).items() if k in known} if run else {}      # others are gone
     if before.pretrained:
-        before.pretrained = hub_folder(before.pretrained)
-    saved = saved_flags(p, before.resume or before.pretrained)
-    if before.pretrained:
-        saved = {name: value for name, value in saved.items() if name in LOADS or name not in later}
+        saved = {k: v for k, v in saved.items() if k in LOADS or k not in later}
     args = p.parse_args(argv, argparse.Namespace(**saved))       # where it has a value, no default is taken
-    args.command, args.pretrained = sys.argv[1:] if argv is None else list(argv), before.pretrained
+    args.command = sys.argv[1:] if argv is None else list(argv)
+    args.pretrained = run if before.pretrained else None
     for name in LOCAL:
         setattr(args, name, local_name(getattr(args, name)))
-    if before.resume or before.pretrained:
+    if run:
         compare(p, args, saved)
     return complete(p, args)
 
@@ -173,17 +164,14 @@ def flags(args: argparse.Namespace) -> dict:
 
 # ---------------------------------------------------------------- a run of before
 
-def saved_flags(p: argparse.ArgumentParser, run: Path | None) -> dict:
-    """Read the flags of a run of before and of its generator. Those that no longer exist are left out."""
-    if run is None:
-        return {}
+def saved_flags(p: argparse.ArgumentParser, run: Path) -> dict:
+    """Read the flags of a run of before and of its generator."""
     if not (run / "config.json").exists():
         p.error(f"{run} holds no run; one that stopped before its first checkpoint starts anew, "
                 "without --resume")
-    known = vars(p.parse_args([])).keys() | {f.name for f in fields(Config)}
     try:
         kept = json.loads((run / "config.json").read_text())
-        return {k: v for k, v in (kept.get("training", {}) | kept["model"]).items() if k in known}
+        return kept.get("training", {}) | kept["model"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         p.error(f"{run} is not a run of this version ({error}); name the folder that train.py wrote")
 
@@ -196,14 +184,14 @@ def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -
         if args.pretrained or args.out not in (None, args.resume):
             p.error("--resume goes on in the folder of the run; leave out --out and --pretrained")
         args.out = args.resume
-        had_none = {name for name in ("data", "audio_encoder", "init_from") if not saved.get(name)}
-        fixed = changed - LOADS - GROW - (PLACES - had_none)
         for name in changed & GROW:
             if getattr(args, name) < saved[name]:
                 p.error(f"{flag(name)} {getattr(args, name)} is less than the run's {saved[name]}, "
                         "and what is learned stays learned; give more")
         if "judge" in changed and "judge_url" not in changed:
             args.judge_url = None                                # the one that was named last
+        had_none = {name for name in ("data", "audio_encoder", "init_from") if not saved.get(name)}
+        fixed = changed - LOADS - GROW - (PLACES - had_none)
     else:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")

@@ -19,7 +19,7 @@ import grpo
 from data import SAMPLES_PER_FRAME, Clip, pixels, replacing, sounds, write_speech, write_video
 from extras.processes import world
 from extras.report import hardware, paired, write_report
-from extras.session import Log, plain_json
+from extras.session import Log, means, plain_json
 from model import Generator, ode_step
 from reward import Reward, measuring_sync, table, to_bytes
 from sample import evaluate, frechet, imitate, seeded_noise, summary
@@ -37,10 +37,6 @@ def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
 def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
     """Measure videos by what no reward uses, with the sync network of --sync."""
     return evaluate(videos, clips, args.config.chunk_frames, measuring_sync(args))
-
-
-def means(metrics: dict[str, Tensor]) -> dict[str, float]:
-    return {name: round(values.mean().item(), 5) for name, values in metrics.items()}
 
 
 def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,

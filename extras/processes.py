@@ -7,6 +7,7 @@ only when all are there. The first process alone prints, measures and writes.
 
 import atexit
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+SIGMA_BINS = 5
 
 
 def join_processes() -> None:
@@ -60,6 +63,23 @@ def all_gather(value) -> list:
 def gather_groups(values: Tensor, group: int) -> Tensor:
     """Collect the values (B, ...) of each process's videos, in the order of the prompts that `shard` dealt out."""
     return rearrange(all_gather(values.cpu()), "w (p g) ... -> (p w g) ...", g=group)
+
+
+def by_noise_level(error: Tensor, sigma: Tensor) -> list[float | None]:
+    """Average errors of all processes over bins of sigma; None where a bin is empty."""
+    pairs = all_gather((sigma.cpu(), error.detach().cpu()))
+    sigma, error = (torch.cat(part).flatten() for part in zip(*pairs))
+    bins = (sigma * SIGMA_BINS).long().clamp_max(SIGMA_BINS - 1)
+    means = [error[bins == i].mean().item() for i in range(SIGMA_BINS)]
+    return [None if math.isnan(mean) else round(mean, 5) for mean in means]
+
+
+def summed_up(logs: list[tuple[dict, float]]) -> dict:
+    """Average what grpo_loss logged over the micro-batches of all processes, each with its share."""
+    mine = [({k: v.cpu() for k, v in log.items()}, share) for log, share in logs]
+    logs = [entry for entries in all_gather(mine) for entry in entries]
+    mean = {k: sum(log[k] * share for log, share in logs).tolist() for k in logs[0][0]}
+    return mean | {"ratio_max": torch.stack([log["ratio_max"] for log, _ in logs]).amax(0).tolist()}
 
 
 def ddp(model: torch.nn.Module, unused: bool = False) -> torch.nn.Module:

@@ -6,6 +6,7 @@ nothing, end at once.
 
 import argparse
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -20,13 +21,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data import MediaError, first_line, replacing, writing
 from extras.flags import flags
 from extras.processes import all_gather, rank, world
 from model import save_generator
 from reward import JudgeError
+from sample import summary
 
+SAVE_MINUTES = 2.0                 # between checkpoints
 CHECKPOINTS = {"pretraining": "state.pt", "curation": "curate.pt", "post-training": "post.pt"}
 
 
@@ -79,6 +83,11 @@ def scalars(value, name: str) -> Iterator[tuple[str, float]]:
         yield name, value
 
 
+def means(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Average metrics over clips, for the log."""
+    return {name: round(values.mean().item(), 5) for name, values in metrics.items()}
+
+
 class Log:
     """One line of JSON per event in RUN/log.jsonl; with --tensorboard, each step's numbers in RUN/tensorboard."""
 
@@ -121,6 +130,14 @@ class Log:
 
 # ---------------------------------------------------------------- checkpoints
 
+def fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    """Tell weights from others: a stage that went on from them is only as old as they are."""
+    sign = hashlib.sha256()
+    for tensor in weights.values():
+        sign.update(tensor.cpu().numpy().tobytes())
+    return sign.hexdigest()
+
+
 def checkpoint(stage, folder: Path) -> Path:
     """Name a stage's file in the folder of a run; a control has a folder of its own."""
     control = f"control/{stage.name.replace(' ', '-')}/state.pt"
@@ -142,6 +159,12 @@ def save(stage, folder: Path) -> None:
                     "optimizers": [o.state_dict() for o in stage.optimizers], "best": stage.best,
                     "looks": stage.looks, "cpu_seconds": stage.cpu_seconds, "recipe": stage.recipe}, path)
     save_generator(stage.model, file.parent, stage.kept, training=flags(stage.args))
+
+
+def keep_arm(model, name: str, args: argparse.Namespace) -> None:
+    """Write an arm to a folder of its own, for sample.py: the run's folder holds the last stage's weights."""
+    if not rank():
+        save_generator(model, args.out / name, training=flags(args))
 
 
 def load(stage, path: Path, anew: bool = False) -> bool:
@@ -226,3 +249,56 @@ def resumable(args: argparse.Namespace, start: float) -> Iterator[None]:
 def go_on(args: argparse.Namespace) -> str:
     """The command that goes on with a run: with what was given anew, if this one already did."""
     return shlex.join(["python", "train.py", *(args.command if args.resume else ["--resume", str(args.out)])])
+
+
+# ---------------------------------------------------------------- from beginning to end
+
+def carry_out(stage, watched: list, log: Log) -> dict[str, torch.Tensor]:
+    """Take a stage to its end, with looks at the watched clips, log lines and checkpoints on the way.
+
+    Returns: the weights to go on with.
+    """
+    args, saved, first = stage.args, time.monotonic(), stage.step
+    log.rewind(stage)
+    bar = tqdm(None, stage.name, initial=stage.step, total=stage.total or None, unit=stage.unit)
+
+    def stop():
+        save(stage, args.out)
+        bar.close()
+        sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: {go_on(args)}")
+
+    with after_the_step() as asked, bar:
+        while True:
+            try:
+                if watched and stage.look_is_due:
+                    metrics = stage.look(watched)
+                    log(stage=stage.name, **{stage.unit: stage.step}, watched=means(metrics),
+                        best=stage.best["step"])
+                    bar.write(f"{stage.name}, {stage.unit} {stage.step}, {len(watched)} watched clips:\n"
+                              f"{summary(metrics)}")
+                if stage.progress >= 1:
+                    break
+                entry = stage.advance()
+            except KeyboardInterrupt:
+                if asked:                                  # the second one: what it tore is not saved
+                    raise
+                stop()
+            except JudgeError:                             # it is away, say: what was reached is kept
+                save(stage, args.out)
+                raise
+            log(stage=stage.name, **{stage.unit: stage.step}, **entry)
+            bar.update()
+            shown = "reward" if "reward" in entry else "loss"
+            bar.set_postfix({shown: f"{entry[shown]:.3f}"})
+            if asked:
+                stop()
+            if time.monotonic() - saved > 60 * SAVE_MINUTES:
+                save(stage, args.out)
+                saved = time.monotonic()
+        if stage.name not in CHECKPOINTS and stage.step > first:
+            log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
+        save(stage, args.out)
+    if watched:
+        print(f"{stage.name}: kept {stage.unit} {stage.best['step']} of {stage.step}; "
+              f"{stage.cpu_seconds:.0f} s of CPU time")
+    return stage.kept

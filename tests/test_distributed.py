@@ -1,6 +1,5 @@
 """Several processes are one: the same weights, the same log, one set of files; and what goes wrong ends all of them."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,12 +12,13 @@ import torch
 
 import train
 from data import MediaError
+from extras import session
+from tiny import SHAPE, flat, logged
 
 ROOT = Path(train.__file__).parent
-SHAPE = ("--size 32 --width 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
-         "--channels 8 --seconds 1 --sampling-steps 1 --warmup 2 --judge none --watch-clips 1 --looks 1").split()
-TOY = [*SHAPE, *"--batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --rollout-steps 4 --draws 1 --micro-batch 4 "
-       "--post-lr 1e-2 --credit chunk --normalise max-group --clip 1e-2".split()]
+FEW = [*SHAPE, *"--judge none --watch-clips 1 --looks 1 --rollout-steps 4 --draws 1 --micro-batch 4".split()]
+TOY = [*FEW, *"--layers 2 --batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --post-lr 1e-2 --credit chunk "
+       "--clip 1e-2".split()]
 
 
 class Light:
@@ -83,14 +83,7 @@ def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                            "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *command],
                           capture_output=True, text=True, cwd=ROOT, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-
-
-def flat(value, name="") -> dict:
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, part in pairs for k, v in flat(part, f"{name}.{key}").items()}
-    return {name: value}
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
 
 
 def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
@@ -114,16 +107,16 @@ def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
     assert sum(value for name, value in logs[0].items() if "clip_" in name) > 0
 
 
-def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tmp_path, monkeypatch):
+def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(cache, tmp_path, monkeypatch):
     """Stopped in step 3 by an error of the second process, which ends the first; resumed with one, stopped in step 4,
     resumed, curated and post-trained with two, and the controls as well. The losses are those of an unbroken run: the
     same data in the same order, the same clips picked."""
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(cache))
+    monkeypatch.setattr(session, "SAVE_MINUTES", 0)
     folder = tmp_path / "run"
-    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-minutes 0 --curate 0.5 "
-             "--curate-steps 2 --updates 1 --control --prompts 2 --parts 1 --group 2 --micro-batch 2 "
-             "--rollout-steps 3 --draws 1".split(), "--out", str(folder)]
-    failed = torchrun(2, __file__, "fail", *flags)
+    flags = [*FEW, *"--clips 6 --steps 4 --curate 0.5 --curate-steps 2 --updates 1 --prompts 2 --parts 1 --group 2 "
+             "--control".split()]
+    failed = torchrun(2, __file__, "fail", *flags, "--out", str(folder))
     assert failed.returncode != 0 and "process 1 fell over" in failed.stderr
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
     with monkeypatch.context() as patch:
@@ -133,18 +126,14 @@ def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tm
     done = torchrun(2, "train.py", "--resume", str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("codec alone") == done.stdout.count("minutes in all") == 1
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    taken = [e for e in entries if "stage" in e and "watched" not in e]
-    at = lambda stage: [e.get("step", e.get("update")) for e in taken if e["stage"] == stage]
+    at = lambda stage: [e.get("step", e.get("update")) for e in logged(folder, stage)]
     assert at("pretraining") == [1, 2, 3, 4] and at("curation") == [1, 2] and at("post-training") == [1]
     assert at("GRPO without curation") == [1] and at("more curation") and at("more pretraining")
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
-    flags.remove("--control")
-    train.main([*flags, "--updates", "0", "--out", str(tmp_path / "unbroken")])
-    unbroken = [json.loads(line) for line in (tmp_path / "unbroken" / "log.jsonl").read_text().splitlines()]
-    losses = [[e for e in log if "loss" in e and not e["stage"].startswith("more")] for log in (unbroken, entries)]
-    for one, other in zip(*losses, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), one["step"]
+    train.main([*flags[:-1], "--updates", "0", "--out", str(tmp_path / "unbroken")])
+    for stage in "pretraining", "curation":
+        losses = [[e["loss"] for e in logged(of, stage)] for of in (tmp_path / "unbroken", folder)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3), stage
 
 
 def test_a_batch_that_cannot_be_split_is_one_clear_line(tmp_path):
@@ -157,5 +146,5 @@ if __name__ == "__main__":
     if sys.argv[1] != "fail":
         teach(Path(sys.argv[1]))
     else:
-        train.FlowMatching.take_step = falling(at=2)
+        session.SAVE_MINUTES, train.FlowMatching.take_step = 0, falling(at=2)
         train.main(sys.argv[2:])

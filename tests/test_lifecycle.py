@@ -17,14 +17,14 @@ import pytest
 import torch
 
 import extras.flags
-import extras.session
 import sample
 import train
-from data import Clip, MediaError, write_video
+from data import MediaError, write_video
+from extras import session
 from extras.talkers import render_talker
-from model import load_generator
+from model import load_generator, save_generator
 from test_endpoint import GOOD, serving
-from tiny import ALONE, POST, SHAPE, TINY, WHOLE, Taste, assert_same_bits, logged, state
+from tiny import ALONE, POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
 
 ROOT = Path(train.__file__).parent
 
@@ -59,6 +59,13 @@ def filmed(videos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "filmed"
     train.main([*ALONE, "--data", str(videos[0]), "--steps", "2", "--out", str(folder)])
     return folder
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Without what a run measures before and after it trains: it takes most of the time."""
+    monkeypatch.setattr(train, "describe", lambda *_: None)
+    monkeypatch.setattr(train, "conclude", lambda *_: None)
 
 
 def copy(run: Path, to: Path) -> Path:
@@ -104,7 +111,7 @@ def test_what_cannot_be_meant_ends_with_one_clear_line(finished, tmp_path, monke
     assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(finished, tmp_path):
+def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(finished, unmeasured, tmp_path):
     """The same command twice leaves the first run as it is; with --overwrite nothing of it stays."""
     run = copy(finished, tmp_path / "my run")
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
@@ -124,14 +131,15 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_no
     with pytest.raises(MediaError, match="another run is at work there; wait for its end, or choose another --out"):
         train.main([*ALONE, "--out", str(tmp_path)])
     first.kill(), first.wait()
-    with train.lock(tmp_path), pytest.raises(MediaError), train.lock(tmp_path):
+    with session.lock(tmp_path), pytest.raises(MediaError), session.lock(tmp_path):
         pass
     assert not [*tmp_path.iterdir()]
 
 
 # ---------------------------------------------------------------- stopped
 
-def test_a_run_that_is_stopped_in_every_stage_ends_bit_equal_to_an_unbroken_one(finished, taste, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_in_every_stage_ends_bit_equal_to_an_unbroken_one(
+        finished, taste, unmeasured, tmp_path, monkeypatch):
     """Ctrl-C between gradient and optimizer: in step 4, in step 2 of curation, in the first part of update 3. Each is
     finished and saved, and the run ends with the same weights, averages, optimizers and log."""
     folder, command, clip = tmp_path / "half", [*WHOLE, "--out", str(tmp_path / "half")], train.clip_grad_norm_
@@ -151,24 +159,24 @@ def test_a_run_that_is_stopped_in_every_stage_ends_bit_equal_to_an_unbroken_one(
     train.main(command)
     assert_same_bits(finished, folder, "state.pt", "curate.pt", "post.pt")
     both = [[(e["stage"], e.get("step", e.get("update")), "watched" in e) for e in logged(of)
-             if e.get("stage") in train.CHECKPOINTS] for of in (finished, folder)]
+             if e.get("stage") in session.CHECKPOINTS] for of in (finished, folder)]
     assert both[0] == both[1]
     monkeypatch.setattr(train.Stage, "advance", None)                  # once more: no step, but the report
     train.main(command)
     assert same_weights(finished, folder)
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, tmp_path, monkeypatch):
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, unmeasured, tmp_path, monkeypatch):
     """Killed after step 5 with a checkpoint of step 4: step 5 is done again, and logged once."""
-    save, folder = train.save, tmp_path / "dead"
+    save, folder = session.save, tmp_path / "dead"
 
     def dying(stage, out):
         if stage.step == 5:
             raise EOFError("power cut")
         save(stage, out)
     with monkeypatch.context() as patch, pytest.raises(EOFError):
-        patch.setattr(train, "SAVE_MINUTES", 0)
-        patch.setattr(train, "save", dying)
+        patch.setattr(session, "SAVE_MINUTES", 0)
+        patch.setattr(session, "save", dying)
         train.main([*ALONE, "--out", str(folder)])
     assert [e["step"] for e in logged(folder, "pretraining")] == [1, 2, 3, 4, 5]
     train.main(["--resume", str(folder)])
@@ -179,7 +187,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, tmp_path, mo
 @pytest.mark.parametrize("where, words", [("load_clips", "start it again: .* nothing was kept"),
                                           ("control_arms", "go on with: python train.py --resume"),
                                           ("conclude", "go on with: python train.py --resume")])
-def test_ctrl_c_says_how_to_go_on_wherever_it_comes(finished, taste, tmp_path, monkeypatch, where, words):
+def test_ctrl_c_says_how_to_go_on_wherever_it_comes(finished, taste, unmeasured, tmp_path, monkeypatch, where, words):
     def interrupt(*_):                               # a signal may be ignored where tests run in the background
         raise KeyboardInterrupt
     monkeypatch.setattr(train, where, interrupt)
@@ -243,16 +251,16 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, full):
     run = copy(finished, tmp_path / "run")
     args = train.parse_arguments(["--resume", str(run)])
     stage = train.FlowMatching("pretraining", None, args, args.steps)
-    train.load(stage, run / "state.pt")
+    session.load(stage, run / "state.pt")
     old, limits = (run / full).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) - 1000, limits[1]))
     try:
         with pytest.raises(MediaError, match=f"{full}: cannot be written .*make room there") as error:
             if full == "state.pt":                       # what is written first
-                train.save(stage, run)
+                session.save(stage, run)
             else:
-                train.save_generator(stage.model, run, stage.kept)
+                save_generator(stage.model, run, stage.kept)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
@@ -266,14 +274,14 @@ def test_a_log_that_was_cut_short_loses_its_last_line_and_the_steps_that_come_ag
     """A stage at step 4 of 6: what it logged of steps 5 and 6 goes, and what other stages and lines say stays."""
     lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "log.jsonl").write_text("".join(lines) + '{"seconds": 3.1, "st')
-    train.Log(tmp_path, 0.0).rewind(SimpleNamespace(name="pretraining", unit="step", step=4, look_is_due=False))
+    session.Log(tmp_path, 0.0).rewind(SimpleNamespace(name="pretraining", unit="step", step=4, look_is_due=False))
     kept = [line for line in lines
             if json.loads(line).get("stage") != "pretraining" or json.loads(line)["step"] <= 4]
     assert (tmp_path / "log.jsonl").read_text() == "".join(kept) and len(kept) == len(lines) - 2
 
 
 def test_the_log_is_json_that_every_reader_takes(tmp_path):
-    train.Log(tmp_path, 0.0)(loss=float("nan"), parts=[{"kl": float("inf")}, 1.5], best=-float("inf"))
+    session.Log(tmp_path, 0.0)(loss=float("nan"), parts=[{"kl": float("inf")}, 1.5], best=-float("inf"))
     def refuse(name): raise AssertionError(name)
     entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
     assert entry["loss"] is None and entry["parts"] == [{"kl": None}, 1.5] and entry["best"] is None
@@ -285,7 +293,7 @@ def test_tensorboard_gets_the_numbers_of_each_step_and_its_absence_is_one_line(t
     board = SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar))
     stub = SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or board)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
-    log = train.Log(tmp_path, 0.0, tensorboard=True)
+    log = session.Log(tmp_path, 0.0, tensorboard=True)
     log(arm="pretrained", held_out={"psnr": 30.0})
     log(stage="post-training", update=3, reward=1.5, parts=[{"kl": 0.25, "ratio_max": [1.0, 2.0]}], note="words")
     assert written == [tmp_path / "tensorboard", *((f"post-training/{name}", value, 3) for name, value in (
@@ -293,7 +301,7 @@ def test_tensorboard_gets_the_numbers_of_each_step_and_its_absence_is_one_line(t
         ("parts/0/ratio_max/1", 2.0)))]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MediaError, match="--tensorboard: wants the package of this name; pip install tensorboard"):
-        train.Log(tmp_path, 0.0, tensorboard=True)
+        session.Log(tmp_path, 0.0, tensorboard=True)
     assert train.parse_arguments([*TINY, "--tensorboard"]).tensorboard
 
 
@@ -308,7 +316,8 @@ def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path
         assert train.parse_arguments([*again, "--sampling-steps", f"{steps}"]).sampling_steps == steps
 
 
-def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(finished, filmed, videos, tmp_path, capsys):
+def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(
+        finished, filmed, videos, unmeasured, tmp_path, capsys):
     """What ships with the project is found from the code that runs. Clips that moved are named when they are missed;
     told once, the place is kept. A judge that is named anew takes the place of a server."""
     assert str(ROOT) not in (finished / "config.json").read_text() + (filmed / "config.json").read_text()
@@ -340,7 +349,8 @@ def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(fin
 
 @pytest.mark.parametrize("more, anew", [("--steps 8", ["curation", "post-training"]),
                                         ("--curate-steps 5", ["post-training"]), ("--updates 6", [])])
-def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(finished, taste, tmp_path, capsys, more, anew):
+def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
+        finished, taste, unmeasured, tmp_path, capsys, more, anew):
     """Each stage goes on where it was, and its learning rate rises and falls again; looks are spread over all of it."""
     run, (flag, count) = copy(finished, tmp_path / "run"), more.split()
     rewrite(run, control=False)
@@ -354,14 +364,14 @@ def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(finished, t
              "--updates": state(run, "post.pt")["update"]}
     assert steps == {"--steps": 6, "--curate-steps": 3, "--updates": 4} | {flag: int(count)}
     assert torch.equal(state(finished)["model"]["no_audio"], state(run)["model"]["no_audio"]) == (flag != "--steps")
-    for stage in train.CHECKPOINTS:
+    for stage in session.CHECKPOINTS:
         taken = [e.get("step", e.get("update")) for e in logged(run, stage)]
         assert taken == list(range(1, len(taken) + 1)), stage
     assert [e["update"] for e in logged(run) if e.get("stage") == "post-training" and "watched" in e][-1] == steps[
         "--updates"]
 
 
-def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, tmp_path):
+def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, tmp_path):
     train.main(["--pretrained", str(filmed), "--data", str(videos[1]), "--steps", "3", "--out", str(tmp_path / "run"),
                 "--curate", "0", "--updates", "0"])
     one, other = state(filmed)["model"], state(tmp_path / "run")["model"]
@@ -371,7 +381,8 @@ def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, tmp_path):
     assert state(tmp_path / "run")["step"] == 3
 
 
-def test_published_weights_are_curated_or_trained_further(finished, filmed, videos, taste, tmp_path, monkeypatch):
+def test_published_weights_are_curated_or_trained_further(
+        finished, videos, taste, unmeasured, tmp_path, monkeypatch):
     """config.json and model.safetensors alone, by a name on the hub: they are the pretrained ones, optimizers are new."""
     published = tmp_path / "published"
     published.mkdir()

@@ -64,7 +64,8 @@ def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
         assert value == (pytest.approx(sum(members) / len(members), abs=1e-4) if members else None)
 
 
-def test_the_seed_changes_the_run(finished, tmp_path):
+def test_the_seed_changes_the_run(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "conclude", lambda *_: None)
     train.main([*ALONE, "--seed", "1", "--out", str(tmp_path)])
     one, other = (state(folder)["model"]["no_audio"] for folder in (finished, tmp_path))
     assert not torch.equal(one, other)
@@ -239,6 +240,7 @@ def test_a_run_leaves_everything_it_names_and_logs_every_step(finished):
 def test_the_stages_end_with_the_same_bits(finished, tmp_path, monkeypatch, way):
     """With every clip's record of faults exchanged for another's, or for nonsense; and where a finished run is curated
     and post-trained anew. Nothing that trains, judges or picks reads the record."""
+    monkeypatch.setattr(train, "conclude", lambda *_: None)
     load, flags = train.load_clips, [*WHOLE]
 
     def exchanged(args, watch):
@@ -340,6 +342,7 @@ def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
 def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, tmp_path, monkeypatch):
     """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation took."""
     monkeypatch.setattr(train, "make_judge", lambda args: Taste())
+    monkeypatch.setattr(train, "conclude", lambda *_: None)
     folder = shutil.copytree(finished, tmp_path / "run")
     name, other = "more pretraining", folder / "control" / "GRPO-without-curation" / "state.pt"
     shutil.rmtree(folder / "control" / "more-pretraining")
@@ -364,8 +367,7 @@ class Brightness:
         assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
         assert portrait.shape == (len(frames), *frames.shape[2:]) and 0 <= frames.min() and frames.max() <= 1
         assert not frames.requires_grad
-        if "rollout" in names[0]:                    # not the report's clips
-            self.asked.append(names)
+        self.asked.append(names)
         components = {"bright": frames.mean((1, 2, 3, 4)), "end": frames[:, -1].mean((1, 2, 3))}
         chunks = {"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {}
         return SimpleNamespace(total=components["bright"] + 0.5 * components["end"], components=components,
@@ -377,6 +379,7 @@ def bright(monkeypatch):
     """Instead of the reward, and of a judge: nothing is curated."""
     reward = Brightness()
     monkeypatch.setattr(train, "make_reward", lambda *args: reward)
+    monkeypatch.setattr(train, "conclude", lambda *_: None)
     monkeypatch.setattr(train, "pick_clips", lambda judge, clips, *_: train.Picks(torch.empty(0).long(), clips, clips))
     return reward
 
