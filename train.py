@@ -5,9 +5,9 @@
     python train.py --resume runs/tiny                 go on where a run was stopped
     python train.py --resume runs/tiny --steps 6000    give a run more; its later stages are then done anew
     python train.py --curate 0 --updates 0             pretraining alone
-    python train.py --control                          and what post-training's time would have bought otherwise
+    python train.py --control                          and what post-training's time would buy otherwise
     python train.py --pretrained runs/tiny --out runs/other     curate and post-train a finished run anew
-    python train.py --pretrained runs/tiny --data my_clips --out runs/mine     train it first on your own clips
+    python train.py --pretrained runs/tiny --data my_clips --out runs/mine     train it first on other clips
     torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
 
 1. Pretraining by flow matching on all clips. Each chunk of a clip is noised to a level of its own,
@@ -20,18 +20,18 @@
 
    The weight tames the division by sigma near the clean end, where the network predicts the clean latent.
    The generator learns what it is shown: late lips, mumbling mouths, trembling cameras.
-2. Curation. The judge rates every clip once, and training goes on with the same loss on the clips that it rates
-   highest. A network that is fine-tuned on these can only become as good as they are.
-3. Post-training by GRPO (grpo.py explains it). Groups of videos of training prompts are generated and scored by
-   the reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
+2. Curation. The judge rates every clip once, and training goes on with the same loss on the clips that it
+   rates highest. A network that is fine-tuned on these can only become as good as they are.
+3. Post-training by GRPO (grpo.py explains it). Groups of videos of training prompts are generated and scored
+   by the reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
 
 Every stage after pretraining looks at watched clips on the way, and keeps the moving average of the weights
-that did best on them. Other clips are reported. `--control` spends the CPU time of post-training otherwise: on
-more pretraining, on more curation, and on GRPO without curation.
+that did best on them. Other clips are reported. `--control` spends the CPU time of post-training otherwise:
+on more pretraining, on more curation, and on GRPO without curation.
 
-All random numbers of a step come from a generator keyed by (seed, step): a resumed run repeats an unbroken one.
-What stands beside the method is in extras: flags.py, session.py (lock, log, checkpoints, Ctrl-C), processes.py
-(torchrun), measuring.py and report.py.
+All random numbers of a step come from a generator keyed by (seed, step), so a resumed run repeats an unbroken
+one. What stands beside the method is in extras: flags.py, session.py (lock, log, checkpoints, Ctrl-C),
+processes.py (torchrun), measuring.py and report.py.
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, N tokens, C channels, S pixels per side.
 """
@@ -59,12 +59,12 @@ from data import FPS, Clip, Clips, MediaError, cached, fitting, folder_clips, he
 from extras.flags import parse_arguments
 from extras.measuring import HELD_OUT_SEED, conclude, describe, held_out_score, loaded, validate
 from extras.pretrained import load_trunk
-from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, join_processes, keep_freed_memory,
-                              rank, rank_zero_first, shard, summed_up, world)
+from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, join_processes,
+                              keep_freed_memory, rank, rank_zero_first, shard, summed_up, world)
 from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED,
                            funnel)
-from extras.session import (Log, at_once, carry_out, clear, continues, fingerprint, keep_arm, load, lock, resumable,
-                            save)
+from extras.session import (Log, at_once, carry_out, clear, continues, fingerprint, keep_arm, load, lock,
+                            resumable, save)
 from extras.talkers import FAULTS, synthetic_clips
 from model import Generator, load_generator
 from reward import (ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, make_judge, make_reward, measuring_sync,
@@ -114,10 +114,10 @@ def load_clips(args: argparse.Namespace, watch: int = 0) -> tuple[Clips, list[Cl
         if watch:
             held_out += synthetic_clips(watch, size, args.seconds, seed, first=WATCHED)
     if not (train and held_out):
-        raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(train)} to train on, "
-                                    f"{len(held_out)} held out); add files or lower --seconds")
+        raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(train)} to train "
+                                    f"on, {len(held_out)} held out); add files or lower --seconds")
     if args.updates and len(train) < args.prompts:
-        raise MediaError(args.data or "--clips", f"{len(train)} are too few for --prompts {args.prompts}; lower it")
+        raise MediaError(args.data or "--clips", f"{len(train)} clips are too few; lower --prompts")
     reported = held_out[: len(held_out) - min(watch, len(held_out) // 2)]
     return train, reported[: args.validate_clips], held_out[len(reported):]
 
@@ -157,7 +157,7 @@ class Picks:
 
 
 def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, float]:
-    """Ask for ratings (B, 3) of all training clips, NaN where the judge gives none. Each group is kept on disk.
+    """Ask for ratings (B, 3) of all training clips, NaN where there is none. Each group is kept on disk.
 
     A judge that rates none of a group raises JudgeError. So groups are spread over the set: neighbours may be
     parts of one video that nobody could rate. Returns: ratings, and the CPU time that they took.
@@ -174,7 +174,7 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
     for i in tqdm(range(groups), "rating", leave=False):
         rows = range(i, len(clips), groups)
         recipe = {"clips": clips.folder.name, "rows": [clips.rows[row] for row in rows],
-                  "frames": args.frames, "judge": judged}          # a folder's name is a hash of what is in it
+                  "frames": args.frames, "judge": judged}       # the folder is named by a hash of its content
         kept = cached(None, recipe, partial(rate, rows))
         ratings[i::groups] = torch.from_numpy(np.load(kept / "ratings.npy"))
         spent += float((kept / "cpu_seconds").read_text())
@@ -186,8 +186,8 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
 def pick_clips(judge, clips: Clips, args: argparse.Namespace, log: Log) -> Picks:
     """Rank the training clips by the judge, or else by the reward's sync network, and choose the best.
 
-    Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with the
-    highest sum tremble as all clips do. With neither a judge nor a network, nothing is curated.
+    Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with
+    the highest sum tremble as all clips do. With neither a judge nor a network, nothing is curated.
     """
     count, most, sync = round(args.curate * len(clips)), min(EXEMPLARS, len(clips)), reward_sync(args)
     if judge is not None:
@@ -243,8 +243,8 @@ def draw_batch(data: Latents, args: argparse.Namespace, step: int) -> tuple[Tens
     sigma = torch.rand(clean.shape[:2], **draw).clamp_min(0.02)[:, None]
     noise = torch.randn(clean.shape, **draw)[:, None]
     heard = torch.rand(args.batch, **draw) >= AUDIO_DROPOUT
-    # Noise on the past, from none to as much as there is signal: generation's own past is never perfect, and a
-    # trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
+    # Noise on the past, from none to as much as there is signal: generation's own past is never perfect, and
+    # a trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
     slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, **draw)
     context = clean + slip * torch.randn(clean.shape, **draw)
     portrait, mel = data.portrait[rows].to(device) / 255, data.mel[rows].to(device)
@@ -338,8 +338,8 @@ class FlowMatching(Stage):
     Args: first: where its random numbers begin.
     """
 
-    def __init__(self, name: str, data: Latents, args: argparse.Namespace, total: int = 0, budget: float = 0.0,
-                 first: int = 0):
+    def __init__(self, name: str, data: Latents, args: argparse.Namespace, total: int = 0,
+                 budget: float = 0.0, first: int = 0):
         super().__init__(name, Generator(args.config).to(args.device), args, total, budget)
         self.data, self.first = data, first
         self.optimizers = optimizers(self.model, args)
@@ -362,7 +362,7 @@ class FlowMatching(Stage):
         self.blend(self.args.ema)
         loss = sum(all_gather(loss.item())) / world()
         if not math.isfinite(loss):
-            raise MediaError(self.args.out, f"the loss is {loss} at step {self.step}; lower --lr and --muon-lr")
+            raise MediaError(self.args.out, f"the loss is {loss} at step {self.step}; lower --lr, --muon-lr")
         return {"loss": loss, "grad_norm": norm.item(), "lr_factor": factor,
                 "loss_by_sigma": by_noise_level(error, sigma)}
 
@@ -381,12 +381,12 @@ class PostTraining(Stage):
         self.trained = ddp(self.model, unused=True)
         weights = self.model.parameters()
         self.optimizers = [torch.optim.AdamW(weights, args.post_lr, betas=(0.9, 0.95), weight_decay=0)]
-        self.unrated = deque(maxlen=UNRATED_OVER)        # videos without a rating, in each of the last updates
+        self.unrated = deque(maxlen=UNRATED_OVER)        # videos without a rating, in each of these updates
 
     def take_step(self) -> dict:
-        """One update of GRPO: roll out, score, compare, and take a gradient step on each part of the rollouts.
+        """One update of GRPO: roll out, score, compare, and take a gradient step on each part of rollouts.
 
-        The first part is on-policy, its ratios are 1. On the later ones they are not, and the clip is at work.
+        The first part is on-policy, its ratios are 1. On later ones they are not, and the clip is at work.
         """
         args, group, optimizer = self.args, self.settings.group, self.optimizers[0]
         clock = [time.perf_counter()]
@@ -405,7 +405,7 @@ class PostTraining(Stage):
             clock.append(time.perf_counter())
             scores = self.score(rollout, [self.clips[i] for i in rows[shard()]])
 
-        # Advantage: how much better than its group each video is, of all processes; then of this one's videos.
+        # Advantage: how much better than its group each video is. Then those of this process's videos.
         advantage, components = grpo.advantages(scores, self.reward.weights, self.settings,
                                                 rollout.latents.shape[1], self.reward.floors)        # (B, K)
         self.count_unrated(components["total"]["unrated"], len(advantage))
@@ -438,7 +438,7 @@ class PostTraining(Stage):
 
     @torch.no_grad()
     def score(self, rollout: grpo.Rollout, prompts: list[Clip]) -> Scores:
-        """Judge a rollout of these prompts. Returns: the Scores of all processes' rollouts, in their order."""
+        """Judge a rollout of these prompts. Returns: the Scores of all processes' rollouts, in order."""
         group = self.settings.group
         audio = sounds(prompts, rollout.frames.shape[1]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
@@ -561,7 +561,7 @@ def train(args: argparse.Namespace, start: float) -> None:
                                    "another --out, or begin anew there with --overwrite")
     judge = make_judge(args) if args.curate or args.updates else None
     curates, reinforces = later_stages(args, judge)
-    measuring_sync(args)                                       # all this before the minutes that would be lost
+    measuring_sync(args)                                     # all this before the minutes that would be lost
     with rank_zero_first():
         clips, held_out, watched = load_clips(args, args.watch_clips if curates or reinforces else 0)
     if not (args.resume or rank()):
@@ -625,5 +625,5 @@ def exemplars(run: Run) -> tuple[list[Clip], list[Clip]]:
 
 
 if __name__ == "__main__":
-    with one_line("stopped before anything was done", "choose a smaller --preset or --size, or fewer --clips"):
+    with one_line("stopped before anything was done", "choose a smaller --preset, --size or --clips"):
         main()

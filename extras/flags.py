@@ -62,7 +62,7 @@ VALIDATION = [
 
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"      # of Config: they follow from flags of their own
 LOCAL = "data", "exemplars", "judge", "sync", "reward_sync", "calibration", "perceptual", "init_from"
-# What may differ from a run of before: how much at once and how long to wait, where things are, and more of it.
+# What may differ from a run of before: how much at once, how long to wait, where things are, and more steps.
 LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judge_batch", "judge_timeout",
          "judge_patience"}
 PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}
@@ -89,17 +89,17 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     """Make the parser. Returns: it, and the names of the flags that define curation and post-training."""
     p = argparse.ArgumentParser(description="Pretrain, curate and post-train a generator.")
     g = p.add_argument_group("a run of before")
-    g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, or, with more --steps, "
-                   "--curate-steps or --updates, with a finished one; other flags stay, but where things moved")
-    g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew, a folder or a "
-                   "name on the hub, into --out; with --data, first train it for --steps on those clips")
+    g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, or, with more "
+                   "--steps, --curate-steps or --updates, with a finished one; other flags stay")
+    g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew to --out: "
+                   "a folder, or a name on the hub; with --data, first train it for --steps on those clips")
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and defaults (%(default)s)")
     g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
     g.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run")
     g.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
-    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute blocks again in the "
-                   "backward pass: less memory, slower steps (by preset)")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute blocks again "
+                   "in the backward pass: less memory, slower steps (by preset)")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard, too")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="a folder of video clips (drawn talkers)")
@@ -109,8 +109,8 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
     numbers(p, "pretraining", PRETRAINING)
     g = numbers(p, "curation and post-training", POST_TRAINING)
-    g.add_argument("--exemplars", metavar="DIR", help="clips that say how much and how smoothly things should move "
-                   "(the training clips that the judge picks)")
+    g.add_argument("--exemplars", metavar="DIR", help="clips that say how much and how smoothly things "
+                   "should move (the training clips that the judge picks)")
     g.add_argument("--control", action="store_true", help="spend its time otherwise, too, and compare")
     g = p.add_argument_group("GRPO", "grpo.Settings; grpo.py explains it")
     for f in fields(grpo.Settings):
@@ -118,13 +118,13 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
                        help=f.metadata["help"] + " (%(default)s)")
     of_reward = reward_flags(p)
     g = numbers(p, "validation", VALIDATION)
-    g.add_argument("--sync", metavar="DIR", help="a sync network for these clips, from extras.school sync, or none "
-                   "(the one for drawn talkers; with --data none)")
+    g.add_argument("--sync", metavar="DIR", help="a sync network for these clips, from extras.school sync, "
+                   "or none (the one for drawn talkers; with --data none)")
     g = p.add_argument_group("generator", "its shape (by preset); model.Config explains each")
-    g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model, and take "
-                   "its shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B; lower --muon-lr")
-    g.add_argument("--audio-encoder", metavar="NAME_OR_DIR", help="hear by a frozen wav2vec2, HuBERT, WavLM or "
-                   "Whisper, which hears all of the speech before the first frame (log-mel: 80 ms ahead)")
+    g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model, "
+                   "and take its shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B; lower --muon-lr")
+    g.add_argument("--audio-encoder", metavar="NAME_OR_DIR", help="hear by a frozen wav2vec2, HuBERT, WavLM "
+                   "or Whisper, which hears all of the speech before the first frame (log-mel: 80 ms ahead)")
     for f in fields(Config):
         if f.name not in NOT_FLAGS:
             g.add_argument(flag(f.name), type=f.type, help=f"tiny: {f.default}")

@@ -1,6 +1,6 @@
-"""What a run measures: every arm on held-out clips, the looks that choose a checkpoint, and the pictures of a run.
+"""What a run measures: each arm on held-out clips, the looks that choose a checkpoint, and the pictures.
 
-The metrics themselves, none of which a reward contains, are in sample.py; report.md is made of them by report.py.
+The metrics themselves, none of which a reward contains, are in sample.py. report.py makes report.md of them.
 """
 
 import argparse
@@ -41,8 +41,7 @@ def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace
 
 def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
              noisy: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-    """Generate clips anew from portrait and sound, and measure them: by the ODE, or with noise on all steps that may
-    have it, as rollouts do on some.
+    """Generate clips anew from portrait and sound, by the ODE or with noise on all steps that may have it.
 
     Returns: metrics, name -> (B,), and the videos.
     """
@@ -56,23 +55,23 @@ def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
 
 
 def held_out_score(metrics: dict[str, Tensor]) -> float:
-    """Choose the checkpoint, on watched clips: by the correlation of the mouth with the true one, less a penalty for
-    wrong amounts of motion.
+    """Score a checkpoint on watched clips: correlation of the mouth with the true one, less wrong motion.
 
-    No reward contains the correlation. 10% too much or too little motion, of the mouth or of all, costs 0.01 of it, so
-    that a reward that is being hacked is not kept for its lips. 10% too much of the head costs half as much, and too
-    little nothing: a head sways as it likes. (The distance to the true frames would not do: a head that stands still is
-    nearest to one that moves.)
+    No reward contains the correlation. 10% too much or too little motion, of the mouth or of all, costs 0.01
+    of it, so that a reward that is being hacked is not kept for its lips. 10% too much of the head costs half
+    as much, and too little nothing: a head sways as it likes.
     """
     mouth = metrics["lip_sync"] if "lip_sync" in metrics else metrics["mouth_own"]
     off = {name: math.log(max(metrics[name].mean().item(), 1e-6)) for name in ("amplitude", "motion", "head")}
-    return mouth.mean().item() - 0.1 * (abs(off["amplitude"]) + abs(off["motion"])) - 0.05 * max(off["head"], 0)
+    wrong = 0.1 * abs(off["amplitude"]) + 0.1 * abs(off["motion"]) + 0.05 * max(off["head"], 0)
+    return mouth.mean().item() - wrong
 
 
 # ---------------------------------------------------------------- before and after training
 
-def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: argparse.Namespace, log: Log) -> None:
-    """Say what is about to be trained, and what the codec alone can reach: nothing generated can be better."""
+def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: argparse.Namespace,
+             log: Log) -> None:
+    """Say what is about to be trained, and what the codec alone can reach: nothing can be better."""
     videos = []
     for clip in held_out:
         true = pixels([clip], args.frames).to(args.device)
@@ -82,19 +81,19 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
     log(config=asdict(args.config), seed=args.seed, parameters=parameters, codec=means(codec),
         command=shlex.join(["python", "train.py", *args.command]), hardware=hardware(args.device, world()))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
-          f"{len(clips)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M parameters "
-          f"on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
+          f"{len(clips)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M "
+          f"parameters on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
 
 
 def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> float:
-    """Return the Frechet distance of generated mouths in motion, windows of five frames, to the true clips'."""
+    """Return the Frechet distance between generated and true mouths in windows of five frames."""
     net = measuring_sync(args)
     return frechet(*(net.visual(v).flatten(0, 1) for v in (videos, pixels(clips, videos.shape[1])))).item()
 
 
 def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argparse.Namespace,
             log: Log) -> dict[str, Tensor]:
-    """Measure every arm's weights on the same held-out clips from the same noise; print means and paired differences.
+    """Measure every arm's weights on the same held-out clips from the same noise, and compare them.
 
     held_out.json keeps the value of every clip. Returns: the videos of each arm, (B, F, 3, S, S), by the ODE.
     """
@@ -114,14 +113,14 @@ def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argpars
             log(arm=name, sampler=sampler, held_out=means(made[name]), **together)
         for title, difference in paired(made).items():
             print(f"{title}, clip by clip, {sampler}:\n{summary(difference)}")
-        values[sampler] = {name: {k: v.tolist() for k, v in metrics.items()} for name, metrics in made.items()}
+        values[sampler] = {arm: {k: v.tolist() for k, v in metrics.items()} for arm, metrics in made.items()}
     with replacing(args.out / "held_out.json") as path:
         path.write_text(plain_json(values))
     return shown
 
 
 def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
-    """Tell, apart from the held-out metrics, what the reward says of every arm's videos and of the true clips."""
+    """Tell what the reward says of every arm's videos and of the true clips."""
     frames = next(iter(arms.values())).shape[1]
     true, audio = pixels(clips, frames), sounds(clips, frames)
     return f"the same {len(clips)} clips by the reward:\n" + table(reward, {
@@ -129,13 +128,15 @@ def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
         for name, videos in (arms | {"truth": true}).items()})
 
 
-def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6, columns: int = 12) -> None:
-    """Write sheet.png, some frames of a few clips, truth above what each arm generated; sample.mp4, truth beside
-    generated, with sound; and the portrait and the speech of the first clip, to try sample.py with."""
+def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6,
+                   columns: int = 12) -> None:
+    """Write sheet.png, some frames of a few clips, truth above what each arm generated; sample.mp4, truth
+    beside generated, with sound; and the portrait and the speech of the first clip, to try sample.py with."""
     frames = arms[0].shape[1]
     videos = [pixels(clips[:rows], frames)] + [arm[:rows] for arm in arms]
     at = torch.linspace(0, frames - 1, columns).long()
-    sheet = rearrange([to_bytes(video[:, at]) for video in videos], "arm b column c y x -> (b arm y) (column x) c")
+    sheet = rearrange([to_bytes(video[:, at]) for video in videos],
+                      "arm b column c y x -> (b arm y) (column x) c")
     for name, picture in ("sheet", sheet), ("portrait", clips[0].frames[0].permute(1, 2, 0)):
         with replacing(folder / f"{name}.png") as path:
             Image.fromarray(picture.numpy()).save(path, format="png")
@@ -145,8 +146,8 @@ def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: in
     write_video(folder / "sample.mp4", enlarged, clips[0].audio[: frames * SAMPLES_PER_FRAME])
 
 
-def conclude(arms: dict[str, dict[str, Tensor]], clips: list[Clip], reward: Reward | None, args: argparse.Namespace,
-             log: Log) -> None:
+def conclude(arms: dict[str, dict[str, Tensor]], clips: list[Clip], reward: Reward | None,
+             args: argparse.Namespace, log: Log) -> None:
     """Measure, draw and report what a run has come to, and say what to try next."""
     videos = measure(arms, clips, args, log)
     write_pictures(args.out, list(videos.values()), clips)
@@ -154,8 +155,9 @@ def conclude(arms: dict[str, dict[str, Tensor]], clips: list[Clip], reward: Rewa
         log(rewarded=(said := rewarded(reward, videos, clips)))
         print(said)
     write_report(args.out)
-    tried = shlex.join(["python", "sample.py", "--checkpoint", f"{args.out}", "--image", f"{args.out}/portrait.png",
-                        "--audio", f"{args.out}/speech.wav", "--out", "video.mp4"])
+    folder = f"{args.out}"
+    tried = shlex.join(["python", "sample.py", "--checkpoint", folder, "--image", f"{folder}/portrait.png",
+                        "--audio", f"{folder}/speech.wav", "--out", "video.mp4"])
     print(f"{(time.perf_counter() - log.start) / 60:.1f} minutes in all\nto try next:\n  {tried}\n"
-          f"{args.out}/report.md: metrics and curves; sheet.png (truth above {', '.join(arms)}), "
+          f"{folder}/report.md: metrics and curves; sheet.png (truth above {', '.join(arms)}), "
           "sample.mp4 (truth beside them), log.jsonl")

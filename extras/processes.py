@@ -1,8 +1,8 @@
 """Training in several processes: what makes N processes of torchrun do together what one would do alone.
 
-Each takes every N-th clip of a batch, or every N-th group of an update, and DDP averages their gradients: a step is that
-of one process, up to rounding. So every process draws the random numbers of the whole batch, and rewards are compared
-only when all are there. The first process alone prints, measures and writes.
+Each takes every N-th clip of a batch, or every N-th group of an update, and DDP averages their gradients: a
+step is that of one process, up to rounding. So every process draws the random numbers of the whole batch, and
+rewards are compared only when all are there. The first process alone prints, measures and writes.
 """
 
 import atexit
@@ -32,7 +32,8 @@ def join_processes() -> None:
     local = int(os.environ["LOCAL_RANK"])
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
     atexit.register(dist.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -61,7 +62,7 @@ def all_gather(value) -> list:
 
 
 def gather_groups(values: Tensor, group: int) -> Tensor:
-    """Collect the values (B, ...) of each process's videos, in the order of the prompts that `shard` dealt out."""
+    """Collect the values (B, ...) of all processes' videos, in the order of their prompts before `shard`."""
     return rearrange(all_gather(values.cpu()), "w (p g) ... -> (p w g) ...", g=group)
 
 
@@ -94,7 +95,7 @@ def ddp(model: torch.nn.Module, unused: bool = False) -> torch.nn.Module:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Let the first process go through a block before the others, which find in the cache what it left there."""
+    """Let the first process go through a block before the others, which then find its cache."""
     if rank():
         dist.barrier()
     yield
@@ -103,8 +104,8 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed. Tensors of the same sizes come again every step, and fetching their pages from the
-    system anew took a quarter of the reward's CPU time."""
+    """Have glibc keep what is freed. Tensors of the same sizes come again every step, and fetching their
+    pages from the system anew took a quarter of the reward's CPU time."""
     with suppress(OSError, AttributeError):                          # another C library
         libc = ctypes.CDLL("libc.so.6")
         for option in (-3, -1):                                      # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

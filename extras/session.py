@@ -1,4 +1,5 @@
-"""How a run lives and ends: one at a time in a folder, its log, its checkpoints, and how it is stopped and goes on.
+"""How a run lives and ends: one at a time in a folder, its log, its checkpoints, and how it is stopped and
+goes on.
 
 A run can be stopped at any time. A gradient step is finished first; rollouts, rewards and looks, which change
 nothing, end at once.
@@ -50,7 +51,8 @@ def lock(folder: Path) -> Iterator[None]:
         for left in folder.glob(".*.[0-9]*"):        # half-written by a run that was killed, see `replacing`
             left.unlink()
     except BlockingIOError:
-        raise MediaError(folder, "another run is at work there; wait for its end, or choose another --out") from None
+        raise MediaError(folder, "another run is at work there; wait for its end, or choose another "
+                                 "--out") from None
     except OSError:                                  # a file system without locks
         pass
     try:
@@ -89,7 +91,8 @@ def means(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 class Log:
-    """One line of JSON per event in RUN/log.jsonl; with --tensorboard, each step's numbers in RUN/tensorboard."""
+    """One line of JSON per event in RUN/log.jsonl; with --tensorboard, each step's numbers in
+    RUN/tensorboard."""
 
     def __init__(self, folder: Path, start: float, tensorboard: bool = False):
         self.path, self.start, self.board = folder / "log.jsonl", start, None
@@ -113,7 +116,8 @@ class Log:
                 self.board.add_scalar(name, value, step)
 
     def rewind(self, stage) -> None:
-        """Drop what will be logged again: what a stage did after its checkpoint, and a line that was cut short."""
+        """Drop what will be logged again: what a stage did after its checkpoint, and a line that was cut
+        short."""
         if rank():
             return
         kept = []
@@ -168,7 +172,8 @@ def keep_arm(model, name: str, args: argparse.Namespace) -> None:
 
 
 def load(stage, path: Path, anew: bool = False) -> bool:
-    """Take up what `save` wrote; `anew` begins a stage there: its steps count from 0, and nothing is best yet.
+    """Take up what `save` wrote; `anew` begins a stage there: its steps count from 0, and nothing is best
+    yet.
 
     Returns: False where the state is of another recipe. Raises: MediaError where it is missing or broken.
     """
@@ -220,7 +225,8 @@ def at_once():
 
 @contextmanager
 def after_the_step() -> Iterator[list]:
-    """Let Ctrl-C and SIGTERM wait: the list that is yielded is then no longer empty. A second one ends at once."""
+    """Let Ctrl-C and SIGTERM wait: the list that is yielded is then no longer empty. A second one ends at
+    once."""
     asked = []
 
     def note(*signal_and_frame):
@@ -233,8 +239,8 @@ def after_the_step() -> Iterator[list]:
 
 @contextmanager
 def resumable(args: argparse.Namespace, start: float) -> Iterator[None]:
-    """End at Ctrl-C or SIGTERM, or where the judge is away, with a line that says how to go on: from a checkpoint,
-    if this run has left one."""
+    """End at Ctrl-C or SIGTERM, or where the judge is away, with a line that says how to go on: from a
+    checkpoint, if this run has left one."""
     began, state = time.time() - (time.perf_counter() - start), args.out / "state.pt"
     try:
         with at_once():

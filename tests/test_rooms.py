@@ -24,7 +24,7 @@ ARROWS = {
     "extras.report": {"data"},
     "extras.processes": set(),
     "extras.flags": {"data", "model", "grpo", "reward", "sample", "extras.pretrained", "extras.processes"},
-    "extras.session": {"data", "model", "reward", "extras.flags", "extras.processes"},
+    "extras.session": {"data", "model", "reward", "sample", "extras.flags", "extras.processes"},
     "extras.measuring": {"data", "model", "grpo", "reward", "sample", "extras.processes", "extras.report",
                          "extras.session"},
     "extras.pretrained": {"data", "model"},

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 import grpo
+import sample
 import train
-from data import SAMPLES_PER_FRAME, Clips, MediaError, fitting, write_video
+from data import SAMPLES_PER_FRAME, Clip, Clips, MediaError, fitting, write_video
 from extras.report import write_report
 from extras.talkers import FAULTS, render_talker
 from model import load_generator
 from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
-from sample import sync_metrics
 from tiny import ALONE, POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
@@ -157,8 +157,8 @@ def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
 
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos):
     picked, clips, entries = picks(None, "--data", str(videos), "--reward-sync", str(REWARD_SYNC))
-    confidence = sync_metrics(load_sync(REWARD_SYNC), train.pixels(clips, 24),
-                              train.sounds(clips, 24))["sync_confidence"]
+    confidence = sample.sync_metrics(load_sync(REWARD_SYNC), train.pixels(clips, 24),
+                                     train.sounds(clips, 24))["sync_confidence"]
     assert sorted(picked.curated.tolist()) == sorted(confidence.argsort()[-(len(clips) // 2):].tolist())
     assert [c.name for c in picked.lively] == [c.name for c in picked.smooth] and not entries
 
@@ -297,6 +297,37 @@ def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_to
     assert score(mouth_own=[0.6], **right | {"amplitude": [0.5]}) == pytest.approx(0.6 - 0.1 * math.log(2))
     assert score(mouth_own=[0.6], **right | {"motion": [2.0]}) == pytest.approx(0.6 - 0.1 * math.log(2))
     assert score(mouth_own=[0.6], **right | {"head": [2.0, 2.0]}) == pytest.approx(0.6 - 0.05 * math.log(2))
+
+
+def a_still_one(clip: Clip) -> Clip:
+    """The picture of a clip with its sound, silent in the middle."""
+    audio = clip.audio.clone()
+    audio[len(audio) // 3: len(audio) // 2] = 0
+    truth = clip.truth and clip.truth | {k: clip.truth[k][:1].expand_as(clip.truth[k]) for k in ("opening", "width")}
+    return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(drawn):
+    """By hand, for clips that move: a value divided by that of the true clip."""
+    clips = [render_talker(i, 7, 32, 32) for i in range(4)]
+    clips = clips if drawn else [Clip(c.name, c.frames, c.audio) for c in clips]
+    shown = torch.stack([c.frames for c in clips]).roll(1, 1) / 255
+    alone = sample.evaluate(shown, clips, 4)
+    for name, measure in (("motion", sample.motion), ("jerk_ratio", sample.jerk)):
+        want = [measure(v).item() / measure(c.frames / 255).item() for v, c in zip(shown, clips)]
+        assert alone[name].tolist() == pytest.approx(want, rel=1e-3)
+    mixed = sample.evaluate(torch.cat([shown, shown[:1]]), [*clips, a_still_one(clips[0])], 4)
+    for name, values in mixed.items():
+        assert values.isfinite().all(), name
+    for name in "motion", "jerk_ratio", "amplitude":
+        assert mixed[name].max() < 8 and mixed[name].mean() < 3, name
+    for name in "motion", "jerk_ratio":
+        assert mixed[name][:4].tolist() == pytest.approx(alone[name].tolist(), rel=1e-3)
+    assert abs(train.held_out_score(mixed) - train.held_out_score(alone)) < 0.5
+    stills = [a_still_one(clip) for clip in clips]
+    nothing = sample.evaluate(torch.stack([c.frames for c in stills]) / 255, stills, 4)
+    assert all(values.isfinite().all() for values in nothing.values()) and nothing["motion"].abs().max() == 0
 
 
 def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(finished, bright, tmp_path, monkeypatch):
