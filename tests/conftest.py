@@ -29,7 +29,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(cache, tmp_path_factory) -> Path:
-    """The folder of a finished run of all stages with the controls, judged by known ratings. It is not to be changed."""
+    """The folder of a finished run of all stages and controls, judged by known ratings: not to be changed."""
     import train
     from tiny import WHOLE, Taste
     folder = tmp_path_factory.mktemp("runs") / "it's finished"

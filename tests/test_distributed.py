@@ -1,4 +1,5 @@
-"""Several processes are one: the same weights, the same log, one set of files; and what goes wrong ends all of them."""
+"""Several processes are one: the same weights, the same log, one set of files; and what goes wrong ends all
+of them."""
 
 import os
 import subprocess
@@ -11,14 +12,14 @@ import pytest
 import torch
 
 import train
-from data import MediaError
+from data import SAMPLES_PER_FRAME, MediaError
 from extras import session
 from tiny import SHAPE, flat, logged
 
 ROOT = Path(train.__file__).parent
 FEW = [*SHAPE, *"--judge none --watch-clips 1 --looks 1 --rollout-steps 4 --draws 1 --micro-batch 4".split()]
-TOY = [*FEW, *"--layers 2 --batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --post-lr 1e-2 --credit chunk "
-       "--clip 1e-2".split()]
+TOY = [*FEW, *"--layers 2 --batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --post-lr 1e-2 "
+       "--credit chunk --clip 1e-2".split()]
 
 
 class Light:
@@ -59,13 +60,14 @@ def teach(out: Path) -> None:
     run.model.codec.space.normal_(std=0.05), run.model.codec.time.normal_(std=0.05)
     run.average = train.snapshot(start := train.snapshot(run.model.state_dict()))
     log = [run.advance() for _ in range(20)]
-    clips = [SimpleNamespace(name=f"{i}", audio=torch.zeros(12 * train.SAMPLES_PER_FRAME)) for i in range(n)]
+    clips = [SimpleNamespace(name=f"{i}", audio=torch.zeros(12 * SAMPLES_PER_FRAME)) for i in range(n)]
     post = train.PostTraining("post-training", train.loaded(run.average, args), Light(), data, clips, args)
     middle = train.snapshot(post.model.state_dict())
     for _ in range(20):
         log.append({k: v for k, v in post.advance().items() if k != "seconds_for"})
-    torch.save({"start": start, "pretrained": run.model.state_dict(), "average": run.average, "middle": middle,
-                "policy": post.model.state_dict(), "log": log}, out / f"{train.rank()} of {train.world()}.pt")
+    torch.save({"start": start, "pretrained": run.model.state_dict(), "average": run.average,
+                "middle": middle, "policy": post.model.state_dict(), "log": log},
+               out / f"{train.rank()} of {train.world()}.pt")
 
 
 def falling(at: int):
@@ -87,8 +89,9 @@ def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess:
 
 
 def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
-    """After 20 steps of each stage, in float64 over gloo: weights to 1e-9, both processes' alike, and the one log
-    (losses by noise level, rewards, ratios, clipped shares, gradient norms) that of one process to 1e-9."""
+    """After 20 steps of each stage, in float64 over gloo: weights to 1e-9, both processes' alike, and the one
+    log (losses by noise level, rewards, ratios, clipped shares, gradient norms) that of one process to
+    1e-9."""
     teach(tmp_path)
     done = torchrun(2, __file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -96,7 +99,8 @@ def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
                           for name in ("0 of 1", "0 of 2", "1 of 2"))
     for stage, before in {"pretrained": "start", "average": "start", "policy": "middle"}.items():
         for name, weight in one[stage].items():
-            assert weight.dtype == torch.float64 and torch.equal(first[stage][name], second[stage][name]), name
+            assert weight.dtype == torch.float64, name
+            assert torch.equal(first[stage][name], second[stage][name]), name
             assert (weight - first[stage][name]).abs().max() <= 1e-9, (stage, name)
         assert max((one[stage][name] - one[before][name]).abs().max() for name in one[stage]) > 1e-2
     logs = [flat(x["log"]) for x in (one, first, second)]
@@ -108,14 +112,14 @@ def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
 
 
 def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(cache, tmp_path, monkeypatch):
-    """Stopped in step 3 by an error of the second process, which ends the first; resumed with one, stopped in step 4,
-    resumed, curated and post-trained with two, and the controls as well. The losses are those of an unbroken run: the
-    same data in the same order, the same clips picked."""
+    """Stopped in step 3 by an error of the second process, which ends the first; resumed with one, stopped in
+    step 4, resumed, curated and post-trained with two, and the controls as well. The losses are those of an
+    unbroken run: the same data in the same order, the same clips picked."""
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(cache))
     monkeypatch.setattr(session, "SAVE_MINUTES", 0)
     folder = tmp_path / "run"
-    flags = [*FEW, *"--clips 6 --steps 4 --curate 0.5 --curate-steps 2 --updates 1 --prompts 2 --parts 1 --group 2 "
-             "--control".split()]
+    flags = [*FEW, *"--clips 6 --steps 4 --curate 0.5 --curate-steps 2 --updates 1 --prompts 2 --parts 1 "
+             "--group 2 --control".split()]
     failed = torchrun(2, __file__, "fail", *flags, "--out", str(folder))
     assert failed.returncode != 0 and "process 1 fell over" in failed.stderr
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
@@ -138,7 +142,8 @@ def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(ca
 
 def test_a_batch_that_cannot_be_split_is_one_clear_line(tmp_path):
     done = torchrun(2, "train.py", "--batch", "3", "--out", str(tmp_path / "run"))
-    lines = [line for line in done.stderr.splitlines() if "--batch must divide by the 2 processes, got 3" in line]
+    said = "--batch must divide by the 2 processes, got 3"
+    lines = [line for line in done.stderr.splitlines() if said in line]
     assert done.returncode != 0 and len(lines) == 1 and not (tmp_path / "run").exists()
 
 
