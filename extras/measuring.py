@@ -34,11 +34,6 @@ def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
     return model
 
 
-def held_out_metrics(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, Tensor]:
-    """Measure videos by what no reward uses, with the sync network of --sync."""
-    return evaluate(videos, clips, args.config.chunk_frames, measuring_sync(args))
-
-
 def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
              noisy: bool = False) -> tuple[dict[str, Tensor], Tensor]:
     """Generate clips anew from portrait and sound, by the ODE or with noise on all steps that may have it.
@@ -51,7 +46,7 @@ def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
         noise = seeded_noise(HELD_OUT_SEED + args.seed, range(len(clips)), shape, args.device)
         step = grpo.drawing_step(args.settings, grpo.stochastic_steps(steps), noise)
     videos = imitate(model, clips, args.frames, steps, seed=args.seed, step=step)
-    return held_out_metrics(videos, clips, args), videos
+    return evaluate(videos, clips, args.config.chunk_frames, measuring_sync(args)), videos
 
 
 def held_out_score(metrics: dict[str, Tensor]) -> float:
@@ -76,7 +71,7 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
     for clip in held_out:
         true = pixels([clip], args.frames).to(args.device)
         videos.append(model.codec.decode(true[:, 0], model.codec.encode(true)).cpu())
-    codec = held_out_metrics(torch.cat(videos), held_out, args)
+    codec = evaluate(torch.cat(videos), held_out, args.config.chunk_frames, measuring_sync(args))
     parameters = sum(p.numel() for p in model.parameters())
     log(config=asdict(args.config), seed=args.seed, parameters=parameters, codec=means(codec),
         command=shlex.join(["python", "train.py", *args.command]), hardware=hardware(args.device, world()))

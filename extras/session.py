@@ -225,13 +225,13 @@ def at_once():
 
 @contextmanager
 def after_the_step() -> Iterator[list]:
-    """Let Ctrl-C and SIGTERM wait: the list that is yielded is then no longer empty. A second one ends at
-    once."""
+    """Let Ctrl-C and SIGTERM wait: the list that is yielded is then no longer empty. A second one ends the run
+    in the middle of a step, and what that tore is not saved."""
     asked = []
 
     def note(*signal_and_frame):
         if asked:
-            raise KeyboardInterrupt
+            sys.exit("stopped in the middle of a step; --resume goes on from the checkpoint before it, if any")
         asked.append(True)
     with signals(note):
         yield asked
@@ -268,14 +268,9 @@ def carry_out(stage, watched: list, log: Log) -> dict[str, torch.Tensor]:
     log.rewind(stage)
     bar = tqdm(None, stage.name, initial=stage.step, total=stage.total or None, unit=stage.unit)
 
-    def stop():
-        save(stage, args.out)
-        bar.close()
-        sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: {go_on(args)}")
-
     with after_the_step() as asked, bar:
-        while True:
-            try:
+        try:
+            while True:
                 if watched and stage.look_is_due:
                     metrics = stage.look(watched)
                     log(stage=stage.name, **{stage.unit: stage.step}, watched=means(metrics),
@@ -285,22 +280,21 @@ def carry_out(stage, watched: list, log: Log) -> dict[str, torch.Tensor]:
                 if stage.progress >= 1:
                     break
                 entry = stage.advance()
-            except KeyboardInterrupt:
-                if asked:                                  # the second one: what it tore is not saved
-                    raise
-                stop()
-            except JudgeError:                             # it is away, say: what was reached is kept
-                save(stage, args.out)
-                raise
-            log(stage=stage.name, **{stage.unit: stage.step}, **entry)
-            bar.update()
-            shown = "reward" if "reward" in entry else "loss"
-            bar.set_postfix({shown: f"{entry[shown]:.3f}"})
-            if asked:
-                stop()
-            if time.monotonic() - saved > 60 * SAVE_MINUTES:
-                save(stage, args.out)
-                saved = time.monotonic()
+                log(stage=stage.name, **{stage.unit: stage.step}, **entry)
+                bar.update()
+                shown = "reward" if "reward" in entry else "loss"
+                bar.set_postfix({shown: f"{entry[shown]:.3f}"})
+                if asked:
+                    raise KeyboardInterrupt
+                if time.monotonic() - saved > 60 * SAVE_MINUTES:
+                    save(stage, args.out)
+                    saved = time.monotonic()
+        except JudgeError:                                 # it is away, say: what was reached is kept
+            save(stage, args.out)
+            raise
+        except KeyboardInterrupt:
+            save(stage, args.out)
+            sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: {go_on(args)}")
         if stage.name not in CHECKPOINTS and stage.step > first:
             log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
         save(stage, args.out)

@@ -22,7 +22,7 @@ import train
 from data import MediaError, write_video
 from extras import session
 from extras.talkers import render_talker
-from model import load_generator, save_generator
+from model import load_generator
 from test_endpoint import GOOD, serving
 from tiny import ALONE, POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
 
@@ -248,7 +248,7 @@ def test_sigterm_while_data_are_prepared_is_one_line(tmp_path):
     """Two thousand talkers are being drawn."""
     with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
         wait_for((tmp_path / "run").exists, process)
-        time.sleep(1)
+        time.sleep(2)
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[1].replace("\r", "\n").strip().splitlines()[-1]
