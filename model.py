@@ -562,7 +562,7 @@ def hub_folder(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     why = ""
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not Path(name).exists():
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not Path(name).parent.is_dir():
         from httpx import HTTPError                          # here: only a name needs them
         from huggingface_hub import snapshot_download
         try:

@@ -1,6 +1,7 @@
 """Where the tests run: on the CPU, but for those of the kernels."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,3 +19,22 @@ def on_the_cpu(request):
             patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """One cache of clips for the tests of train.py."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def finished(cache, tmp_path_factory) -> Path:
+    """The folder of a finished run of all stages and controls, judged by known ratings: not to be changed."""
+    import train
+    from tiny import WHOLE, Taste
+    folder = tmp_path_factory.mktemp("runs") / "it's finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWPORTRAIT_CACHE", str(cache))
+        patch.setattr(train, "make_judge", lambda args: Taste())
+        train.main([*WHOLE, "--control", "--out", str(folder)])
+    return folder

@@ -1,6 +1,6 @@
-"""Several processes are one: the same weights, the same log, one set of files; and what goes wrong ends all of them."""
+"""Several processes are one: the same weights, the same log, one set of files; and what goes wrong ends all
+of them."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import train
-from data import MediaError
+from data import SAMPLES_PER_FRAME, MediaError
+from extras import session
+from tiny import SHAPE, flat, logged
 
 ROOT = Path(train.__file__).parent
-SHAPE = ("--size 32 --width 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
-         "--channels 8 --seconds 1 --sampling-steps 1 --warmup 2 --judge none --watch-clips 1 --looks 1").split()
-TOY = [*SHAPE, *"--batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --rollout-steps 4 --draws 1 --micro-batch 4 "
-       "--post-lr 1e-2 --credit chunk --clip 1e-2".split()]
+FEW = [*SHAPE, *"--judge none --watch-clips 1 --looks 1 --rollout-steps 4 --draws 1 --micro-batch 4".split()]
+TOY = [*FEW, *"--layers 2 --batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --post-lr 1e-2 "
+       "--credit chunk --clip 1e-2".split()]
 
 
 class Light:
@@ -59,13 +60,14 @@ def teach(out: Path) -> None:
     run.model.codec.space.normal_(std=0.05), run.model.codec.time.normal_(std=0.05)
     run.average = train.snapshot(start := train.snapshot(run.model.state_dict()))
     log = [run.advance() for _ in range(20)]
-    clips = [SimpleNamespace(name=f"{i}", audio=torch.zeros(12 * train.SAMPLES_PER_FRAME)) for i in range(n)]
+    clips = [SimpleNamespace(name=f"{i}", audio=torch.zeros(12 * SAMPLES_PER_FRAME)) for i in range(n)]
     post = train.PostTraining("post-training", train.loaded(run.average, args), Light(), data, clips, args)
     middle = train.snapshot(post.model.state_dict())
     for _ in range(20):
         log.append({k: v for k, v in post.advance().items() if k != "seconds_for"})
-    torch.save({"start": start, "pretrained": run.model.state_dict(), "average": run.average, "middle": middle,
-                "policy": post.model.state_dict(), "log": log}, out / f"{train.rank()} of {train.world()}.pt")
+    torch.save({"start": start, "pretrained": run.model.state_dict(), "average": run.average,
+                "middle": middle, "policy": post.model.state_dict(), "log": log},
+               out / f"{train.rank()} of {train.world()}.pt")
 
 
 def falling(at: int):
@@ -83,19 +85,13 @@ def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                            "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *command],
                           capture_output=True, text=True, cwd=ROOT, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-
-
-def flat(value, name="") -> dict:
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, part in pairs for k, v in flat(part, f"{name}.{key}").items()}
-    return {name: value}
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
 
 
 def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
-    """After 20 steps of each stage, in float64 over gloo: weights to 1e-9, both processes' alike, and the one log
-    (losses by noise level, rewards, ratios, clipped shares, gradient norms) that of one process to 1e-9."""
+    """After 20 steps of each stage, in float64 over gloo: weights to 1e-9, both processes' alike, and the one
+    log (losses by noise level, rewards, ratios, clipped shares, gradient norms) that of one process to
+    1e-9."""
     teach(tmp_path)
     done = torchrun(2, __file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -103,7 +99,8 @@ def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
                           for name in ("0 of 1", "0 of 2", "1 of 2"))
     for stage, before in {"pretrained": "start", "average": "start", "policy": "middle"}.items():
         for name, weight in one[stage].items():
-            assert weight.dtype == torch.float64 and torch.equal(first[stage][name], second[stage][name]), name
+            assert weight.dtype == torch.float64, name
+            assert torch.equal(first[stage][name], second[stage][name]), name
             assert (weight - first[stage][name]).abs().max() <= 1e-9, (stage, name)
         assert max((one[stage][name] - one[before][name]).abs().max() for name in one[stage]) > 1e-2
     logs = [flat(x["log"]) for x in (one, first, second)]
@@ -114,16 +111,16 @@ def test_two_processes_are_one_process_with_the_same_batch(tmp_path):
     assert sum(value for name, value in logs[0].items() if "clip_" in name) > 0
 
 
-def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tmp_path, monkeypatch):
-    """Stopped in step 3 by an error of the second process, which ends the first; resumed with one, stopped in step 4,
-    resumed, curated and post-trained with two, and the controls as well. The losses are those of an unbroken run: the
-    same data in the same order, the same clips picked."""
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
+def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(cache, tmp_path, monkeypatch):
+    """Stopped in step 3 by an error of the second process, which ends the first; resumed with one, stopped in
+    step 4, resumed, curated and post-trained with two, and the controls as well. The losses are those of an
+    unbroken run: the same data in the same order, the same clips picked."""
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(cache))
+    monkeypatch.setattr(session, "SAVE_MINUTES", 0)
     folder = tmp_path / "run"
-    flags = [*SHAPE, *"--clips 6 --validate-clips 2 --batch 2 --steps 4 --save-minutes 0 --curate 0.5 "
-             "--curate-steps 2 --updates 1 --control --prompts 2 --parts 1 --group 2 --micro-batch 2 "
-             "--rollout-steps 3 --draws 1".split(), "--out", str(folder)]
-    failed = torchrun(2, __file__, "fail", *flags)
+    flags = [*FEW, *"--clips 6 --steps 4 --curate 0.5 --curate-steps 2 --updates 1 --prompts 2 --parts 1 "
+             "--group 2 --control".split()]
+    failed = torchrun(2, __file__, "fail", *flags, "--out", str(folder))
     assert failed.returncode != 0 and "process 1 fell over" in failed.stderr
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
     with monkeypatch.context() as patch:
@@ -133,23 +130,20 @@ def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tm
     done = torchrun(2, "train.py", "--resume", str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("codec alone") == done.stdout.count("minutes in all") == 1
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    taken = [e for e in entries if "stage" in e and "watched" not in e]
-    at = lambda stage: [e.get("step", e.get("update")) for e in taken if e["stage"] == stage]
+    at = lambda stage: [e.get("step", e.get("update")) for e in logged(folder, stage)]
     assert at("pretraining") == [1, 2, 3, 4] and at("curation") == [1, 2] and at("post-training") == [1]
     assert at("GRPO without curation") == [1] and at("more curation") and at("more pretraining")
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
-    flags.remove("--control")
-    train.main([*flags, "--updates", "0", "--out", str(tmp_path / "unbroken")])
-    unbroken = [json.loads(line) for line in (tmp_path / "unbroken" / "log.jsonl").read_text().splitlines()]
-    losses = [[e for e in log if "loss" in e and not e["stage"].startswith("more")] for log in (unbroken, entries)]
-    for one, other in zip(*losses, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), one["step"]
+    train.main([*flags[:-1], "--updates", "0", "--out", str(tmp_path / "unbroken")])
+    for stage in "pretraining", "curation":
+        losses = [[e["loss"] for e in logged(of, stage)] for of in (tmp_path / "unbroken", folder)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3), stage
 
 
 def test_a_batch_that_cannot_be_split_is_one_clear_line(tmp_path):
     done = torchrun(2, "train.py", "--batch", "3", "--out", str(tmp_path / "run"))
-    lines = [line for line in done.stderr.splitlines() if "--batch must divide by the 2 processes, got 3" in line]
+    said = "--batch must divide by the 2 processes, got 3"
+    lines = [line for line in done.stderr.splitlines() if said in line]
     assert done.returncode != 0 and len(lines) == 1 and not (tmp_path / "run").exists()
 
 
@@ -157,5 +151,5 @@ if __name__ == "__main__":
     if sys.argv[1] != "fail":
         teach(Path(sys.argv[1]))
     else:
-        train.FlowMatching.take_step = falling(at=2)
+        session.SAVE_MINUTES, train.FlowMatching.take_step = 0, falling(at=2)
         train.main(sys.argv[2:])

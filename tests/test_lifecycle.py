@@ -1,4 +1,5 @@
-"""What people do to a run: move it, give it more, build on it, stop it; and clips in which nothing moves."""
+"""What people and machines do to a run: stop it, kill it, move it, give it more, build on it, ask what cannot
+be."""
 
 import json
 import os
@@ -10,38 +11,35 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import extras.flags
 import sample
 import train
-from data import Clip, MediaError, write_video
+from data import MediaError, write_video
+from extras import session
 from extras.talkers import render_talker
+from model import load_generator
 from test_endpoint import GOOD, serving
+from tiny import ALONE, POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
 
 ROOT = Path(train.__file__).parent
-TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --space-channels 6 "
-        "--channels 8 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2 --judge none").split()
-POST = ("--curate 0.5 --curate-steps 3 --updates 2 --prompts 2 --group 2 --rollout-steps 3 --draws 1 --micro-batch 4 "
-        "--looks 2 --watch-clips 2").split()
-WHOLE = [*TINY, "--clips", "6", "--steps", "4", *POST]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """One clip cache for the whole file."""
+def one_cache(cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FLOWPORTRAIT_CACHE", str(cache))
         yield
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A finished run of all stages on drawn talkers."""
-    folder = tmp_path_factory.mktemp("runs") / "it's whole"
-    train.main([*WHOLE, "--out", str(folder)])
-    return folder
+@pytest.fixture
+def taste(monkeypatch):
+    """A judge of known ratings, in the reward as it is."""
+    monkeypatch.setattr(train, "make_judge", lambda args: Taste())
 
 
 @pytest.fixture(scope="module")
@@ -59,128 +57,160 @@ def videos(tmp_path_factory):
 def filmed(videos, tmp_path_factory):
     """A finished run of pretraining on the first of them."""
     folder = tmp_path_factory.mktemp("runs") / "filmed"
-    train.main([*TINY, "--data", str(videos[0]), "--steps", "2", "--updates", "0", "--out", str(folder)])
+    train.main([*ALONE, "--data", str(videos[0]), "--steps", "2", "--out", str(folder)])
     return folder
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Without what a run measures before and after it trains: it takes most of the time."""
+    monkeypatch.setattr(train, "describe", lambda *_: None)
+    monkeypatch.setattr(train, "conclude", lambda *_: None)
 
 
 def copy(run: Path, to: Path) -> Path:
     return Path(shutil.copytree(run, to))
 
 
-def state(folder: Path, name: str = "state.pt") -> dict:
-    return torch.load(folder / name, weights_only=True)
-
-
-def logged(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def refusal(capsys, *command: str) -> str:
-    """The line that a command ends with."""
-    with pytest.raises(SystemExit):
-        train.parse_arguments(list(command))
-    return capsys.readouterr().err.splitlines()[-1]
-
-
-# ---------------------------------------------------------------- moved
-
-def test_no_path_of_the_checkout_is_kept_and_what_a_user_named_is_kept_whole(whole, filmed, videos):
-    """What ships with the project is found from the code that runs; a folder of clips from anywhere."""
-    assert str(ROOT) not in (whole / "config.json").read_text() + (filmed / "config.json").read_text()
-    kept = json.loads((filmed / "config.json").read_text())["training"]
-    assert kept["data"] == str(videos[0]) and kept["sync"] is None and kept["reward_sync"] is None
-
-
-def test_a_resumed_run_is_told_where_things_are_now(filmed, videos, tmp_path, capsys):
-    """Clips that moved are named when they are missed; told once, the place is kept."""
-    run, moved = copy(filmed, tmp_path / "run"), tmp_path / "moved"
+def rewrite(run: Path, **flags) -> None:
+    """Change what a run's config.json says of its flags."""
     kept = json.loads((run / "config.json").read_text())
-    kept["training"]["data"] = str(tmp_path / "old")
+    kept["training"] |= flags
     (run / "config.json").write_text(json.dumps(kept))
-    assert "old is not a folder; say where the clips are with --data" in refusal(capsys, "--resume", str(run))
-    shutil.copytree(videos[0], moved)
-    train.main(["--resume", str(run), "--data", str(moved)])
-    assert train.parse_arguments(["--resume", str(run)]).data == str(moved)
-    again = train.parse_arguments(["--resume", str(run), "--judge-url", "http://h:1/v1", "--judge-model", "m"])
-    assert (again.judge_url, again.judge_model, again.steps) == ("http://h:1/v1", "m", 2)
 
 
-def test_a_judge_that_is_named_anew_takes_the_place_of_a_server(whole, tmp_path):
-    run = copy(whole, tmp_path / "run")
-    kept = json.loads((run / "config.json").read_text())
-    kept["training"] |= {"judge_url": "http://h:1/v1", "judge_model": "m"}
-    (run / "config.json").write_text(json.dumps(kept))
-    args = train.parse_arguments(["--resume", str(run), "--judge", "default"])
-    assert args.judge == "default" and args.judge_url is None
+def same_weights(one: Path, other: Path) -> bool:
+    one, other = (load_generator(folder).state_dict() for folder in (one, other))
+    return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-# ---------------------------------------------------------------- more of it
+# ---------------------------------------------------------------- refused
 
-@pytest.mark.parametrize("more, anew", [("--steps 6", ["curation", "post-training"]),
-                                        ("--curate-steps 5", ["post-training"]), ("--updates 4", [])])
-def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(whole, tmp_path, capsys, more, anew):
-    """Each stage goes on where it was, and its learning rate rises and falls again; looks are spread over all of it."""
-    run, before, (name, count) = copy(whole, tmp_path / "run"), state(whole), more.split()
-    train.main(["--resume", str(run), *more.split()])
-    said = capsys.readouterr().out
-    kept = [state(folder, "curate.pt")["best"]["weights"] for folder in (whole, run)]
-    if name == "--curate-steps" and all(torch.equal(v, kept[1][k]) for k, v in kept[0].items()):
-        anew = []                                    # more of it found nothing better: what came after it stands
-    assert [stage for stage in ("curation", "post-training") if f"{stage} is done anew" in said] == anew
-    steps = {name: state(run, file)[unit] for name, file, unit in (
-        ("--steps", "state.pt", "step"), ("--curate-steps", "curate.pt", "step"), ("--updates", "post.pt", "update"))}
-    assert steps == {"--steps": 4, "--curate-steps": 3, "--updates": 2} | {name: int(count)}
-    same = all(torch.equal(v, state(run)["model"][k]) for k, v in before["model"].items())
-    assert same == (name != "--steps")
-    for stage in "pretraining", "curation", "post-training":
-        taken = [e.get("step", e.get("update")) for e in logged(run) if e.get("stage") == stage and "watched" not in e]
-        assert taken == list(range(1, len(taken) + 1)), stage
-    assert [e["update"] for e in logged(run) if e.get("stage") == "post-training" and "watched" in e][-1] == steps[
-        "--updates"]
-
-
-def test_less_is_refused_and_what_a_run_has_settled_stays(whole, capsys):
-    run = str(whole)
-    assert "--steps 3 is less than the run's 4" in refusal(capsys, "--resume", run, "--steps", "3")
-    assert "leave out --lr" in refusal(capsys, "--resume", run, "--lr", "1")
-    assert "leave out --width" in refusal(capsys, "--pretrained", run, "--out", "x", "--width", "64")
-    assert "leave out --data" in refusal(capsys, "--resume", run, "--data", str(ROOT))       # it had no clips on disk
-    assert "leave out --out" in refusal(capsys, "--resume", run, "--out", "x")
-    same = train.parse_arguments([*WHOLE, "--resume", run])                       # as they were, they may be given
-    assert vars(same).keys() == vars(train.parse_arguments(["--resume", run])).keys()
+@pytest.mark.parametrize("flags, words", [
+    ("--steps 0", "--steps must be at least 1"), ("--preset huge", "invalid choice"),
+    ("--crop 1,2", "want x,y,size"),
+    ("--crop 0,0,0", "want x,y,size"), ("--crop 0,0,32", "--crop is of the clips of --data"),
+    ("--seconds 0.5", "--seconds must be from 1"), ("--seconds nan", "--seconds must"),
+    ("--grid 4", "grid 4 must be odd"),
+    ("--seed 9999999999999999999", "--seed must be below"), ("--device gpu", "cannot be used"),
+    ("--ema 1", "--ema must be below 1"), ("--curate 1", "--curate must be below 1"),
+    ("--looks 0", "--looks must"),
+    ("--weights still", "want name=weight"), ("--group 1", "no one to compare with"),
+    ("--clip inf", "--clip must"),
+    ("--draws 5", "draws must be"), ("--control --updates 0", "give it --updates"),
+    ("--world real", "invalid choice"),
+    ("--width 1000000000", "width must be"), ("--out tests", "holds files, none of them a run's log.jsonl"),
+    ("--resume nowhere", "holds no run; one that stopped before its first checkpoint starts anew"),
+    ("--resume RUN --steps 3", "--steps 3 is less than the run's 6"),
+    ("--resume RUN --lr 1", "leave out --lr"),
+    ("--resume RUN --data tests", "leave out --data"), ("--resume RUN --out x", "leave out --out"),
+    ("--pretrained RUN", "--pretrained wants an --out of its own"),
+    ("--pretrained RUN --out x --width 64", "leave out --width"),
+    ("--resume EMPTY", "EMPTY is not a run of this version")])
+def test_what_cannot_be_meant_ends_with_one_clear_line(finished, tmp_path, monkeypatch, capsys, flags, words):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "EMPTY" / "config.json").write_text("{}")
+    places = {"RUN": str(finished), "EMPTY": str(tmp_path / "EMPTY"), "tests": str(ROOT / "tests")}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main([places.get(word, word) for word in flags.split()])
+    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
-# ---------------------------------------------------------------- built upon
-
-@pytest.mark.parametrize("refit", [False, True])
-def test_a_pretrained_run_is_trained_on_other_clips_and_its_codec_kept_or_refitted(filmed, videos, tmp_path, refit):
-    train.main(["--pretrained", str(filmed), "--data", str(videos[1]), "--steps", "3", "--out", str(tmp_path / "run"),
-                "--updates", "0", *["--refit-codec"] * refit])
-    one, other = state(filmed)["model"], state(tmp_path / "run")["model"]
-    assert torch.equal(one["codec.space"], other["codec.space"]) != refit
-    assert not torch.equal(one["no_audio"], other["no_audio"]) and state(tmp_path / "run")["step"] == 3
-    assert [e["step"] for e in logged(tmp_path / "run") if "loss" in e] == [1, 2, 3]
-    train.main(["--resume", str(tmp_path / "run")])                                # what it goes on with is its own
-    assert state(tmp_path / "run")["step"] == 3
+def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(finished, unmeasured, tmp_path):
+    """The same command twice leaves the first run as it is; with --overwrite nothing of it stays."""
+    run = copy(finished, tmp_path / "my run")
+    before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
+    refused = "holds a run; go on with --resume '.*my run', .* or begin anew"
+    with pytest.raises(MediaError, match=refused) as error:
+        train.main([*ALONE, "--out", str(run)])
+    assert "\n" not in str(error.value) and before == {path: path.read_bytes() for path in before}
+    train.main([*ALONE, "--steps", "1", "--overwrite", "--out", str(run)])
+    assert not {"post.pt", "curate.pt", "control"} & {p.name for p in run.iterdir()}
 
 
-def test_the_same_command_twice_leaves_the_first_run_as_it_is(filmed, videos, tmp_path):
-    run = copy(filmed, tmp_path / "my run")
-    command = [*TINY, "--data", str(videos[0]), "--steps", "2", "--updates", "0", "--out", str(run)]
-    before = {path: path.read_bytes() for path in run.iterdir()}
-    with pytest.raises(MediaError, match="holds a run; go on with --resume '.*my run', .* or begin anew") as error:
-        train.main(command)
-    assert "\n" not in str(error.value) and before == {path: path.read_bytes() for path in run.iterdir()}
-    train.main([*command, "--overwrite"])
+def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_nothing(tmp_path):
+    """The lock is the system's: it ends with the process, were it by kill -9, and leaves no file behind."""
+    locking = ("import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); "
+               "print('in', flush=True); time.sleep(60)")
+    first = subprocess.Popen([sys.executable, "-c", locking, str(tmp_path)], stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"in\n"
+    with pytest.raises(MediaError, match="another run is at work there; wait for its end, or choose"):
+        train.main([*ALONE, "--out", str(tmp_path)])
+    first.kill(), first.wait()
+    with session.lock(tmp_path), pytest.raises(MediaError), session.lock(tmp_path):
+        pass
+    assert not [*tmp_path.iterdir()]
 
 
 # ---------------------------------------------------------------- stopped
 
+def test_a_run_that_is_stopped_in_every_stage_ends_bit_equal_to_an_unbroken_one(
+        finished, taste, unmeasured, tmp_path, monkeypatch):
+    """Ctrl-C between gradient and optimizer: in step 4, in step 2 of curation, in the first part of update 3.
+    Each is finished and saved, and the run ends with the same weights, averages, optimizers and log."""
+    folder, clip = tmp_path / "half", train.clip_grad_norm_
+    command = [*WHOLE, "--out", str(folder)]
+    for gradients, words in ((4, "step 4 of pretraining"), (4, "step 2 of curation"),
+                             (6, "update 3 of post-training")):
+        calls = []
+
+        def interrupting(*args):
+            calls.append(1)
+            if len(calls) == gradients:
+                signal.raise_signal(signal.SIGINT)
+            return clip(*args)
+        monkeypatch.setattr(train, "clip_grad_norm_", interrupting)
+        with pytest.raises(SystemExit, match=f"stopped at {words}; go on with: python train.py --resume"):
+            train.main(command)
+        command = ["--resume", str(folder)]
+    monkeypatch.setattr(train, "clip_grad_norm_", clip)
+    train.main(command)
+    assert_same_bits(finished, folder, "state.pt", "curate.pt", "post.pt")
+    both = [[(e["stage"], e.get("step", e.get("update")), "watched" in e) for e in logged(of)
+             if e.get("stage") in session.CHECKPOINTS] for of in (finished, folder)]
+    assert both[0] == both[1]
+    monkeypatch.setattr(train.Stage, "advance", None)                  # once more: no step, but the report
+    train.main(command)
+    assert same_weights(finished, folder)
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, unmeasured, tmp_path, monkeypatch):
+    """Killed after step 5 with a checkpoint of step 4: step 5 is done again, and logged once."""
+    save, folder = session.save, tmp_path / "dead"
+
+    def dying(stage, out):
+        if stage.step == 5:
+            raise EOFError("power cut")
+        save(stage, out)
+    with monkeypatch.context() as patch, pytest.raises(EOFError):
+        patch.setattr(session, "SAVE_MINUTES", 0)
+        patch.setattr(session, "save", dying)
+        train.main([*ALONE, "--out", str(folder)])
+    assert [e["step"] for e in logged(folder, "pretraining")] == [1, 2, 3, 4, 5]
+    train.main(["--resume", str(folder)])
+    assert_same_bits(finished, folder, "state.pt")
+    assert [e["step"] for e in logged(folder, "pretraining")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("where, words", [("load_clips", "start it again: .* nothing was kept"),
+                                          ("control_arms", "go on with: python train.py --resume"),
+                                          ("conclude", "go on with: python train.py --resume")])
+def test_ctrl_c_says_how_to_go_on_wherever_it_comes(
+        finished, taste, unmeasured, tmp_path, monkeypatch, where, words):
+    def interrupt(*_):                          # a signal may be ignored where tests run in the background
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, where, interrupt)
+    with pytest.raises(SystemExit, match=words):
+        train.main(["--pretrained", str(finished), *POST, "--updates", "1", "--control", "--out",
+                    str(tmp_path / "run")])
+
+
 @contextmanager
 def begun(*command: str):
     """A run in a process of its own, which the test does not leave behind."""
-    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         yield process
     finally:
@@ -194,8 +224,8 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None
         time.sleep(0.05)
 
 
-def test_sigterm_while_a_remote_judge_is_waited_for_saves_and_ends_within_seconds(whole, tmp_path):
-    """The server answers for the six clips, and then no more; the printed line goes on, another judge and all."""
+def test_sigterm_while_a_remote_judge_is_waited_for_saves_and_ends_within_seconds(tmp_path):
+    """The server answers for the six clips, and then no more; the printed line goes on."""
     rated, out = 6 * 3, tmp_path / "it's stopped"
 
     def answer(k, body):
@@ -219,48 +249,174 @@ def test_sigterm_while_data_are_prepared_is_one_line(tmp_path):
     with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
         wait_for((tmp_path / "run").exists, process)
         time.sleep(2)
-        asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1].replace("\r", "\n").strip().splitlines()[-1]
-    assert time.monotonic() - asked < 20
+        said = process.communicate(timeout=120)[1].replace("\r", "\n").strip().splitlines()[-1]
     assert said == "stopped; start it again: it was before the first checkpoint, so nothing was kept"
 
 
-# ---------------------------------------------------------------- nothing moves
+def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, monkeypatch):
+    """Half of the state is written: one line names the file, and every byte that stood there still stands."""
+    run = copy(finished, tmp_path / "run")
+    args = train.parse_arguments(["--resume", str(run)])
+    stage = train.FlowMatching("pretraining", None, args, args.steps)
+    session.load(stage, run / "state.pt")
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
-def a_still_one(clip: Clip) -> Clip:
-    """The picture of a clip with its sound, silent in the middle."""
-    audio = clip.audio.clone()
-    audio[len(audio) // 3: len(audio) // 2] = 0
-    truth = clip.truth and clip.truth | {k: clip.truth[k][:1].expand_as(clip.truth[k]) for k in ("opening", "width")}
-    return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(MediaError, match="state.pt: cannot be written .No space left on device.; make room there"):
+        session.save(stage, run)
+    assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("drawn", [True, False])
-def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(drawn):
-    """By hand, for clips that move: a value divided by that of the true clip."""
-    clips = [render_talker(i, 7, 32, 32) for i in range(4)]
-    clips = clips if drawn else [Clip(c.name, c.frames, c.audio) for c in clips]
-    shown = torch.stack([c.frames for c in clips]).roll(1, 1) / 255
-    alone = sample.evaluate(shown, clips, 4)
-    for name, measure in (("motion", sample.motion), ("jerk_ratio", sample.jerk)):
-        want = [measure(v).item() / measure(c.frames / 255).item() for v, c in zip(shown, clips)]
-        assert alone[name].tolist() == pytest.approx(want, rel=1e-3)
-    mixed = sample.evaluate(torch.cat([shown, shown[:1]]), [*clips, a_still_one(clips[0])], 4)
-    for name, values in mixed.items():
-        assert values.isfinite().all(), name
-    for name in "motion", "jerk_ratio", "amplitude":
-        assert mixed[name].max() < 8 and mixed[name].mean() < 3, name
-    for name in "motion", "jerk_ratio":
-        assert mixed[name][:4].tolist() == pytest.approx(alone[name].tolist(), rel=1e-3)
-    assert abs(train.held_out_score(mixed) - train.held_out_score(alone)) < 0.5
-    stills = [a_still_one(clip) for clip in clips]
-    nothing = sample.evaluate(torch.stack([c.frames for c in stills]) / 255, stills, 4)
-    assert all(values.isfinite().all() for values in nothing.values()) and nothing["motion"].abs().max() == 0
+# ---------------------------------------------------------------- the log
+
+def test_a_log_that_was_cut_short_loses_its_last_line_and_the_steps_that_come_again(finished, tmp_path):
+    """A stage at step 4 of 6: what it logged of steps 5 and 6 goes, and what other stages and lines say
+    stays."""
+    lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join(lines) + '{"seconds": 3.1, "st')
+    stage = SimpleNamespace(name="pretraining", unit="step", step=4, look_is_due=False)
+    session.Log(tmp_path, 0.0).rewind(stage)
+    kept = [line for line in lines
+            if json.loads(line).get("stage") != "pretraining" or json.loads(line)["step"] <= 4]
+    assert (tmp_path / "log.jsonl").read_text() == "".join(kept) and len(kept) == len(lines) - 2
 
 
 def test_the_log_is_json_that_every_reader_takes(tmp_path):
-    train.Log(tmp_path, 0.0)(loss=float("nan"), parts=[{"kl": float("inf")}, 1.5], best=-float("inf"))
+    session.Log(tmp_path, 0.0)(loss=float("nan"), parts=[{"kl": float("inf")}, 1.5], best=-float("inf"))
     def refuse(name): raise AssertionError(name)
     entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
     assert entry["loss"] is None and entry["parts"] == [{"kl": None}, 1.5] and entry["best"] is None
+
+
+def test_tensorboard_gets_the_numbers_of_each_step_and_its_absence_is_one_line(tmp_path, monkeypatch):
+    """Against a stub of torch.utils.tensorboard, which needs the package."""
+    written = []
+    board = SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar))
+    stub = SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    log = session.Log(tmp_path, 0.0, tensorboard=True)
+    log(arm="pretrained", held_out={"psnr": 30.0})
+    log(stage="post-training", update=3, reward=1.5, parts=[{"kl": 0.25, "ratio_max": [1.0, 2.0]}], note="")
+    assert written == [tmp_path / "tensorboard", *((f"post-training/{name}", value, 3) for name, value in (
+        ("update", 3), ("reward", 1.5), ("parts/0/kl", 0.25), ("parts/0/ratio_max/0", 1.0),
+        ("parts/0/ratio_max/1", 2.0)))]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MediaError, match="--tensorboard: wants the package of this name; pip install"):
+        session.Log(tmp_path, 0.0, tensorboard=True)
+    assert train.parse_arguments([*TINY, "--tensorboard"]).tensorboard
+
+
+# ---------------------------------------------------------------- moved
+
+def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path):
+    args = train.parse_arguments("--preset small --width 256 --steps 7 --out x".split())
+    assert (args.config.width, args.config.size, args.steps, args.batch) == (256, 128, 7, 16)
+    again = ["--pretrained", str(finished), "--out", str(tmp_path)]
+    assert train.parse_arguments(again).sampling_steps == 1
+    for steps in 2, 3:                                # the default too, if it is asked for
+        assert train.parse_arguments([*again, "--sampling-steps", f"{steps}"]).sampling_steps == steps
+
+
+def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(
+        finished, filmed, videos, unmeasured, tmp_path, capsys):
+    """What ships with the project is found from the code that runs. Clips that moved are named when they are
+    missed; told once, the place is kept. A judge that is named anew takes the place of a server."""
+    assert str(ROOT) not in (finished / "config.json").read_text() + (filmed / "config.json").read_text()
+    run, moved = copy(filmed, tmp_path / "run"), tmp_path / "moved"
+    rewrite(run, data=str(tmp_path / "old"))
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--resume", str(run)])
+    assert "old is not a folder; say where the clips are with --data" in capsys.readouterr().err
+    shutil.copytree(videos[0], moved)
+    train.main(["--resume", str(run), "--data", str(moved)])
+    assert train.parse_arguments(["--resume", str(run)]).data == str(moved)
+    again = train.parse_arguments(["--resume", str(run), "--judge-url", "http://h:1/v1", "--judge-model=m"])
+    assert (again.judge_url, again.judge_model, again.steps) == ("http://h:1/v1", "m", 2)
+    rewrite(run, judge_url="http://h:1/v1", judge_model="m")
+    args = train.parse_arguments(["--resume", str(run), "--judge", "default"])
+    assert args.judge == "default" and args.judge_url is None
+
+
+def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(finished, tmp_path):
+    """Also where the command repeats the run's own flags."""
+    run = copy(finished, tmp_path / "run")
+    rewrite(run, grad_clip=1.0, codec_steps=900, compile=False, refit_codec=False)
+    same = train.parse_arguments([*WHOLE, "--control", "--resume", str(run)])
+    assert vars(same).keys() == vars(train.parse_arguments(["--resume", str(run)])).keys()
+    assert same.steps == 6 and not hasattr(same, "grad_clip")
+
+
+# ---------------------------------------------------------------- more of it, and built upon
+
+@pytest.mark.parametrize("more, anew", [("--steps 8", ["curation", "post-training"]),
+                                        ("--curate-steps 5", ["post-training"]), ("--updates 6", [])])
+def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
+        finished, taste, unmeasured, tmp_path, capsys, more, anew):
+    """Each stage goes on where it was, and its learning rate rises and falls again; looks are spread over all
+    of it."""
+    run, (flag, count) = copy(finished, tmp_path / "run"), more.split()
+    rewrite(run, control=False)
+    train.main(["--resume", str(run), flag, count])
+    said = capsys.readouterr().out
+    kept = [state(folder, "curate.pt")["best"]["weights"] for folder in (finished, run)]
+    if flag == "--curate-steps" and all(torch.equal(v, kept[1][k]) for k, v in kept[0].items()):
+        anew = []                               # more of it found nothing better: what came after it stands
+    assert [stage for stage in ("curation", "post-training") if f"{stage} is done anew" in said] == anew
+    steps = {"--steps": state(run)["step"], "--curate-steps": state(run, "curate.pt")["step"],
+             "--updates": state(run, "post.pt")["update"]}
+    assert steps == {"--steps": 6, "--curate-steps": 3, "--updates": 4} | {flag: int(count)}
+    one, other = (state(folder)["model"]["no_audio"] for folder in (finished, run))
+    assert torch.equal(one, other) == (flag != "--steps")
+    for stage in session.CHECKPOINTS:
+        taken = [e.get("step", e.get("update")) for e in logged(run, stage)]
+        assert taken == list(range(1, len(taken) + 1)), stage
+    looks = [e["update"] for e in logged(run) if e.get("stage") == "post-training" and "watched" in e]
+    assert looks[-1] == steps["--updates"]
+
+
+def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, tmp_path):
+    train.main(["--pretrained", str(filmed), "--data", str(videos[1]), "--steps", "3", "--curate", "0",
+                "--updates", "0", "--out", str(tmp_path / "run")])
+    one, other = state(filmed)["model"], state(tmp_path / "run")["model"]
+    assert torch.equal(one["codec.space"], other["codec.space"])
+    assert not torch.equal(one["no_audio"], other["no_audio"])
+    assert [e["step"] for e in logged(tmp_path / "run") if "loss" in e] == [1, 2, 3]
+    train.main(["--resume", str(tmp_path / "run")])                      # what it goes on with is its own
+    assert state(tmp_path / "run")["step"] == 3
+
+
+def test_published_weights_are_curated_or_trained_further(
+        finished, videos, taste, unmeasured, tmp_path, monkeypatch):
+    """config.json and model.safetensors alone, by a name on the hub: they are the pretrained ones, optimizers
+    are new."""
+    published = tmp_path / "published"
+    published.mkdir()
+    for name in "config.json", "model.safetensors":
+        shutil.copy(finished / "pretrained" / name, published)
+    hub = {"someone/talkers": published}
+    monkeypatch.setattr(extras.flags, "hub_folder", lambda name: hub.get(str(name)))
+    name = ["--pretrained", "someone/talkers"]
+    train.main([*name, *POST, "--updates", "0", "--out", str(tmp_path / "curated")])
+    assert same_weights(published, tmp_path / "curated" / "pretrained")
+    assert [e["stage"] for e in logged(tmp_path / "curated") if "loss" in e] == ["curation"] * 3
+    train.main(["--resume", str(tmp_path / "curated")])
+    train.main([*name, "--data", str(videos[0]), "--steps", "2", "--curate", "0", "--updates", "0", "--out",
+                str(tmp_path / "further")])
+    assert [e["step"] for e in logged(tmp_path / "further") if "loss" in e] == [1, 2]
+
+
+# ---------------------------------------------------------------- what comes of it
+
+def test_the_line_that_train_prints_works_and_the_seed_is_obeyed(finished, tmp_path):
+    sample.main(["--checkpoint", str(finished), "--image", str(finished / "portrait.png"), "--audio",
+                 str(finished / "speech.wav"), "--out", str(tmp_path / "video.mp4"), "--max-seconds", "0.5"])
+    assert (tmp_path / "video.mp4").stat().st_size > 1000
+    model, portrait = load_generator(finished).eval(), torch.full((3, 32, 32), 128, dtype=torch.uint8)
+    made = [torch.stack(list(sample.animate(model, portrait, torch.ones(3200), 2, 1.0, seed)))
+            for seed in (0, 0, 1)]
+    assert made[0].shape == (5, 3, 32, 32)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])

@@ -1,0 +1,72 @@
+"""The smallest run that does everything, for the tests of train.py: its flags, and a judge whose ratings are
+known."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from reward import Ratings
+
+SHAPE = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 "
+         "--space-channels 6 --channels 8 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 "
+         "--warmup 2 --device cpu").split()
+TINY = [*SHAPE, *"--clips 6 --steps 6 --judge none".split()]
+ALONE = [*TINY, *"--curate 0 --updates 0".split()]                     # pretraining alone
+POST = ("--curate 0.5 --curate-steps 3 --updates 4 --prompts 2 --group 3 --rollout-steps 3 --draws 1 "
+        "--micro-batch 2 --looks 2 --watch-clips 2 --post-lr 1e-3").split()
+WHOLE = [*TINY, *POST]
+
+
+class Taste:
+    """A judge of known ratings: of the six training clips these, of anything else how bright and how lively
+    it is."""
+
+    window, fingerprint = None, "taste"
+    known = torch.tensor([[1.0, 5, 4], [4, 1, 1], [3, 2, 5], [2, 4, 2], [5, 3, 3], [1, 1, 1]])
+    # Their sums are 10, 6, 10, 8, 11 and 3.
+
+    def __init__(self):
+        self.asked = []
+
+    def rate(self, frames, audio, names):
+        assert 0 <= frames.min() and frames.max() <= 1 and audio.shape == (len(frames), frames.shape[1] * 640)
+        self.asked += names
+        bright = 1 + 4 * frames.mean((1, 2, 3, 4))
+        lively = 1 + 4 * frames.diff(dim=1).abs().mean((1, 2, 3, 4))
+        score = torch.stack([bright, lively, bright], 1)
+        for i, name in enumerate(names):
+            if name.startswith("talker-0-") and "rollout" not in name:
+                score[i] = self.known[int(name.split("-")[2])]
+        return Ratings(score, torch.ones_like(score))
+
+
+def state(folder: Path, name: str = "state.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def flat(value, name="") -> dict:
+    """Name every value of nested dicts and lists."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in pairs for k, v in flat(part, f"{name}.{key}").items()}
+    return {name: value}
+
+
+def assert_same_bits(one: Path, other: Path, *names: str) -> None:
+    """All that checkpoints hold is the same, but for the CPU time."""
+    for name in names:
+        one_state, other_state = (flat(state(folder, name) | {"cpu_seconds": 0}) for folder in (one, other))
+        assert one_state.keys() == other_state.keys() and len(one_state) > 50
+        for key, value in one_state.items():
+            other_value = other_state[key]
+            same = torch.equal(value, other_value) if torch.is_tensor(value) else value == other_value
+            assert same, (name, key)
+
+
+def logged(folder: Path, stage: str | None = None) -> list[dict]:
+    """The entries of a run's log, or those of the steps of a stage."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    if stage is None:
+        return entries
+    return [e for e in entries if e.get("stage") == stage and "watched" not in e]
