@@ -39,12 +39,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-# Other files import from here what they need of these two.
-from extras.files import (VIDEOS, MediaError, cores, find_videos, first_line, fitting, loading,  # noqa: F401
-                          one_line, printable, reading_weights, replacing, whole_model, write_weights,
-                          writing)
-from extras.media import (ACTIVE_RMS, FPS, PIECE, SAMPLE_RATE, SAMPLES_PER_FRAME, Track,         # noqa: F401
-                          carry_sound, decode, encode, normalise_loudness, read_picture)
+from extras.files import VIDEOS, MediaError, cores, find_videos, printable, replacing
+from extras.media import (FPS, PIECE, SAMPLES_PER_FRAME, SAMPLE_RATE, Track, carry_sound, decode,
+                          encode, read_picture)
 
 HOP = 160                                            # 10 ms between spectra: four hops make a frame
 WINDOW = 400                                         # 25 ms under each spectrum, the usual choice for speech

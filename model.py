@@ -39,7 +39,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import MEL_DIM, MediaError, first_line, reading_weights, write_weights
+from data import MEL_DIM
+from extras.files import MediaError, first_line, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 

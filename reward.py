@@ -35,8 +35,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (FPS, LOOK_AHEAD, LOOK_BACK, MELS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, fitting,
-                  loading, log_mel, reading_weights, whole_model)
+from data import LOOK_AHEAD, LOOK_BACK, MELS, Clip, log_mel
+from extras.files import MediaError, fitting, loading, reading_weights, whole_model
+from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_JUDGE = ASSETS / "judge"                     # the embedded one

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (FPS, LATENCY, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, LogMel, MediaError, folder_clips, hear,
-                  load_clip, load_portrait, one_line, pixels, read_speech, sounds, with_interval, write_video)
+from data import (LATENCY, Clip, LogMel, folder_clips, hear, load_clip, load_portrait, pixels, read_speech,
+                  sounds, with_interval, write_video)
+from extras.files import MediaError, one_line
+from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras.mouths import high_pass, head_pose, mouth_axis, mouth_box, mouth_opening_from_pixels
 from extras.reward_flags import make_judge, make_reward, reward_flags, table
 from model import SAMPLING_STEPS, Generator, load_generator, ode_step
@@ -114,7 +116,7 @@ def still_psnr(frames: Tensor, portrait: Tensor) -> Tensor:
     return psnr(frames[:, :, : size // 2, sides], portrait[None, :, : size // 2, sides])
 
 
-def motion(frames: Tensor) -> Tensor:
+def frame_change(frames: Tensor) -> Tensor:
     """Return the mean absolute change from one frame to the next. frames float in [0, 1]."""
     return frames.diff(dim=0).abs().mean()
 
@@ -124,7 +126,7 @@ def jerk(frames: Tensor) -> Tensor:
     return frames.diff(n=3, dim=0).abs().mean()
 
 
-def seam(frames: Tensor, chunk_frames: int) -> Tensor:
+def seam_ratio(frames: Tensor, chunk_frames: int) -> Tensor:
     """Return the mean change across chunk borders divided by that inside chunks; 1 is no seam."""
     change = frames.diff(dim=0).abs().mean((1, 2, 3))                                # (F - 1,)
     border = torch.arange(1, len(frames)) % chunk_frames == 0
@@ -202,7 +204,7 @@ def frechet(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------- measure
 
 LEAST_TRUE = 0.25                  # of the mean of the true clips, see `relative`
-NEED_NO_TRUTH = "still_psnr", "jerk", "seam", "sync_confidence", "sync_own", "identity"
+NEED_NO_TRUTH = "still_psnr", "jerk", "seam_ratio", "sync_confidence", "sync_own", "identity_cosine"
 
 
 def each(measure: Callable[..., Tensor], *batches: Sequence) -> Tensor:
@@ -221,9 +223,9 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
     """Measure videos (B, F, 3, S, S) in [0, 1] against their true clips by the held-out metrics.
 
     Lips are signals (B, F). Those of drawn talkers are the open area, compared with the true one; those of
-    real clips are quick motion along the axis that follows the sound. Their correlation with the true lips is
-    lip_sync or mouth_own; the latter should exceed that with lips 5 frames later, and with another clip's. A
-    head may go where it likes, so only how far it wanders counts, as a ratio to the mean of true clips.
+    real clips are quick motion along the axis that follows the sound. Then their correlation with the true
+    lips should exceed that with lips 5 frames later, and with another clip's. A head may go where it likes,
+    so only how far it wanders counts, as a ratio to the mean of true clips.
     Returns: name -> (B,).
     """
     frames = videos.shape[1]
@@ -239,28 +241,26 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
         lips, true_lips = high_pass(mouths @ axis), high_pass(true_mouths @ axis)
         seen = true_lips
     values = {                                                                  # against the true clip:
+        "lip_correlation": each(correlation, lips, true_lips),
         "offset": each(sync_offset, lips, true_lips),                           # frames that lips are late
         "mouth_psnr": each(psnr, mouths, true_mouths),                          # dB, heads held still
         "psnr": each(psnr, videos, truths),                                     # dB, most of it the head's
         "amplitude": relative(each(torch.std, lips), each(torch.std, seen)),    # ratio: how far lips open
-        "motion": relative(each(motion, videos), each(motion, truths)),         # ratio: change between frames
+        "frame_change": relative(each(frame_change, videos), each(frame_change, truths)),       # ratio
         "jerk_ratio": relative(each(jerk, videos), each(jerk, truths)),         # ratio: trembling
         "head": each(head_motion, poses) / each(head_motion, true_poses).mean().clamp_min(1e-6),
         # without it:
         "still_psnr": each(still_psnr, videos, truths[:, 0]),                   # dB, the background
         "jerk": each(jerk, videos),                                             # grey levels
-        "seam": each(lambda video: seam(video, chunk_frames), videos)}          # 1: chunks do not show
-    own = each(correlation, lips, true_lips)
-    if drawn:
-        values["lip_sync"] = own
-    else:                                                                       # and how far above chance
+        "seam_ratio": each(lambda video: seam_ratio(video, chunk_frames), videos)}      # 1: no seams
+    if not drawn:                                                               # and how far above chance
         late = each(lambda made, true: shifted_correlation(made, true, -5), lips, true_lips)
-        values |= {"mouth_own": own, "mouth_late": late, "over_late": own - late}
+        values |= {"late_correlation": late, "over_late": values["lip_correlation"] - late}
         if len(clips) > 1:
             other = each(correlation, lips, true_lips.roll(-1, 0))
-            values |= {"mouth_other": other, "over_other": own - other}
+            values |= {"other_correlation": other, "over_other": values["lip_correlation"] - other}
     if sync is not None:
-        values["identity"] = identity_cosine(sync, videos, truths[:, 0]).mean(1)
+        values["identity_cosine"] = identity_cosine(sync, videos, truths[:, 0]).mean(1)
         offsets = sync_metrics(sync, videos, audio)
         values |= {name: offsets[name] for name in ("sync_confidence", "sync_own")}
     return values
@@ -294,7 +294,7 @@ def score_videos(args: argparse.Namespace) -> None:
         frames, portrait, audio = clip.frames[None] / 255, portrait[None] / 255, clip.audio[None]
         scores = reward(frames, audio, portrait, [clip.name])
         held_out = {name: value.item() for name, value in sync_metrics(sync, frames, audio).items()}
-        held_out["identity"] = identity_cosine(sync, frames, portrait).mean().item()
+        held_out["identity_cosine"] = identity_cosine(sync, frames, portrait).mean().item()
         print(f"{clip.name}: {frames.shape[1]} frames\n{table(reward, {'': scores})}\n"
               "held out, no part of the reward:  " + "  ".join(f"{k} {v:.3f}" for k, v in held_out.items()))
     if broken:

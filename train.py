@@ -55,7 +55,9 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import FPS, Clip, Clips, MediaError, cached, fitting, folder_clips, hear, one_line, pixels, sounds
+from data import Clip, Clips, cached, folder_clips, hear, pixels, sounds
+from extras.files import MediaError, fitting, one_line
+from extras.media import FPS
 from extras.flags import parse_arguments
 from extras.measuring import HELD_OUT_SEED, conclude, describe, held_out_score, loaded, validate
 from extras.pretrained import load_trunk

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import FPS, MediaError, first_line, video_uri
+from data import video_uri
+from extras.files import MediaError, first_line
+from extras.media import FPS
 from reward import ASPECTS, JudgeError, Ratings, drop_unrated, expected_rating, prompt, to_bytes
 
 # What vLLM needs to see and hear a clip as it is (chat_utils.py, qwen2_5_omni_thinker.py). It takes the sound

@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from data import ACTIVE_RMS, FPS, SAMPLES_PER_FRAME, MediaError, first_line, load_speech, one_line
-from extras.media import FFMPEG
+from data import load_speech
+from extras.files import MediaError, first_line, one_line
+from extras.media import ACTIVE_RMS, FFMPEG, FPS, SAMPLES_PER_FRAME
 
 HEAD, UP = 1.85, 0.21            # the square's side, and its centre's height above the box's, in boxes
 WORK = 480                       # pixels of the shorter side in which faces of 80 pixels and more are found

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import grpo
-from data import FPS
+from extras.media import FPS
 from extras.pretrained import encoder_width, trunk_shape
 from extras.processes import world
 from extras.reward_flags import reward_flags
@@ -92,7 +92,7 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, or, with more "
                    "--steps, --curate-steps or --updates, with a finished one; other flags stay")
     g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew to --out: "
-                   "a folder, or a name on the hub; with --data, first train it for --steps on those clips")
+                   "a folder or a name on the hub; with --data, first train it for --steps on them")
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and defaults (%(default)s)")
     g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
@@ -122,7 +122,7 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
                    "or none (the one for drawn talkers; with --data none)")
     g = p.add_argument_group("generator", "its shape (by preset); model.Config explains each")
     g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model, "
-                   "and take its shape: a folder, or a name on the hub, such as Qwen/Qwen3-0.6B; lower --muon-lr")
+                   "and take its shape: a folder, or a name such as Qwen/Qwen3-0.6B; lower --muon-lr")
     g.add_argument("--audio-encoder", metavar="NAME_OR_DIR", help="hear by a frozen wav2vec2, HuBERT, WavLM "
                    "or Whisper, which hears all of the speech before the first frame (log-mel: 80 ms ahead)")
     for f in fields(Config):

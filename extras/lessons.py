@@ -25,7 +25,9 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-from data import FPS, Clip, MediaError, normalise_loudness, pixels, sounds
+from data import Clip, pixels, sounds
+from extras.files import MediaError
+from extras.media import FPS, normalise_loudness
 from extras.mouths import mouth_axis, mouth_boxes, mouth_opening_from_pixels
 from grpo import Settings, drawing_step, stochastic_steps
 from model import estimate_pose, load_generator, pixel_grid, unwarp, warp
@@ -140,7 +142,7 @@ def imitations(run: str | Path, clips: Sequence[Clip], seed: int) -> list[Tensor
     return [rearrange(list(field), "v n ... -> (n v) ...") for field in zip(*versions)]
 
 
-def mouth_distance(seen: Tensor, heard: Tensor) -> Tensor:
+def lip_mismatch(seen: Tensor, heard: Tensor) -> Tensor:
     """Return the distance of two mouths (..., F): 0 alike, 1 as far apart as unrelated ones or farther.
 
     It is sqrt(1 - correlation): .95 is .22 and .97 is .17 here, where a correlation would hardly tell good
@@ -280,7 +282,7 @@ def make_lesson(material: Material, voices: Material, row: int, frames: int, rng
         x, seen = spoil(FAULTS[kind], strength, x, seen, rng)
         lively *= 1 - MOUTH_SHARE + MOUTH_SHARE * (seen.std() / amplitude).clamp_max(1).item()
         fault, faults[kind] = max(fault, strength), strength
-    quality = 1 + 4 * torch.tensor([1 - mouth_distance(seen, heard), lively, 1 - fault]).clamp(0, 1)
+    quality = 1 + 4 * torch.tensor([1 - lip_mismatch(seen, heard), lively, 1 - fault]).clamp(0, 1)
     return to_bytes(x), sound, quality, seen, heard, faults
 
 

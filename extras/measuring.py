@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import grpo
-from data import Clip, pixels, replacing, sounds, write_speech
+from data import Clip, pixels, sounds, write_speech
+from extras.files import replacing
 from extras.processes import world
 from extras.report import hardware, paired, write_clips, write_report
 from extras.reward_flags import measuring_sync, table
@@ -57,10 +58,10 @@ def held_out_score(metrics: dict[str, Tensor]) -> float:
     of it, so that a reward that is being hacked is not kept for its lips. 10% too much of the head costs half
     as much, and too little nothing: a head sways as it likes.
     """
-    mouth = metrics["lip_sync"] if "lip_sync" in metrics else metrics["mouth_own"]
-    off = {name: math.log(max(metrics[name].mean().item(), 1e-6)) for name in ("amplitude", "motion", "head")}
-    wrong = 0.1 * abs(off["amplitude"]) + 0.1 * abs(off["motion"]) + 0.05 * max(off["head"], 0)
-    return mouth.mean().item() - wrong
+    off = {name: math.log(max(metrics[name].mean().item(), 1e-6))
+           for name in ("amplitude", "frame_change", "head")}
+    wrong = 0.1 * abs(off["amplitude"]) + 0.1 * abs(off["frame_change"]) + 0.05 * max(off["head"], 0)
+    return metrics["lip_correlation"].mean().item() - wrong
 
 
 # ---------------------------------------------------------------- before and after training
@@ -153,5 +154,5 @@ def conclude(arms: dict[str, dict[str, Tensor]], clips: list[Clip], reward: Rewa
     tried = shlex.join(["python", "sample.py", "--checkpoint", folder, "--image", f"{folder}/portrait.png",
                         "--audio", f"{folder}/speech.wav", "--out", "video.mp4"])
     print(f"{(time.perf_counter() - log.start) / 60:.1f} minutes in all\nto try next:\n  {tried}\n"
-          f"{folder}/report.html: clips, metrics and curves; report.md: the same in text; sheet.png (truth above "
-          f"{', '.join(arms)}); log.jsonl")
+          f"{folder}/report.html: clips, metrics and curves; report.md: the same in text; sheet.png (truth "
+          f"above {', '.join(arms)}); log.jsonl")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data import replacing
+from extras.files import replacing
 
 LARGE = 1_000_000                                    # bytes of a picture; above, it is embedded as a JPEG
 

@@ -23,8 +23,9 @@ import torch
 from scipy import optimize, stats
 from tqdm import tqdm
 
-from data import (FPS, Clip, MediaError, folder_clips, load_clip, one_line, replacing, sounds, video_uri,
-                  writing)
+from data import Clip, folder_clips, load_clip, sounds, video_uri
+from extras.files import MediaError, one_line, replacing, writing
+from extras.media import FPS
 from extras import reward_flags
 from extras.reward_flags import read_json
 from extras.talkers import synthetic_clips

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from data import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, MediaError, cached, loading, whole_model
+from data import cached
+from extras.files import MediaError, loading, whole_model
+from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from model import Generator
 
 

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from data import SAMPLES_PER_FRAME, Clip, pixels, with_interval, write_video
+from data import Clip, pixels, with_interval, write_video
+from extras.media import SAMPLES_PER_FRAME
 from extras.page import Part, code, curves, heading, picture, table, text, videos, write_page
 
 PRETRAINED, CURATED, POST_TRAINED = "pretrained", "curated", "post-trained"          # the arms
@@ -32,12 +33,12 @@ ENDS = {  # what a line of the log without a stage of training ends
     "held_out": "measuring", "rewarded": "measuring"}
 GROUPS = {  # how independent of the reward a metric is
     "no part of the reward contains or resembles them": (
-        "lip_sync", "mouth_own", "mouth_late", "mouth_other", "over_late", "over_other", "offset",
+        "lip_correlation", "late_correlation", "other_correlation", "over_late", "over_other", "offset",
         "mouth_psnr", "psnr"),
     "measured by another network of the same make as the reward's": (
-        "sync_confidence", "sync_own", "mouth_distance", "identity"),
+        "sync_confidence", "sync_own", "mouth_distance", "identity_cosine"),
     "resembled by a part of the reward": (
-        "amplitude", "head", "motion", "jerk_ratio", "jerk", "seam", "still_psnr")}
+        "amplitude", "head", "frame_change", "jerk_ratio", "jerk", "seam_ratio", "still_psnr")}
 ASPECTS = "lip-sync", "expressiveness", "motion"     # of the judge's ratings
 SHOWN = 4                                            # held-out clips that play in the report
 PANEL = 192                                          # pixels per side of a face in them

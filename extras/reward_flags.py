@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import reward
-from data import Clip, MediaError
+from data import Clip
+from extras.files import MediaError
 from reward import (ASPECTS, COMPONENTS, DEFAULT_JUDGE, DEFAULT_SYNC, REWARD_SYNC, WEIGHTS, Component,
                     Exemplars, Judge, Scores, SyncNetwork, load_sync)
 

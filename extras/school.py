@@ -29,8 +29,9 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm import trange
 
-from data import (FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, MediaError, folder_clips, one_line, pixels,
-                  sounds, writing)
+from data import Clip, folder_clips, pixels, sounds
+from extras.files import MediaError, one_line, writing
+from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras import reward_flags
 from extras.lessons import (FAULTS, GROUP, LESSON_FRAMES, MATERIAL_FRAMES, VERSIONS, Lessons, Material, act,
                             draw_lessons, generated_material, good_material, spoil, whole)

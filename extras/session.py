@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import MediaError, first_line, replacing, writing
+from extras.files import MediaError, first_line, replacing, writing
 from extras.flags import flags
 from extras.processes import all_gather, rank, world
 from model import save_generator
@@ -225,13 +225,13 @@ def at_once():
 
 @contextmanager
 def after_the_step() -> Iterator[list]:
-    """Let Ctrl-C and SIGTERM wait: the list that is yielded is then no longer empty. A second one ends the run
-    in the middle of a step, and what that tore is not saved."""
+    """Let Ctrl-C and SIGTERM wait: the list that is yielded is then no longer empty. A second one ends the
+    run in the middle of a step, and what that tore is not saved."""
     asked = []
 
     def note(*signal_and_frame):
         if asked:
-            sys.exit("stopped in the middle of a step; --resume goes on from the checkpoint before it, if any")
+            sys.exit("stopped in the middle of a step; --resume goes on from the last checkpoint, if any")
         asked.append(True)
     with signals(note):
         yield asked

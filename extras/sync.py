@@ -21,7 +21,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import trange
 
-from data import SAMPLES_PER_FRAME, Clip, write_weights
+from data import Clip
+from extras.files import write_weights
+from extras.media import SAMPLES_PER_FRAME
 from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork
 
 SYNC_SPAN = 50                                       # frames of a clip in a step: 45 wrong moments

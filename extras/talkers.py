@@ -26,8 +26,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, Clip, Clips, cached, cores, normalise_loudness,
-                  write_clips)
+from data import Clip, Clips, cached, write_clips
+from extras.files import cores
+from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE, normalise_loudness
 
 TICK = 80                                            # samples: the articulators are tracked every 5 ms
 LIP_LEAD = 0.06      # seconds by which lips precede the sound; at most 0.1 (Chandrasekaran et al. 2009)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import train
-from data import SAMPLES_PER_FRAME, MediaError
+from extras.files import MediaError
+from extras.media import SAMPLES_PER_FRAME
 from extras import session
 from tiny import SHAPE, flat, logged
 

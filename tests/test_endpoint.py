@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import train
-from data import MediaError, load_clip
+from data import load_clip
+from extras.files import MediaError
 from extras import endpoint
 from extras.endpoint import RemoteJudge
 from reward import ASPECTS, JudgeError, prompt

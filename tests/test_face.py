@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import FPS, SAMPLES_PER_FRAME, MediaError, write_video
+from data import write_video
+from extras.files import MediaError
+from extras.media import FPS, SAMPLES_PER_FRAME
 from extras import face
 
 PHOTO = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")      # a real face, always there

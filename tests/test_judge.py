@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import reward
 import sample
-from data import FPS, Clip, MediaError
+from data import Clip
+from extras.files import MediaError
+from extras.media import FPS
 from extras.lessons import FAULTS, blur, spoil
 from extras.reward_flags import make_judge
 from extras.school import save_judge, tiny_judge

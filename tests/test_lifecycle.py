@@ -19,7 +19,8 @@ import torch
 import extras.flags
 import sample
 import train
-from data import MediaError, write_video
+from data import write_video
+from extras.files import MediaError
 from extras import session
 from extras.talkers import render_talker
 from model import load_generator

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import model as m
-from data import HOP, LOOK_AHEAD, SAMPLES_PER_FRAME, MediaError, log_mel
+from data import HOP, LOOK_AHEAD, log_mel
+from extras.files import MediaError
+from extras.media import SAMPLES_PER_FRAME
 from model import Config, Generator, KVCache, MotionCodec
 from sample import seeded_noise
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import reward
-from data import MediaError, load_clip, write_video
+from data import load_clip, write_video
+from extras.files import MediaError
 from extras import people, reward_flags
 from extras.people import (align, bootstrap, isotonic, pairwise_accuracy, rater_ceiling, read_ratings,
                            spearman, tally)

@@ -12,7 +12,9 @@ import transformers
 import model as m
 import sample
 import train
-from data import SAMPLES_PER_FRAME, MediaError, hear, log_mel
+from data import hear, log_mel
+from extras.files import MediaError
+from extras.media import SAMPLES_PER_FRAME
 from extras import pretrained
 from extras.pretrained import SpeechEncoder, encoder_width, load_trunk, trunk_shape
 from kernels.attention import Layout

@@ -111,7 +111,7 @@ def shown(tmp_path_factory):
     run = {"seconds": 1, "config": {"size": 32}, "seed": 0, "parameters": 9, "codec": {"psnr": 31.25},
            "command": "python train.py --data 'a<b'", "hardware": "a CPU"}
     (folder / "log.jsonl").write_text(json.dumps(run) + "\n")
-    values = {"pretrained": {"psnr": [21.5, None], "seam": [1.5, 1.5]}}
+    values = {"pretrained": {"psnr": [21.5, None], "seam_ratio": [1.5, 1.5]}}
     (folder / "held_out.json").write_text(json.dumps({"ode": values}))
     write_report(folder)
     return folder
@@ -143,6 +143,6 @@ def test_html_and_markdown_hold_the_same_rows(shown):
     rows = [row for row in Reader((shown / "report.html").read_text()).rows if len(row) > 1]
     lines = [line for line in (shown / "report.md").read_text().splitlines() if line.startswith("| ")]
     assert ["psnr", "31.250", "nan±nan"] in rows
-    assert ["seam", "", "1.500±0.000"] in rows and ["seed", "0"] in rows
+    assert ["seam_ratio", "", "1.500±0.000"] in rows and ["seed", "0"] in rows
     for row in rows:
         assert f"| {' | '.join(row)} |" in lines

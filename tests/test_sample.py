@@ -10,12 +10,13 @@ import torch.nn.functional as nnf
 from scipy import linalg
 
 import sample
-from data import Clip, MediaError, write_video
+from data import Clip, write_video
+from extras.files import MediaError
 from extras.mouths import mouth_axis, mouth_boxes, mouth_opening_from_pixels
 from extras.talkers import LIP_LEAD, render_talker
 from model import estimate_pose, warp
 from reward import COMPONENTS
-from sample import (correlation, evaluate, frechet, head_motion, jerk, motion, psnr, seam,
+from sample import (correlation, evaluate, frechet, head_motion, jerk, frame_change, psnr, seam_ratio,
                     shifted_correlation, still_psnr, sync_metrics, sync_offset)
 
 
@@ -112,13 +113,13 @@ def test_simple_metrics_equal_hand_computed_values():
     level = lambda values: frames + values[:, None, None, None]
     assert psnr(frames, frames + 0.1).item() == pytest.approx(20, abs=1e-3)
     steady = level(torch.arange(9) / 100)                                           # brighter by 0.01 a frame
-    assert motion(steady).item() == pytest.approx(0.01, abs=1e-6)
+    assert frame_change(steady).item() == pytest.approx(0.01, abs=1e-6)
     assert jerk(steady).item() == pytest.approx(0, abs=1e-6)
     cubic = level(torch.arange(9) ** 3 / 1000)                                # third difference of n^3: 6
     assert jerk(cubic).item() == pytest.approx(0.006, abs=1e-6)
     stairs = level(torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12]) / 100)
-    assert seam(stairs, 4).item() == pytest.approx(3, abs=1e-4)
-    assert seam(steady, 4).item() == pytest.approx(1, abs=1e-4)
+    assert seam_ratio(stairs, 4).item() == pytest.approx(3, abs=1e-4)
+    assert seam_ratio(steady, 4).item() == pytest.approx(1, abs=1e-4)
     pose = torch.zeros(50, 6)
     pose[:, 0], pose[:, 3] = 0.03 * torch.randn(50), 0.04 * torch.randn(50)
     torch.testing.assert_close(head_motion(pose), (pose[:, 0].var() + pose[:, 3].var()).sqrt())
@@ -137,14 +138,14 @@ def test_still_psnr_sees_the_background_and_not_the_face():
 def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(clips, drawn):
     """True clips, frozen ones, the clips' neighbours, late ones, and clips whose head was moved by hand."""
     few = [clip if drawn else Clip(clip.name, clip.frames, clip.audio) for clip in clips[:4]]
-    true, lips = torch.stack([clip.frames[:48] for clip in few]) / 255, "lip_sync" if drawn else "mouth_own"
+    true, lips = torch.stack([clip.frames[:48] for clip in few]) / 255, "lip_correlation"
     own = evaluate(true, few, 4)
-    for name in ("motion", "jerk_ratio", "amplitude"):
+    for name in ("frame_change", "jerk_ratio", "amplitude"):
         torch.testing.assert_close(own[name], torch.ones(4))
     assert own["head"].mean().item() == pytest.approx(1, abs=1e-5) and (own["psnr"] > 99).all()
     assert (own["offset"] == 0).all() and (own[lips] > 0.99).all()
     frozen = evaluate(true[:, :1].repeat(1, 48, 1, 1, 1), few, 4)
-    for name in ("motion", "jerk_ratio", "amplitude", lips):
+    for name in ("frame_change", "jerk_ratio", "amplitude", lips):
         assert frozen[name].abs().max() < 1e-5
     assert frozen["head"].max() < 1e-3 and (frozen["still_psnr"] > 99).all()
     # Whose head it is does not count, only how far heads go: the same four videos are as lively together.
@@ -154,7 +155,7 @@ def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(
     late = evaluate(true.roll(2, 1), few, 4)
     assert late["offset"].median() == 2 and (late[lips] < own[lips]).all()
     if not drawn:
-        torch.testing.assert_close(own["over_late"], own["mouth_own"] - own["mouth_late"])
+        torch.testing.assert_close(own["over_late"], own["lip_correlation"] - own["late_correlation"])
         assert (own["over_late"] > 0.3).all() and (own["over_other"] > 0.3).all()
     pose = torch.zeros(48, 6)
     pose[:, 0] = 0.03 * torch.sin(torch.arange(48) / 5)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as nnf
 from scipy.stats import spearmanr
 
-from data import Clip, MediaError, pixels, sounds
+from data import Clip, pixels, sounds
+from extras.files import MediaError
 from extras import school
-from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, mouth_distance, spoil,
+from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil,
                             true_mouths)
 from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, teach, tiny_judge,
                            vision_loss)
@@ -73,8 +74,8 @@ def test_mouths_at_rest_count_as_if_they_moved_a_little():
     torch.manual_seed(0)
     a = torch.randn(2000, dtype=torch.float64)
     unit = (a - a.mean()) / a.std(correction=0)
-    assert mouth_distance(a, 3 * a + 1) < 1e-7 and mouth_distance(a, -a) == 1
-    assert mouth_distance(0.5 * REST * unit, unit).item() == pytest.approx(0.125 ** 0.5)     # half of REST
+    assert lip_mismatch(a, 3 * a + 1) < 1e-7 and lip_mismatch(a, -a) == 1
+    assert lip_mismatch(0.5 * REST * unit, unit).item() == pytest.approx(0.125 ** 0.5)     # half of REST
 
 
 def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth():

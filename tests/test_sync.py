@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from data import Clip, MediaError
+from data import Clip
+from extras.files import MediaError
 from extras.reward_flags import reward_sync
 from extras.sync import info_nce, save_sync, sync_loss, train_sync
 from extras.talkers import render_talker

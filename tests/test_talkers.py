@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from data import Clip, normalise_loudness
+from data import Clip
+from extras.media import normalise_loudness
 from extras import talkers
 from extras.mouths import mouth_opening_from_pixels
 from extras.talkers import EARLY, FAULTS, draw_faults, render_talker, synthetic_clips

@@ -13,7 +13,9 @@ from PIL import Image
 import grpo
 import sample
 import train
-from data import SAMPLES_PER_FRAME, Clip, Clips, MediaError, fitting, write_video
+from data import Clip, Clips, write_video
+from extras.files import MediaError, fitting
+from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
 from model import load_generator
 from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
@@ -175,7 +177,7 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
     assert said.count("no curation and no post-training: neither a judge nor a sync network knows") == 1
     arm, = (e for e in logged(folder) if "held_out" in e)
     assert arm["arm"] == "pretrained"
-    assert {"mouth_own", "mouth_late", "over_late", "amplitude", "offset"} <= set(arm["held_out"])
+    assert {"lip_correlation", "late_correlation", "over_late", "amplitude", "offset"} <= set(arm["held_out"])
     train.main(["--resume", str(folder), "--reward-sync", str(REWARD_SYNC)])
     assert len(logged(folder, "curation")) == 3 and len(logged(folder, "post-training")) == 4
 
@@ -279,14 +281,14 @@ def test_the_stages_end_with_the_same_bits(finished, tmp_path, monkeypatch, way)
 # ---------------------------------------------------------------- looks
 
 def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_too_little():
-    """By hand: lip_sync less .1 |log| of amplitude and motion; a head costs .05 log where it goes too far
+    """By hand: lip_correlation less .1 |log| of amplitude and motion; a head costs .05 log where it goes too far
     alone."""
     score = lambda **metrics: train.held_out_score({k: torch.tensor(v) for k, v in metrics.items()})
-    right = dict(amplitude=[1.0, 1.0], motion=[0.5, 1.5], head=[0.9, 0.5])
-    assert score(lip_sync=[0.9, 0.7], **right) == pytest.approx(0.8)
-    assert score(mouth_own=[0.6], **right | {"amplitude": [0.5]}) == pytest.approx(0.6 - 0.1 * math.log(2))
-    assert score(mouth_own=[0.6], **right | {"motion": [2.0]}) == pytest.approx(0.6 - 0.1 * math.log(2))
-    assert score(mouth_own=[0.6], **right | {"head": [2.0, 2.0]}) == pytest.approx(0.6 - 0.05 * math.log(2))
+    right = dict(amplitude=[1.0, 1.0], frame_change=[0.5, 1.5], head=[0.9, 0.5])
+    assert score(lip_correlation=[0.9, 0.7], **right) == pytest.approx(0.8)
+    assert score(lip_correlation=[0.6], **right | {"amplitude": [0.5]}) == pytest.approx(0.6 - 0.1 * math.log(2))
+    assert score(lip_correlation=[0.6], **right | {"frame_change": [2.0]}) == pytest.approx(0.6 - 0.1 * math.log(2))
+    assert score(lip_correlation=[0.6], **right | {"head": [2.0, 2.0]}) == pytest.approx(0.6 - 0.05 * math.log(2))
 
 
 def a_still_one(clip: Clip) -> Clip:
@@ -305,20 +307,20 @@ def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(
     clips = clips if drawn else [Clip(c.name, c.frames, c.audio) for c in clips]
     shown = torch.stack([c.frames for c in clips]).roll(1, 1) / 255
     alone = sample.evaluate(shown, clips, 4)
-    for name, measure in (("motion", sample.motion), ("jerk_ratio", sample.jerk)):
+    for name, measure in (("frame_change", sample.frame_change), ("jerk_ratio", sample.jerk)):
         want = [measure(v).item() / measure(c.frames / 255).item() for v, c in zip(shown, clips)]
         assert alone[name].tolist() == pytest.approx(want, rel=1e-3)
     mixed = sample.evaluate(torch.cat([shown, shown[:1]]), [*clips, a_still_one(clips[0])], 4)
     for name, values in mixed.items():
         assert values.isfinite().all(), name
-    for name in "motion", "jerk_ratio", "amplitude":
+    for name in "frame_change", "jerk_ratio", "amplitude":
         assert mixed[name].max() < 8 and mixed[name].mean() < 3, name
-    for name in "motion", "jerk_ratio":
+    for name in "frame_change", "jerk_ratio":
         assert mixed[name][:4].tolist() == pytest.approx(alone[name].tolist(), rel=1e-3)
     assert abs(train.held_out_score(mixed) - train.held_out_score(alone)) < 0.5
     stills = [a_still_one(clip) for clip in clips]
     nothing = sample.evaluate(torch.stack([c.frames for c in stills]) / 255, stills, 4)
-    assert all(values.isfinite().all() for values in nothing.values()) and nothing["motion"].abs().max() == 0
+    assert all(values.isfinite().all() for values in nothing.values()) and nothing["frame_change"].abs().max() == 0
 
 
 def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(finished, bright, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import train
-from data import SAMPLES_PER_FRAME, one_line
+from extras.files import one_line
+from extras.media import SAMPLES_PER_FRAME
 from reward import Ratings
 
 

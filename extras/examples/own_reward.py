@@ -11,7 +11,8 @@ from torch import Tensor
 
 import reward
 import train
-from data import SAMPLES_PER_FRAME, one_line
+from extras.files import one_line
+from extras.media import SAMPLES_PER_FRAME
 
 QUIET = 0.02                                         # loudness; speech has 0.1 on average (data.ACTIVE_RMS)
 
