@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (LATENCY, Clip, LogMel, folder_clips, hear, load_clip, load_portrait, pixels, read_speech,
+from data import (LATENCY, Clip, Crop, LogMel, folder_clips, hear, load_clip, load_portrait, pixels, read_speech,
                   sounds, with_interval, write_video)
+from extras.face import photo_square
 from extras.files import MediaError, one_line
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras.mouths import high_pass, head_pose, mouth_axis, mouth_box, mouth_opening_from_pixels
@@ -278,13 +279,13 @@ def score_videos(args: argparse.Namespace) -> None:
     clips, broken = [], []
     for path in args.score:
         try:
-            clips.append(load_clip(path, args.size, args.crop))
+            clips.append(load_clip(path, args.size, args.crop or None))
         except MediaError as error:
             broken.append(str(error))
     if not clips:
         raise MediaError("; ".join(broken))
     if args.data:
-        good, _ = folder_clips(args.data, args.size, 3.0, args.crop)
+        good, _ = folder_clips(args.data, args.size, 3.0, "face" if args.crop == () else args.crop)
     else:
         from extras.talkers import synthetic_clips   # here: nothing else of this file needs them
         good = synthetic_clips(64, args.size, 2.0)
@@ -308,7 +309,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("animate")
     g.add_argument("--checkpoint", metavar="RUN",
                    help="the folder that train.py wrote, or a name on the Hugging Face hub")
-    g.add_argument("--image", help="the portrait: any picture, its centre square is used")
+    g.add_argument("--image", help="the portrait: any picture of a head")
     g.add_argument("--audio", help="the speech: any file with sound that ffmpeg reads")
     g.add_argument("--track", type=track_argument, metavar="TRACK[:CHANNEL]",
                    help="which sound of that file, from 1 (default: what has speech in it)")
@@ -328,8 +329,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--sync", type=Path, default=DEFAULT_SYNC,
                    help="folder of the sync network that measures (drawn talkers')")
     reward_flags(p)
-    p.add_argument("--crop", type=crop_argument,
-                   help="x,y,size: use this square, in pixels, of the picture or videos")
+    p.add_argument("--crop", type=crop_argument, default=(), help="face: a square around the head; none: the "
+                   "centre; or x,y,size in pixels of the picture or videos (as the run's clips were cut)")
     p.add_argument("--device", type=device_argument, default=device_argument(),
                    help="default: cuda if present")
     args = p.parse_args(argv)
@@ -355,14 +356,20 @@ def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least:
             p.error(f"--{name.replace('_', '-')} must be {bound}, got {value}")
 
 
-def crop_argument(text: str) -> tuple[int, int, int]:
-    """Read 'x,y,size' into three whole numbers."""
+CROP_HELP = "face: a square around the head; none: the centre; or x,y,size in pixels (%(default)s)"
+
+
+def crop_argument(text: str) -> Crop:
+    """Read 'face', 'none', or 'x,y,size' into three whole numbers."""
+    if text in ("face", "none"):
+        return None if text == "none" else text
     try:
         x, y, size = (int(part) for part in text.split(","))
         if min(x, y) < 0 or size < 1:
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"want x,y,size in pixels, such as 40,0,320, got {text!r}") from None
+        raise argparse.ArgumentTypeError("want face, none, or x,y,size in pixels, such as 40,0,320, "
+                                         f"got {text!r}") from None
     return x, y, size
 
 
@@ -395,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists() and any(out.samefile(given) for given in (args.image, args.audio)):
         raise MediaError(out, "is read and would be overwritten; choose another --out")
     model = load_generator(args.checkpoint).to(args.device).eval()
-    portrait = load_portrait(args.image, model.config.size, args.crop)
+    portrait = load_portrait(args.image, model.config.size, photo_square(args.image, args.crop, args.checkpoint))
     speech, track = read_speech(args.audio, args.max_seconds, args.track)
     if note := track.note():
         print(f"{args.audio}: {note}; --track TRACK[:CHANNEL] chooses another")

@@ -242,7 +242,7 @@ def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reas
 
 
 def test_a_folder_of_which_nothing_can_be_used_is_an_error_in_plain_words(tmp_path, decode):
-    with pytest.raises(data.MediaError, match="nowhere: is not a folder"):
+    with pytest.raises(data.MediaError, match="nowhere: is not there"):
         decode(tmp_path / "nowhere")
     (tmp_path / "text.mp4").write_text("not a video\n")
     with pytest.raises(data.MediaError, match="none of its 1 videos"):

@@ -273,7 +273,7 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(files, name, content, s
 @pytest.mark.parametrize("command, said", [
     ("study {runs}/amber {runs}/nowhere --out {tmp}/s", "holds no config.json"),
     ("study {runs}/amber {runs}/large --out {tmp}/s", "makes pictures of 64 pixels"),
-    ("study {runs}/amber {runs}/birch --out {tmp}/s --data nowhere", "is not a folder"),
+    ("study {runs}/amber {runs}/birch --out {tmp}/s --data nowhere", "is not there"),
     ("study {runs}/amber {runs}/birch --out {tmp}", "is the key of a study that may have votes"),
     ("study {runs}/amber {runs}/birch --out {tmp}/s --max-seconds .5", "--max-seconds must be at least 1"),
     ("study {runs}/amber --out {tmp}/s", "required: RUN"),

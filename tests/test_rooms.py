@@ -19,7 +19,7 @@ ARROWS = {
     "model": {"data", "kernels"},
     "grpo": {"kernels", "model"},
     "reward": {"data", "model"},
-    "sample": {"data", "model", "reward", "extras.mouths", "extras.reward_flags"},
+    "sample": {"data", "model", "reward", "extras.face", "extras.mouths", "extras.reward_flags"},
     "train": MAIN | {"extras.flags", "extras.measuring", "extras.pretrained", "extras.processes", "extras.report",
                      "extras.reward_flags", "extras.session", "extras.talkers"},
     "kernels.bench": {"data", "kernels", "model", "grpo"},
@@ -41,11 +41,13 @@ ARROWS = {
     "extras.lessons": MAIN | {"extras.mouths"},
     "extras.school": MAIN | {"extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
                              "extras.talkers"},
-    "extras.face": {"data"},
+    "extras.face": {"data", "model"},
 }
 # The functions that import an extra when a run asks for it, so that nobody else needs it; no other function may.
 ON_DEMAND = {
     ("data", "hear"): {"extras.pretrained"},                    # --audio-encoder
+    ("data", "load_clip"): {"extras.face"},                     # --crop face
+    ("data", "_decode_all"): {"extras.face"},
     ("extras.reward_flags", "make_judge"): {"extras.endpoint"},  # --judge-url
     ("sample", "score_videos"): {"extras.talkers"},             # --score without --data
     ("kernels.bench", "bench_whole"): {"train"},
