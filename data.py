@@ -360,9 +360,9 @@ def _split(sources: list[str]) -> tuple[set[int], str]:
 
 def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop = None,
                  cache: str | Path | None = None, frames: int = MIN_FRAMES) -> tuple[Clips, Clips]:
-    """Decode every video under `folder`, or the one that it is, once and return (training clips, held-out clips), split by file.
+    """Decode every video under `folder` once and return (training clips, held-out clips), split by file.
 
-    A long file becomes consecutive clips of `seconds`, the last at least one second. Files that cannot be
+    `folder` may be a video itself. A long file becomes consecutive clips of `seconds`, the last at least one second. Files that cannot be
     used are listed with the reason; if none can, MediaError is raised.
 
     Args:    size: pixels of the square; frames: the shortest clip that is of use;

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (LATENCY, Clip, Crop, LogMel, folder_clips, hear, load_clip, load_portrait, pixels, read_speech,
-                  sounds, with_interval, write_video)
+from data import (LATENCY, Clip, Crop, LogMel, folder_clips, hear, load_clip, load_portrait, pixels,
+                  read_speech, sounds, with_interval, write_video)
 from extras.face import photo_square
 from extras.files import MediaError, one_line
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
@@ -402,7 +402,8 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists() and any(out.samefile(given) for given in (args.image, args.audio)):
         raise MediaError(out, "is read and would be overwritten; choose another --out")
     model = load_generator(args.checkpoint).to(args.device).eval()
-    portrait = load_portrait(args.image, model.config.size, photo_square(args.image, args.crop, args.checkpoint))
+    square = photo_square(args.image, args.crop, args.checkpoint)
+    portrait = load_portrait(args.image, model.config.size, square)
     speech, track = read_speech(args.audio, args.max_seconds, args.track)
     if note := track.note():
         print(f"{args.audio}: {note}; --track TRACK[:CHANNEL] chooses another")

@@ -3,14 +3,9 @@
     python -m extras.face me.jpg         # writes me.frame.png: what would be cut, to look at
     python -m extras.face me.mp4         # a long video: what of it can be used, and why the rest cannot
 
-The generator has seen heads of one size in one place of a square. `frame_of` finds it in any picture.
 A detector gives a box around the face; the square is HEAD times as large, its centre UP boxes above its own.
-Both constants were measured on training clips, so a photo and a video of one person are cut alike. One square
-serves a whole clip, so the cut adds no motion. It lies inside the picture: near an edge it is moved, and where
-the picture is too small it shrinks. `--crop x,y,size` replaces all this; `--crop none` takes the
-centre square.
-
-`pieces` cuts a long video into stretches in which one person is seen and heard.
+Both constants were measured on training clips, so a photo and a video are cut alike. One square serves a whole
+clip, so the cut adds no motion. Near an edge it is moved, and where the picture is too small it shrinks.
 
 The detector is dlib's for frontal faces: histograms of oriented gradients under a linear filter, at every
 place and scale. Its weights are part of the library, so nothing is downloaded.
@@ -55,7 +50,7 @@ Square = tuple[int, int, int]                        # x, y, side in pixels
 # ---- One picture -------------------------------------------------------------------------------------------
 
 def detector():
-    """Load dlib's detector, one for each thread. Raises: MediaError where dlib, which is optional, is not there."""
+    """Load dlib's detector, one for each thread. Raises: MediaError where there is no dlib: it is optional."""
     return _detector(threading.get_ident())
 
 
@@ -70,11 +65,8 @@ def _detector(thread: int):
 
 
 def find_faces(picture: np.ndarray, work: int = WORK) -> list[Box]:
-    """Find upright faces in a picture, the surest first.
-
-    Args:    picture: (3, H, W) or (H, W, 3) uint8 RGB; work: pixels of the shorter side while looking.
-    Returns: boxes (x, y, width, height, score) in pixels of the picture. Raises: MediaError without dlib.
-    """
+    """Find upright faces in a picture, (3, H, W) or (H, W, 3) uint8, seen with `work` pixels of the shorter side.
+    The surest comes first. Raises: MediaError without dlib."""
     image = as_image(picture)
     up = work / min(image.size)
     image = image.resize([max(1, round(side * up)) for side in image.size], Image.BICUBIC)
@@ -103,10 +95,7 @@ def verdict(boxes: Sequence[Box]) -> str:
 def square_of(found: Sequence[Sequence[Box]], width: int, height: int,
               name: str | Path = "picture") -> Square:
     """Frame the largest head by the boxes of several pictures of one clip. Medians: one slip changes nothing.
-
-    Returns: (x, y, side) inside width x height.
-    Raises: MediaError unless most pictures show one head in one place.
-    """
+    Raises: MediaError unless most pictures show one head in one place."""
     refusals = {"no face": f"shows no face; {REMEDY}, or take the centre with --crop none",
                 "two faces": f"shows two faces alike in size; {REMEDY}"}
     verdicts = [verdict(boxes) for boxes in found]
@@ -125,11 +114,7 @@ def square_of(found: Sequence[Sequence[Box]], width: int, height: int,
 
 
 def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Square:
-    """Find the square of a photo, [picture], or of some frames of a clip.
-
-    Args:    pictures: each (3, H, W) or (H, W, 3) uint8 of one size; name: of the file, for messages.
-    Returns: (x, y, side) in pixels. Raises: MediaError in one line that says what to do.
-    """
+    """Find the square of a photo, [picture], or of some frames of a clip. Raises: MediaError."""
     pictures = [np.asarray(as_image(picture)) for picture in pictures]
     height, width, _ = pictures[0].shape
     looks = list(pictures) * -(-SCALES // len(pictures))
@@ -142,10 +127,8 @@ def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Sq
 
 
 def photo_square(path: str | Path, crop: Crop | tuple[()], run: str | Path) -> Square | None:
-    """Find the square of a photo by `crop`; where that is (), cut it as the clips of the run were.
-
-    A square that was named for the clips says nothing of a photo: its head is looked for, if dlib is there.
-    """
+    """Find the square of a photo by `crop`; where that is (), as the clips of the run were cut. A square that
+    was named for clips says nothing of a photo: its head is looked for, if dlib is there."""
     if crop == ():
         crop = json.loads((hub_folder(run) / "config.json").read_text()).get("training", {}).get("crop")
         if crop not in (None, "face"):
@@ -251,7 +234,7 @@ def marks(seen: Seen, heard: np.ndarray) -> list[tuple[int, str]]:
         for i, boxes in enumerate(seen.found[first:end], first):
             for x, y, size, *_ in sorted(boxes, key=lambda box: -box[2])[:1]:
                 head = np.array([x + size / 2, y + size / 2, size])
-                if last is not None and (abs(head - was) > JUMP * was[2]).any():     # half a look on either side
+                if last is not None and (abs(head - was) > JUMP * was[2]).any():
                     span = slice(max(start, last * LOOK - LOOK // 2), min(stop, (i + 1) * LOOK + LOOK // 2))
                     why[span] = [reason or "head jumps" for reason in why[span]]
                 last, was = i, head
@@ -259,12 +242,11 @@ def marks(seen: Seen, heard: np.ndarray) -> list[tuple[int, str]]:
 
 
 def steady(seen: Seen, start: int, stop: int, least: float, path: str | Path) -> list[tuple]:
-    """Frame a stretch by one square; where the head moves too far for that, by one for each half, and so on.
-
-    Returns: (start, stop, square, or why not).
-    """
+    """Frame a stretch by one square; where the head moves too far for that, each half by its own, and so on.
+    Returns: (start, stop, square, or why not)."""
     try:
-        return [(start, stop, square_of(seen.found[start // LOOK : -(-stop // LOOK)], seen.width, seen.height, path))]
+        looks = seen.found[start // LOOK : -(-stop // LOOK)]
+        return [(start, stop, square_of(looks, seen.width, seen.height, path))]
     except MediaError:
         half = (start + stop) // 2
         if half - start < least:
@@ -275,12 +257,7 @@ def steady(seen: Seen, start: int, stop: int, least: float, path: str | Path) ->
 def pieces(path: str | Path,
            seconds: float = 1.0) -> tuple[list[tuple[int, int, Square]], list[tuple[int, int, str]]]:
     """Cut a long video into stretches of `seconds` or more in which one person is seen and heard.
-
-    A stretch ends where the scene changes or dissolves into another, the face goes, a second comes, or nobody
-    speaks for two seconds.
-
-    Returns: stretches (start, stop, square), and what is left out (start, stop, why), in frames of 40 ms.
-    """
+    Returns: stretches (start, stop, square), and what is left out (start, stop, why), in frames of 40 ms."""
     heard = speaks(path)                             # first: what has no sound need not be watched
     seen = watch(path)
     marked = marks(seen, heard)
@@ -297,15 +274,12 @@ def pieces(path: str | Path,
 
 def cut(path: Path, skipped: dict[str, str],
         shown: list[tuple]) -> tuple[dict[int, Square], list[tuple[int, int]]]:
-    """Cut a video for training: squares by the frame from which they count, and the stretches to use.
-
-    Adds what is left out to `skipped`, and stretches (path, second, square) to look at to `shown`.
-    Raises: MediaError where nothing can be used.
-    """
+    """Cut a video for training: squares by the frame from which they count, and the stretches to use. Adds what
+    is left out to `skipped`, and (path, second, square) to look at to `shown`. Raises: MediaError."""
     kept, left_out = pieces(path)
     if not kept:
-        raise MediaError(path, f"shows nothing to train on ({reasons(left_out)}); {REMEDY}, or take the centre "
-                               "with --crop none")
+        raise MediaError(path, f"shows nothing to train on ({reasons(left_out)}); {REMEDY}, "
+                               "or take the centre with --crop none")
     if left_out:
         skipped[f"parts of {printable(path.name)}"] = reasons(left_out)
     shown += [(path, (start + stop) / 2 / FPS, square) for start, stop, square in kept]
@@ -361,7 +335,8 @@ def main() -> None:
             print(told(kept, left_out))
             return
         show(picture, frame_of([picture], file)).save(file.with_suffix(".frame.png"))
-        print(f"--crop {','.join(map(str, photo_square(file, 'face', '')))}; see {file.with_suffix('.frame.png')}")
+        square = ",".join(map(str, photo_square(file, "face", "")))
+        print(f"--crop {square}; see {file.with_suffix('.frame.png')}")
 
 
 if __name__ == "__main__":
