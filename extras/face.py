@@ -259,6 +259,8 @@ def pieces(path: str | Path,
     """Cut a long video into stretches of `seconds` or more in which one person is seen and heard.
     Returns: stretches (start, stop, square), and what is left out (start, stop, why), in frames of 40 ms."""
     heard = speaks(path)                             # first: what has no sound need not be watched
+    if len(heard) < seconds * FPS:
+        raise MediaError(path, f"has {len(heard)} frames with sound; a clip needs {seconds * FPS:.0f}")
     seen = watch(path)
     marked = marks(seen, heard)
     kept, left_out = [], []

@@ -161,7 +161,8 @@ def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
 
 
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos):
-    picked, clips, entries = picks(None, "--data", str(videos), "--reward-sync", str(REWARD_SYNC))
+    picked, clips, entries = picks(None, "--data", str(videos), "--crop", "none", "--reward-sync",
+                                   str(REWARD_SYNC))
     confidence = sample.sync_metrics(load_sync(REWARD_SYNC), train.pixels(clips, 24),
                                      train.sounds(clips, 24))["sync_confidence"]
     assert sorted(picked.curated.tolist()) == sorted(confidence.argsort()[-(len(clips) // 2):].tolist())
