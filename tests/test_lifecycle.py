@@ -190,7 +190,7 @@ def test_sigterm_while_a_remote_judge_is_waited_for_saves_and_ends_within_second
     def answer(k, body):
         time.sleep(60 if k >= rated else 0)
         return 200, {}, GOOD
-    judged = ["--curate", "0", "--judge-model", "m", "--out", str(out)]
+    judged = ["--curate", "0", "--judge-model", "stuck", "--out", str(out)]
     with serving(answer) as (url, seen), begun(*WHOLE, "--judge-url", url, *judged) as process:
         wait_for(lambda: len(seen) > rated, process)
         asked = time.monotonic()
