@@ -256,12 +256,12 @@ def test_one_long_video_is_cut_without_a_gap_and_its_end_is_held_out(tmp_path, d
 
 
 def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, decode, capsys):
-    """Whichever file a hash would hold out, with a window of 2.9 s it is one of the two long enough."""
-    for name, seconds in (("a.mp4", 3), ("b.mp4", 2), ("c.mp4", 2), ("d.mp4", 3)):
+    """Whichever file a hash would hold out, with a window of 1.9 s it is one of the two long enough."""
+    for name, seconds in (("a.mp4", 2), ("b.mp4", 1.2), ("c.mp4", 1.2), ("d.mp4", 2)):
         make_video(tmp_path / name, seconds=seconds)
-    train, held_out = decode(tmp_path, frames=72)
+    train, held_out = decode(tmp_path, frames=48)
     assert sorted(train.names + held_out.names) == ["a.mp4#0", "d.mp4#0"] and len(held_out) == 1
-    assert "2 clips are shorter than 2.88 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
+    assert "2 clips are shorter than 1.92 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
     with pytest.raises(data.MediaError, match="no clip of 4.00 s"):
         decode(tmp_path, frames=100)
 
@@ -443,13 +443,6 @@ def test_the_track_and_the_channel_with_speech_are_heard(tmp_path, sounds, merge
     assert np.corrcoef(heard[:47000], alone[:47000])[0, 1] > 0.99
 
 
-def test_a_flag_chooses_another_track_or_channel(tmp_path):
-    path = mixed(tmp_path / "a.mkv", HUM, SPEECH, merge=False)
-    assert data.read_speech(path, choice=(1, 0))[1].number == 1
-    with pytest.raises(data.MediaError, match="track 1 with 1 channels, track 2 with 1 channels"):
-        data.read_speech(path, choice=(2, 2))
-
-
 @pytest.mark.parametrize("frame", [0, 7])
 def test_frame_f_hears_its_look_ahead_and_not_one_sample_more(frame):
     """d feature[f] / d sample[t] = 0 for t >= 640 (f + 1) + 1280 and t < 640 f - 880; inside it is not."""
@@ -562,11 +555,9 @@ def test_an_error_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name, words", [("folder.mp4", "is a directory.*choose a name"),
-                                         ("no/a.mp4", "make its folder")])
-def test_what_cannot_be_written_is_refused_in_plain_words_before_the_first_frame(tmp_path, name, words):
-    (tmp_path / "folder.mp4").mkdir()
+def test_what_cannot_be_written_is_refused_before_the_first_frame(tmp_path):
     asked = []
-    with pytest.raises(data.MediaError, match=f"cannot be written.*{words}"):
-        data.write_video(tmp_path / name, (asked.append(i) for i in range(3)), torch.zeros(1280))
-    assert not asked and [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+    for path in tmp_path, tmp_path / "no" / "a.mp4":
+        with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
+            data.write_video(path, (asked.append(i) for i in range(3)), torch.zeros(1280))
+    assert not asked and not [*tmp_path.iterdir()]

@@ -17,7 +17,7 @@ from extras.media import FPS
 from extras.reward_flags import make_judge
 from extras.school import save_judge, tiny_judge
 from reward import (COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, Ratings, Reward, beyond, likeness,
-                    prompt, spans, straying, temporal, to_bytes)
+                    spans, straying, temporal, to_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +135,6 @@ def test_what_is_no_judge_is_named_in_one_line(tmp_path):
         assert "\n" not in str(said.value)
 
 
-def test_a_question_lists_the_scale_in_the_order_of_the_rubric():
-    rubric = {"template": "{look}! {ignore}! {scale}?",
-              "motion": {"look": "motion", "ignore": "not sound", "5": "good", "1": "bad"}}
-    assert prompt("motion", rubric) == "motion! not sound! 5: good. 1: bad.?"
-
-
 def test_the_embedded_judge_rates_drawn_talkers_only_and_a_named_one_whatever_there_is(capsys):
     """With --data and no --judge there is no judge, and one line says how to have one."""
     flags = ["--score", "v.mp4", "--device", "cpu"]
@@ -176,18 +170,6 @@ def test_temporal_measures_equal_hand_computed_values():
     stairs = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15.0])[None, :, None, None, None] / 100
     expected = torch.tensor([[0, 1, 1]]) * math.log(0.0301 / 0.0101)
     torch.testing.assert_close(temporal(frames + stairs, 4)["seams"], expected, atol=1e-3, rtol=0)
-
-
-def test_likeness_is_one_for_the_portrait_and_falls_with_blur_noise_and_tint(batch):
-    frames = batch[0][:, :1]
-    portrait = frames[:, 0]
-    torch.testing.assert_close(likeness(frames, portrait), torch.ones(4, 1))
-    noisy = likeness((frames + 0.1 * torch.randn_like(frames)).clamp(0, 1), portrait)
-    blurred = likeness(blur(frames[:, 0], 2.0)[:, None], portrait)
-    tinted = likeness(frames * torch.tensor([1.2, 1.0, 0.8])[:, None, None], portrait)
-    other = likeness(frames.roll(1, 0), portrait)
-    assert max(noisy.max(), blurred.max(), tinted.max()) < 0.99
-    assert (other < torch.minimum(noisy, blurred)).all()
 
 
 def test_straying_sees_the_still_places_only():

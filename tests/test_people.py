@@ -13,21 +13,13 @@ import reward
 from data import load_clip, write_video
 from extras import people, reward_flags
 from extras.files import MediaError
-from extras.people import align, bootstrap, isotonic, pairwise_accuracy, rater_ceiling, read_ratings, spearman, tally
+from extras.people import align, isotonic, pairwise_accuracy, read_ratings, tally
 from extras.reward_flags import load_calibration
 from model import Config, Generator, save_generator
 from reward import ASPECTS, calibrate
 
 
 # ---------------------------------------------------------------- agreement with people
-
-def test_ratings_are_gathered_by_aspect_and_video(tmp_path):
-    lines = ("video,rater,aspect,rating", "v1,a,motion,4", "v1,b,motion, 2.5", "", "v1,a,lip_sync,1",
-             '"v,2",a,motion,5')
-    (tmp_path / "r.csv").write_text("\ufeff" + "\r\n".join(lines))
-    assert read_ratings(tmp_path / "r.csv") == {"lip_sync": {"v1": [1]}, "expressiveness": {},
-                                                "motion": {"v1": [4, 2.5], "v,2": [5]}}
-
 
 def test_pairs_that_differ_in_the_truth_are_counted_and_a_tie_is_half_right():
     """By hand: of the six pairs the judge ties one; only pairs of one group count, or those a point apart."""
@@ -37,23 +29,6 @@ def test_pairs_that_differ_in_the_truth_are_counted_and_a_tie_is_half_right():
     assert pairwise_accuracy(judge, truth, least=2) == 1
     assert pairwise_accuracy([3, 2, 1], [1, 2, 2.1], least=1) == 0
     assert math.isnan(pairwise_accuracy([1, 2], [3, 4], [0, 1]))
-
-
-def test_an_interval_resamples_items_and_leaves_out_what_is_not_defined():
-    """A judge that is the truth agrees with it in every resampling, though some are of one video."""
-    assert bootstrap(spearman, torch.arange(3), torch.arange(3)) == pytest.approx((1, 1, 1))
-    assert all(map(math.isnan, bootstrap(spearman, [1], [1])))
-
-
-def test_the_ceiling_equals_the_reliability_of_half_the_raters():
-    """Truth t, noise e of variance 1 in each of 4 raters: halves correlate by var t / (var t + 1 / 2). It is
-    0 where raters agree on nothing, and unknown where hardly a video has two."""
-    rng = np.random.default_rng(0)
-    truth, noise = rng.normal(size=(2000, 1)), rng.normal(size=(2000, 4))
-    rank = 6 / math.pi * math.asin(1 / 1.5 / 2)                           # Spearman of a Gaussian pair
-    assert rater_ceiling((truth + noise).tolist(), 5) == pytest.approx(rank, abs=0.03)
-    assert rater_ceiling(noise.tolist(), 5) == pytest.approx(0, abs=0.05)
-    assert math.isnan(rater_ceiling([[1, 2], [3], [4]]))
 
 
 def test_a_calibration_rises_between_the_centres_of_blocks_and_is_clamped_outside():

@@ -1,4 +1,4 @@
-"""What train.py teaches, and by what: the loss, the clips that are picked, the updates of GRPO, looks and controls."""
+"""What train.py teaches, and by what: the loss, the clips that are picked, updates of GRPO, looks and controls."""
 
 import json
 import math
