@@ -24,7 +24,8 @@ from kernels.attention import Layout                               # noqa: E402
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", int: "i32", float: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHAPES = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)),
-          "stated": (64, Layout(8, 128, 128, 2)), "wide heads": (128, Layout(8, 128, 128)), "decode": (64, None)}
+          "stated": (64, Layout(8, 128, 128, 2)), "wide heads": (128, Layout(8, 128, 128)),
+          "decode": (64, None)}
 
 
 class Recorder:

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():              # Triton's kernels are interpreted; ask before anything imports triton
+if not torch.cuda.is_available():      # interpret Triton's kernels; ask before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def on_the_cpu(request):
-    """Hide a GPU from all but the tests of the kernels, and from the processes that they start: what they show is the
-    same everywhere, and two runs are alike to the bit on a CPU alone."""
+    """Hide a GPU from all but the tests of the kernels, and from the processes that they start: what they
+    show is the same everywhere, and two runs are alike to the bit on a CPU alone."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_kernels":
             patch.setattr(torch.cuda, "is_available", lambda: False)

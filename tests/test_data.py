@@ -120,7 +120,8 @@ def sound(*arguments):
     (data.load_speech, "10ms.wav", sound(SPEECH, "-t", 0.01), "10 ms"),
     (data.load_speech, "no_audio.mp4", lambda path: ffmpeg(*clock(), path), "no audio track"),
     (data.load_speech, "riff.wav", b"RIFF", "not audio or video"),
-    (data.load_speech, "empty.wav", b"", "is empty"), (data.load_speech, "missing.wav", None, "does not exist"),
+    (data.load_speech, "empty.wav", b"", "is empty"),
+    (data.load_speech, "missing.wav", None, "does not exist"),
     (clip, "cut.mp4", cut, "is cut off"), (clip, "sound.mp4", sound(SPEECH), "no video track"),
     (clip, "short.mp4", video(seconds=0.2), "a clip needs 25"),
     (folder, "nowhere", None, "is not a folder"), (folder, "texts", texts, "none of its 1 videos")])
@@ -401,7 +402,8 @@ def test_a_huge_photo_is_upright_and_scaled_down_while_it_is_read(tmp_path, orie
 # ---- Speech -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, arguments", [
-    ("8k_u8.wav", ["-ar", 8000, "-ac", 1, "-c:a", "pcm_u8"]), ("quiet.flac", ["-ac", 2, "-af", "volume=0.02"])])
+    ("8k_u8.wav", ["-ar", 8000, "-ac", 1, "-c:a", "pcm_u8"]),
+    ("quiet.flac", ["-ac", 2, "-af", "volume=0.02"])])
 def test_speech_of_any_container_and_rate_comes_out_alike(tmp_path, name, arguments):
     """3 s at 16 kHz, in time with the original, rms 0.1 over what is louder than -40 dB of the peak."""
     ffmpeg("-f", "lavfi", "-i", SPEECH, *arguments, tmp_path / name)

@@ -1,4 +1,5 @@
-"""The judge behind an endpoint, against a real local server: what is sent, what is read, and what may go wrong."""
+"""The judge behind an endpoint, against a real local server: what is sent, what is read, and what may go
+wrong."""
 
 import base64
 import json
@@ -135,7 +136,8 @@ def test_scores_stand_at_their_clip_and_aspect_and_as_many_requests_as_asked_for
 
 
 @pytest.mark.parametrize("odd", [
-    ODD, b"<html>502</html>", b'{"choices": [{"logprobs": null}]}', GOOD.replace(b"-1.38", b'900, "x": -1.38')])
+    ODD, b"<html>502</html>", b'{"choices": [{"logprobs": null}]}',
+    GOOD.replace(b"-1.38", b'900, "x": -1.38')])
 def test_an_answer_that_is_no_rating_drops_one_clip_and_says_so(no_media, capsys, odd):
     assert odd != GOOD
     answer = lambda k, body: (200, {"Content-Type": "application/json"}, odd if k == 4 else GOOD)
@@ -178,15 +180,16 @@ def test_what_cannot_be_asked_is_named_and_a_server_elsewhere_is_asked_through_t
     with pytest.raises(JudgeError, match=r"http://judge\.invalid/v1: .*refused.*proxy") as caught:
         RemoteJudge("http://judge.invalid/v1", "m", patience=0).rate(*clips(1))
     assert "secret" not in str(caught.value)
-    for url, timeout, said in (("localhost:8000", 1, "is not the address"), ("http://localhost/v1", 0, "above 0")):
+    for url, timeout, said in (("localhost:8000", 1, "is not the address"),
+                               ("http://localhost/v1", 0, "must be above 0")):
         with pytest.raises(MediaError, match=said):
             RemoteJudge(url, "m", timeout)
 
 
 # ---------------------------------------------------------------- a run whose judge fails
 
-RUN = [*SHAPE, *"--clips 6 --steps 2 --updates 4 --looks 1 --watch-clips 2 --prompts 2 --group 3 --rollout-steps 3 "
-       "--draws 1 --parts 1 --judge-model m --judge-batch 1 --curate 0".split()]
+RUN = [*SHAPE, *"--clips 6 --steps 2 --curate 0 --updates 4 --looks 1 --watch-clips 2 --prompts 2 --group 3 "
+       "--rollout-steps 3 --draws 1 --parts 1 --judge-model m --judge-batch 1".split()]
 REQUESTS = 2 * 3 * 3                                 # of an update: prompts, group, aspects
 RATING = 6 * 3                                       # of all training clips, once, before the first update
 
@@ -198,8 +201,8 @@ def rated(k: int, body: dict) -> tuple:
 
 
 def test_a_run_whose_judge_is_away_is_saved_and_resumes_bit_equal(unmeasured, tmp_path):
-    """The endpoint goes for good in the third update: two are saved. Where it is back, the run ends as it would have
-    without the outage."""
+    """The endpoint goes for good in the third update: two are saved. Where it is back, the run ends as it
+    would have without the outage."""
     away, whole, stopped = [math.inf], tmp_path / "whole", tmp_path / "stopped"
     with serving(lambda k, body: BUSY if k >= away[0] else rated(k, body)) as (url, seen):
         flags = [*RUN, "--judge-url", url, "--judge-patience", "0"]
@@ -217,7 +220,8 @@ def test_a_run_whose_judge_is_away_is_saved_and_resumes_bit_equal(unmeasured, tm
 def test_a_run_leaves_an_unrated_video_out_and_counts_it(tmp_path):
     """One odd answer, in the second update: in the log and in the report."""
     with serving(lambda k, body: (200, {}, ODD) if k == RATING + 20 else rated(k, body)) as (url, _):
-        train.main([*RUN, "--updates", "2", "--judge-url", url, "--judge-model", "odd", "--out", str(tmp_path)])
+        flags = ["--updates", "2", "--judge-url", url, "--judge-model", "odd"]
+        train.main([*RUN, *flags, "--out", str(tmp_path)])
     unrated = [e["components"]["total"]["unrated"] for e in logged(tmp_path, "post-training")]
     assert unrated == [0, 1] and "| unrated videos | 1 |" in (tmp_path / "report.md").read_text()
 

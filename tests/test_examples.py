@@ -12,14 +12,14 @@ import train
 from tiny import POST, SHAPE, logged
 
 ROOT = Path(__file__).parents[1]
-FEW = [*SHAPE, *POST, *"--clips 6 --steps 2 --curate-steps 1 --updates 2 --group 2 --parts 1 --looks 1".split()]
+LESS = "--clips 6 --steps 2 --curate-steps 1 --updates 2 --group 2 --parts 1 --looks 1".split()
 
 
 @pytest.fixture
 def example(monkeypatch, tmp_path):
     """Run an example as a command. Returns: its run's log. What it puts in place is undone after the test."""
     def run(name, *more):
-        monkeypatch.setattr(sys, "argv", [name, *FEW, "--out", str(tmp_path / "run"), *more])
+        monkeypatch.setattr(sys, "argv", [name, *SHAPE, *POST, *LESS, "--out", str(tmp_path / "run"), *more])
         runpy.run_module(f"extras.examples.{name}", run_name="__main__")
         return logged(tmp_path / "run")
 

@@ -1,8 +1,8 @@
 """The mask rule, attention and the flow step, in PyTorch and in Triton, against brute force and closed forms.
 
-Without a GPU the kernels run in Triton's interpreter, in fp32 (its bf16 is wrong), which shows what they compute;
-what they compile to is shown by compiling them for GPUs that are not here. Neither shows races or speed: on a machine
-with a GPU the same tests run on it, and those marked `gpu` besides.
+Without a GPU the kernels run in Triton's interpreter, in fp32 (its bf16 is wrong), which shows what they
+compute; what they compile to is shown by compiling them for GPUs that are not here. Neither shows races or
+speed: on a machine with a GPU the same tests run on it, and those marked `gpu` besides.
 """
 
 import json
@@ -487,5 +487,5 @@ def test_the_benchmark_measures_every_provider_and_the_whole():
     assert len(lines) == 2 + 2 * 2 + 2 * 3 and lines[-1].startswith("| attention tiny backward | triton |")
     assert lines[-1].endswith("| 1 |")
     assert results[0]["rate"] == pytest.approx(60 * 12 / results[0]["ms"] * 1e3)
-    made = bench.bench_whole(" ".join([*SHAPE, *"--group 2 --prompts 2 --judge none".split()]), "torch", "cpu")
+    made = bench.bench_whole(f"{' '.join(SHAPE)} --group 2 --prompts 2 --judge none", "torch", "cpu")
     assert list(made)[2:] == ["ms per step", "ms per video", "ms per 8 videos", "ms per update"]

@@ -1,4 +1,5 @@
-"""What people and machines do to a run: stop it, kill it, move it, give it more, build on it, ask what cannot be."""
+"""What people and machines do to a run: stop it, kill it, move it, give it more, build on it, ask what cannot
+be."""
 
 import json
 import os
@@ -225,7 +226,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, monkeyp
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(MediaError, match="state.pt: cannot be written .No space left on device.; make room there"):
+    with pytest.raises(MediaError, match="state.pt: cannot be written .No space left on device.; make room"):
         session.save(stage, run)
     assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
@@ -314,7 +315,8 @@ def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(fin
 @pytest.mark.parametrize("more, anew", [("--steps 8", ["curation", "post-training"]), ("--updates 6", [])])
 def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
         finished, taste, unmeasured, tmp_path, capsys, more, anew):
-    """Each stage goes on where it was; its learning rate rises and falls again; looks are spread over all of it."""
+    """Each stage goes on where it was; its learning rate rises and falls again; looks are spread over all of
+    it."""
     run, (flag, count) = copy(finished, tmp_path / "run"), more.split()
     rewrite(run, control=False)
     train.main(["--resume", str(run), flag, count])
@@ -345,7 +347,8 @@ def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, 
 
 def test_published_weights_are_curated_or_trained_further(
         finished, videos, taste, unmeasured, tmp_path, monkeypatch):
-    """config.json and model.safetensors alone, by a name on the hub: the pretrained ones, with new optimizers."""
+    """config.json and model.safetensors alone, by a name on the hub: the pretrained ones, with new
+    optimizers."""
     published = tmp_path / "published"
     published.mkdir()
     for name in "config.json", "model.safetensors":

@@ -211,7 +211,8 @@ def test_windows_leave_no_seam(size, grid):
     assert torch.allclose(whole, torch.ones_like(whole), atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [dict(size=66), dict(grid=4), dict(window=0), dict(kv_heads=2), dict(channels=999)])
+@pytest.mark.parametrize("wrong", [dict(size=66), dict(grid=4), dict(window=0), dict(kv_heads=3),
+                                   dict(channels=999)])
 def test_a_shape_that_cannot_be_built_is_refused(wrong):
     with pytest.raises(ValueError):
         Config(**wrong)

@@ -1,5 +1,5 @@
-"""Models that others trained: each feature of a speech encoder at its instant, kept per clip, the same in training
-and sampling; and a trunk that starts as a language model."""
+"""Models that others trained: each feature of a speech encoder at its instant, kept per clip, the same in
+training and sampling; and a trunk that starts as a language model."""
 
 import json
 import shutil
@@ -14,7 +14,6 @@ import sample
 import train
 from data import hear, log_mel
 from extras import pretrained
-from extras.files import MediaError
 from extras.media import SAMPLES_PER_FRAME
 from extras.pretrained import SpeechEncoder, encoder_width, load_trunk, trunk_shape
 from kernels.attention import Layout
@@ -93,8 +92,8 @@ def test_features_are_kept_per_clip_and_not_mixed_up(encoders, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4 and torch.equal(hear(sound, 10), log_mel(sound, 10))
 
 
-RUN = [*SHAPE, *"--clips 6 --steps 2 --judge none --curate 0 --updates 1 --prompts 2 --group 2 --parts 1 --looks 1 "
-       "--watch-clips 1".split()]
+RUN = [*SHAPE, *"--clips 6 --steps 2 --judge none --curate 0 --updates 1 --prompts 2 --group 2 --parts 1 "
+       "--looks 1 --watch-clips 1".split()]
 
 
 def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(encoders, tmp_path, monkeypatch,
@@ -143,9 +142,9 @@ def generator_from(folder) -> Generator:
 
 
 def test_the_trunk_under_a_causal_mask_is_the_language_model(tmp_path):
-    """One token a chunk and no sound make the mask causal; time, row and column are the token's index. Then hidden
-    states are transformers', and the gradients of a sum of them with respect to the tokens and to every weight of
-    the trunk, all to 1e-5 in fp32, whatever the noise level."""
+    """One token a chunk and no sound make the mask causal; time, row and column are the token's index. Then
+    hidden states are transformers', and the gradients of a sum of them with respect to the tokens and to
+    every weight of the trunk, all to 1e-5 in fp32, whatever the noise level."""
     language = language_model(tmp_path)
     model, length = generator_from(str(tmp_path)), 40
     tokens = torch.randn(2, length, QWEN3["hidden_size"])
@@ -171,7 +170,7 @@ def test_the_trunk_under_a_causal_mask_is_the_language_model(tmp_path):
 
 
 FLAGS = ("--size 32 --space-channels 6 --channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 "
-         "--sampling-steps 1 --steps 2 --looks 1 --judge none --curate 0 --checkpointing --device cpu").split()
+         "--sampling-steps 1 --steps 2 --looks 1 --judge none --curate 0 --checkpointing").split()
 
 
 def test_a_run_starts_from_the_language_model_and_goes_on_without_it(unmeasured, tmp_path, monkeypatch):
@@ -196,12 +195,6 @@ def test_a_run_starts_from_the_language_model_and_goes_on_without_it(unmeasured,
 
 # ---------------------------------------------------------------- refused
 
-def save(config, folder, **changes):
-    for name, value in changes.items():
-        setattr(config, name, value)
-    config.save_pretrained(folder)
-
-
 def two_of_three_layers(folder):
     language_model(folder)
     config = (folder / "config.json").read_text()
@@ -210,12 +203,12 @@ def two_of_three_layers(folder):
 
 
 @pytest.mark.parametrize("load, make, words", [
-    (SpeechEncoder, lambda to: save(transformers.BertConfig(), to), "is a bert, not a speech encoder; use wav2vec2"),
-    (SpeechEncoder, lambda to: save(transformers.Wav2Vec2Config(**SMALL), to, conv_stride=(5, 2, 2, 2, 2, 2, 1)),
+    (SpeechEncoder, transformers.BertConfig().save_pretrained, "is a bert, not a speech encoder"),
+    (SpeechEncoder, transformers.Wav2Vec2Config(**SMALL, conv_stride=(5, 2, 2, 2, 2, 2, 1)).save_pretrained,
      "a feature of 160 samples"),
     (SpeechEncoder, transformers.HubertModel(KINDS["hubert"]).save_pretrained,     # without what it hears by
      "cannot be loaded as a speech encoder"),
-    (trunk_shape, lambda to: save(transformers.BertConfig(), to), "is a bert, not a language model"),
+    (trunk_shape, transformers.BertConfig().save_pretrained, "is a bert, not a language model"),
     (trunk_shape, lambda to: language_model(to, attention_bias=True), "attention_bias True"),
     (lambda name: load_trunk(Generator(Config(**TRUNK)), name), language_model, "width"),
     (generator_from, two_of_three_layers, "lacks the weights layers.2")])

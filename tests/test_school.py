@@ -13,8 +13,8 @@ from extras import school
 from extras.files import MediaError
 from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil,
                             true_mouths)
-from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, spoilt_in_known_ways, teach,
-                           tiny_judge, vision_loss)
+from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, spoilt_in_known_ways,
+                           teach, tiny_judge, vision_loss)
 from extras.talkers import render_talker
 from reward import ASPECTS, DEFAULT_JUDGE, Judge
 

@@ -1,4 +1,5 @@
-"""What train.py teaches, and by what: the loss, the clips that are picked, updates of GRPO, looks and controls."""
+"""What train.py teaches, and by what: the loss, the clips that are picked, updates of GRPO, looks and
+controls."""
 
 import json
 import math
@@ -30,7 +31,8 @@ def random_latents() -> train.Latents:
 
 
 def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
-    """Against a stand-in that predicts no velocity, the loss is a weighted mean square that a loop can compute."""
+    """Against a stand-in that predicts no velocity, the loss is a weighted mean square that a loop can
+    compute."""
     args, seen = train.parse_arguments([*TINY, "--context-noise", "0"]), {}
 
     def velocity(portrait, mel, context, noisy, sigma, heard):
@@ -98,8 +100,9 @@ def judge_of(name: str, change=lambda known: None) -> Taste:
 
 
 def test_the_judge_picks_by_its_ratings_alone(monkeypatch):
-    """By hand: half of six clips by the sum, two exemplars each by liveliness and by motion; in whatever order the
-    clips come and whatever their truth says. They are rated once, and the CPU time of that is kept."""
+    """By hand: half of six clips by the sum, two exemplars each by liveliness and by motion; in whatever
+    order the clips come and whatever their truth says. They are rated once, and the CPU time of that is
+    kept."""
     monkeypatch.setattr(train, "EXEMPLARS", 2)
     monkeypatch.setattr(train, "RATED_AT_ONCE", 4)
     judge = judge_of("once")
@@ -151,8 +154,8 @@ def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos
 
 
 def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_path, capsys):
-    """--data with neither a judge nor a sync network: one line says so, and the run is one of pretraining, with the
-    metrics of real clips. It can be resumed, and with a sync network it does the rest."""
+    """--data with neither a judge nor a sync network: one line says so, and the run is one of pretraining,
+    with the metrics of real clips. It can be resumed, and with a sync network it does the rest."""
     folder = tmp_path / "run"
     few = "--steps 1 --curate-steps 1 --updates 1 --crop 0,0,32".split()
     train.main([*WHOLE, *few, "--data", str(videos[0]), "--out", str(folder)])
@@ -223,14 +226,15 @@ class Garbled(Clips):
         clip = super().__getitem__(i)
         if isinstance(i, int):
             other = super().__getitem__((i + 1) % len(self)).truth
-            clip.truth |= {k: v if i else torch.tensor(math.nan) for k, v in other.items() if k.startswith("fault")}
+            faults = {k: v for k, v in other.items() if k.startswith("fault")}
+            clip.truth |= faults if i else dict.fromkeys(faults, torch.tensor(math.nan))
         return clip
 
 
 @pytest.mark.parametrize("way", ["with garbled faults", "from the pretrained run"])
 def test_the_stages_end_with_the_same_bits(finished, taste, unmeasured, tmp_path, monkeypatch, way):
-    """Nothing that trains, judges or picks reads what was done to a clip; and where a finished run is curated and
-    post-trained anew, all is as it was."""
+    """Nothing that trains, judges or picks reads what was done to a clip; and where a finished run is curated
+    and post-trained anew, all is as it was."""
     flags, load = ["--pretrained", str(finished), *POST], train.load_clips
     if way == "with garbled faults":
         flags = [*WHOLE]
@@ -248,7 +252,8 @@ def test_the_stages_end_with_the_same_bits(finished, taste, unmeasured, tmp_path
 # ---------------------------------------------------------------- looks
 
 def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_too_little():
-    """By hand: lip_correlation less .1 |log| of amplitude and motion; a head costs .05 log where it goes too far."""
+    """By hand: lip_correlation less .1 |log| of amplitude and motion; a head costs .05 log where it goes too
+    far."""
     def score(lips, **metrics):
         right = dict(lip_correlation=lips, amplitude=[1.0, 1.0], frame_change=[0.5, 1.5], head=[0.9, 0.5])
         return train.held_out_score({k: torch.tensor(v) for k, v in (right | metrics).items()})
@@ -286,7 +291,8 @@ def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(
     assert abs(train.held_out_score(mixed) - train.held_out_score(alone)) < 0.5
     stills = [a_still_one(clip) for clip in clips]
     nothing = sample.evaluate(torch.stack([c.frames for c in stills]) / 255, stills, 4)
-    assert all(values.isfinite().all() for values in nothing.values()) and nothing["frame_change"].abs().max() == 0
+    assert all(values.isfinite().all() for values in nothing.values())
+    assert nothing["frame_change"].abs().max() == 0
 
 
 def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(finished, bright, tmp_path, monkeypatch):
@@ -305,7 +311,8 @@ def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(finished, br
 
 
 def test_sampling_with_noise_is_paired_and_reproducible(finished):
-    """The same noise for every arm: two runs agree, whatever stands in the batch beside a clip, and it is no ODE."""
+    """The same noise for every arm: two runs agree, whatever stands in the batch beside a clip, and it is no
+    ODE."""
     args = train.parse_arguments([*TINY, "--sampling-steps", "4", "--rollout-steps", "4"])
     model, clips = load_generator(finished).eval(), train.load_clips(args)[1]
     both, one = (train.validate(model, clips[:n], args, noisy=True)[1] for n in (2, 1))
@@ -316,8 +323,8 @@ def test_sampling_with_noise_is_paired_and_reproducible(finished):
 # ---------------------------------------------------------------- controls
 
 def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
-    """More curation that of post-training, more pretraining that of GRPO without curation: to within a step, by the
-    times of their own folders."""
+    """More curation that of post-training, more pretraining that of GRPO without curation: to within a step,
+    by the times of their own folders."""
     spent = {e["control"]: e for e in logged(finished) if "control" in e}
     budget = {"more curation": state(finished, "post.pt")["cpu_seconds"],
               "more pretraining": spent["GRPO without curation"]["cpu_seconds"]}
@@ -330,7 +337,8 @@ def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
 
 
 def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste, unmeasured, tmp_path):
-    """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation took."""
+    """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation
+    took."""
     folder = shutil.copytree(finished, tmp_path / "run")
     name, other = "more pretraining", folder / "control" / "GRPO-without-curation" / "state.pt"
     shutil.rmtree(folder / "control" / "more-pretraining")
@@ -346,7 +354,8 @@ def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste,
 # ---------------------------------------------------------------- updates of GRPO
 
 class Brightness:
-    """A reward with the interface of reward.Reward that anyone can compute: bright frames, and bright last ones."""
+    """A reward with the interface of reward.Reward that anyone can compute: bright frames, and bright last
+    ones."""
 
     def __init__(self):
         self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
@@ -384,11 +393,13 @@ def test_a_rollout_that_cannot_be_rescored_stops_the_run_at_once(finished, brigh
         first_updates(finished, tmp_path)
 
 
-@pytest.mark.parametrize("more", ["", "--credit chunk --group-noise different --sampler flow-sde --kl-weight 0"])
+@pytest.mark.parametrize("more", [
+    "", "--credit chunk --group-noise different --sampler flow-sde --kl-weight 0"])
 def test_micro_batches_save_memory_and_change_nothing_else(finished, bright, tmp_path, more):
     """Six rollouts at once, or as 4 + 2: the same loss, gradient and statistics, whatever the choices."""
-    whole, split = (first_updates(finished, tmp_path / n, "--updates", "1", "--micro-batch", n, *more.split())
-                    [0]["parts"][0] for n in ("6", "4"))
+    made = [first_updates(finished, tmp_path / n, "--updates", "1", "--micro-batch", n, *more.split())
+            for n in ("6", "4")]
+    whole, split = (entries[0]["parts"][0] for entries in made)
     for name, value in whole.items():
         assert split[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     assert whole["grad_norm"] > 1e-4 and [len(names) for names in bright.asked] == [6, 6]
@@ -403,8 +414,8 @@ def test_every_update_has_prompts_and_noise_of_its_own(finished, bright, tmp_pat
 # ---------------------------------------------------------------- too little memory
 
 FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
-                     "you tried to allocate 8000000000 bytes.\nError code 12")]
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                     "memory: you tried to allocate 8000000000 bytes.\nError code 12")]
 
 
 @pytest.mark.parametrize("owner, name, words", [
