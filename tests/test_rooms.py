@@ -48,7 +48,7 @@ ON_DEMAND = {
     ("data", "hear"): {"extras.pretrained"},                    # --audio-encoder
     ("extras.reward_flags", "make_judge"): {"extras.endpoint"},  # --judge-url
     ("sample", "score_videos"): {"extras.talkers"},             # --score without --data
-    ("kernels.bench", "bench_whole"): {"train"},
+    ("kernels.bench", "bench_whole"): {"train", "extras.flags", "extras.reward_flags", "extras.talkers"},
 }
 
 

@@ -21,9 +21,8 @@ from sample import (correlation, evaluate, frechet, head_motion, jerk, frame_cha
 
 
 @pytest.fixture(scope="module")
-def clips() -> list[Clip]:
-    """Sixteen talkers of two seconds, 64 pixels."""
-    return [render_talker(i, 5, 64, 50) for i in range(16)]
+def clips(drawn) -> list[Clip]:
+    return drawn[:16]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +45,6 @@ def test_the_reader_sees_the_true_opening_of_drawn_talkers_even_when_blurred(cli
     clear, blurred = (np.array([np.corrcoef(seen, true_area(clip))[0, 1] for seen, clip in zip(some, clips)])
                       for some in (measured, soft))
     assert clear.mean() > 0.98 and clear.min() > 0.9 and blurred.mean() > 0.97
-
-
-def test_the_reader_does_not_care_where_the_head_is(clips, measured):
-    """Moving the whole picture by two pixels (3% of the frame) leaves the measured area where it was."""
-    for clip, area in zip(clips[:10], measured):
-        moved = mouth_opening_from_pixels(clip.frames.roll((2, -2), (2, 3)), clip.truth)
-        assert (area - moved).abs().max() < 0.25 * area.max()
 
 
 def test_loudness_follows_the_lips_by_the_stated_lead(clips, measured):
@@ -134,10 +126,10 @@ def test_still_psnr_sees_the_background_and_not_the_face():
     assert still_psnr(frames, portrait).item() == pytest.approx(20 + 10 * np.log10(2), abs=0.01)
 
 
-@pytest.mark.parametrize("drawn", [True, False])
-def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(clips, drawn):
+@pytest.mark.parametrize("known", [True, False])
+def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(clips, known):
     """True clips, frozen ones, the clips' neighbours, late ones, and clips whose head was moved by hand."""
-    few = [clip if drawn else Clip(clip.name, clip.frames, clip.audio) for clip in clips[:4]]
+    few = [clip if known else Clip(clip.name, clip.frames, clip.audio) for clip in clips[:4]]
     true, lips = torch.stack([clip.frames[:48] for clip in few]) / 255, "lip_correlation"
     own = evaluate(true, few, 4)
     for name in ("frame_change", "jerk_ratio", "amplitude"):
@@ -154,7 +146,7 @@ def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(
     assert other[lips].mean() < 0.6 and (other["psnr"] < own["psnr"]).all()
     late = evaluate(true.roll(2, 1), few, 4)
     assert late["offset"].median() == 2 and (late[lips] < own[lips]).all()
-    if not drawn:
+    if not known:
         torch.testing.assert_close(own["over_late"], own["lip_correlation"] - own["late_correlation"])
         assert (own["over_late"] > 0.3).all() and (own["over_other"] > 0.3).all()
     pose = torch.zeros(48, 6)
@@ -228,21 +220,3 @@ def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, mon
     assert all(name in before for name in (*COMPONENTS, "total")) and "sync_confidence" in after
     with pytest.raises(MediaError, match="nothing.mp4: does not exist"):
         sample.main(["--score", "nothing.mp4"])
-
-
-@pytest.mark.parametrize("flag", [
-    ["--size", "8"], ["--size", "1e3"], ["--weights", "beauty=1"], ["--weights", "seam=-1"],
-    ["--weights", "seam"], ["--judge-dtype", "float8"], ["--seed", "9999999999999999999"]])
-def test_bad_flags_of_a_score_end_with_a_usage_line(flag, capsys):
-    with pytest.raises(SystemExit) as end:
-        sample.main(["--score", "v.mp4", *flag])
-    assert end.value.code == 2 and flag[0] in capsys.readouterr().err
-
-
-def test_a_checkpoint_may_be_a_name_that_is_no_folder(monkeypatch, tmp_path):
-    """It reaches load_generator as it was given."""
-    monkeypatch.chdir(tmp_path)
-    def load(name): raise MediaError(name, "asked for")
-    monkeypatch.setattr(sample, "load_generator", load)
-    with pytest.raises(MediaError, match="^someone/portraits: asked for"):
-        sample.main("--checkpoint someone/portraits --image a.png --audio a.wav --out a.mp4".split())
