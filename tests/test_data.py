@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from safetensors import SafetensorError
 
 import data
+from extras.media import normalise_loudness
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 SPEECH = "aevalsrc='0.3*sin(2*PI*220*t)*abs(sin(2*PI*2*t))':s=48000:d=3"     # four syllables a second
@@ -344,8 +346,12 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.cached(tmp_path, {"size": 3}, fail)
     assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
-    with pytest.raises(data.MediaError, match="cache cannot be written"):
-        data.cached(one / "clip", {}, build)
+    def fill(folder: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    for root, wrong in ((one / "clip", build), (tmp_path, fill)):
+        with pytest.raises(data.MediaError, match="cache cannot be written"):
+            data.cached(root, {}, wrong)
 
 
 # ---- Portraits ----------------------------------------------------------------------------------------
@@ -436,10 +442,10 @@ CLAP = torch.exp(-(AT - 40000) / 300) * torch.randn(80000, generator=torch.Gener
 def test_what_is_no_speech_does_not_change_its_loudness(spoilt):
     """44 dB above the speech and with an echo; inaudible; a click of ten samples."""
     speech = 0.006 * torch.sin(AT / 10) * torch.sin(AT / 2500).abs()
-    got, want = data.normalise_loudness(speech + spoilt), data.normalise_loudness(speech)
+    got, want = normalise_loudness(speech + spoilt), normalise_loudness(speech)
     assert got.abs().max() <= 1 and 0.8 < got[:38000].std() / want[:38000].std() < 1.25
     with pytest.raises(data.MediaError, match="silent"):
-        data.normalise_loudness(0.3 + 0 * speech)
+        normalise_loudness(0.3 + 0 * speech)
 
 
 @pytest.mark.parametrize("sounds, merge, number, channel", [
@@ -582,3 +588,35 @@ def test_what_cannot_be_written_is_refused_in_plain_words_before_the_first_frame
     with pytest.raises(data.MediaError, match=f"cannot be written.*{words}"):
         data.write_video(tmp_path / name, (asked.append(i) for i in range(3)), torch.zeros(1280))
     assert not asked and [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.mp4", "a.jpg"])
+def test_a_damaged_file_is_one_line_or_a_good_result(tmp_path, name):
+    """Ten times bytes are flipped, the end is cut off or a piece is cut out. The video that carries what was
+    heard decodes without a complaint."""
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    if name == "a.jpg":
+        Image.fromarray(colours()).save(path)
+    else:
+        make_video(path) if name == "a.mp4" else ffmpeg("-f", "lavfi", "-i", SPEECH, path)
+    whole, good = path.read_bytes(), 0
+    for turn in range(10):
+        raw, at = bytearray(whole), rng.integers(len(whole) // 3, len(whole), 8)
+        for i in at:
+            raw[i] ^= 255
+        path.write_bytes([raw, whole[: at[0]], whole[: min(at)] + whole[max(at) :]][turn % 3])
+        try:
+            if name == "a.jpg":
+                assert picture(path).shape == (3, 64, 64)
+                good += 1
+                continue
+            speech, track = data.read_speech(path)
+            frames = torch.zeros(-(-len(speech) // 640), 3, 32, 32, dtype=torch.uint8)
+            data.write_video(tmp_path / "out.mp4", frames, track)
+            good += 1
+            checked = subprocess.run([FFMPEG, "-v", "error", "-i", tmp_path / "out.mp4", "-f", "null", "-"],
+                                     capture_output=True)
+            assert not checked.stderr, turn
+        except data.MediaError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert good

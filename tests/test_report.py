@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data import Clip, load_speech
-from extras.page import picture, table
+from extras.page import code, picture, table, write_page
 from extras.report import funnel, funnel_table, paired, write_clips, write_report
 
 
@@ -146,3 +146,9 @@ def test_html_and_markdown_hold_the_same_rows(shown):
     assert ["seam_ratio", "", "1.500±0.000"] in rows and ["seed", "0"] in rows
     for row in rows:
         assert f"| {' | '.join(row)} |" in lines
+
+
+def test_a_name_that_is_no_utf_8_is_spelt_out(tmp_path):
+    write_page(tmp_path / "report", "caf\udce9", [code("--data caf\udce9")])
+    for suffix in ".md", ".html":
+        assert r"--data caf\udce9" in (tmp_path / f"report{suffix}").read_text("utf-8")

@@ -4,6 +4,7 @@ controls."""
 import json
 import math
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import pytest
@@ -452,7 +453,8 @@ def test_every_update_has_prompts_and_noise_of_its_own(finished, bright, tmp_pat
 
 FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
-                     "you tried to allocate 8000000000 bytes.\nError code 12")]
+                     "you tried to allocate 8000000000 bytes.\nError code 12"),
+        BrokenProcessPool("A process in the process pool was terminated abruptly")]
 
 
 @pytest.mark.parametrize("owner, name, words, full", [
