@@ -301,6 +301,13 @@ def a_still_one(clip: Clip) -> Clip:
     return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
 
 
+def test_clips_in_which_nothing_moves_are_refused(finished):
+    args = train.parse_arguments(TINY)
+    clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
+    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
+        train.fit_codec(Generator(args.config), clips, args)
+
+
 @pytest.mark.parametrize("drawn", [True, False])
 def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(drawn):
     """By hand, for clips that move: a value divided by that of the true clip."""
