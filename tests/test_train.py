@@ -18,7 +18,7 @@ from data import Clip, Clips, write_video
 from extras.files import MediaError, fitting
 from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
-from model import load_generator
+from model import Generator, load_generator
 from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
 from tiny import ALONE, POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
 
@@ -301,7 +301,7 @@ def a_still_one(clip: Clip) -> Clip:
     return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
 
 
-def test_clips_in_which_nothing_moves_are_refused(finished):
+def test_clips_in_which_nothing_moves_are_refused():
     args = train.parse_arguments(TINY)
     clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
     with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
