@@ -34,12 +34,13 @@ import torch
 import torch.nn.functional as nnf
 import torchaudio
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from extras.files import VIDEOS, MediaError, cores, find_videos, printable, replacing
+from extras.files import VIDEOS, MediaError, cores, find_videos, first_line, printable, replacing
 from extras.media import (FPS, PIECE, SAMPLES_PER_FRAME, SAMPLE_RATE, Track, carry_sound, decode,
                           encode, read_picture)
 
@@ -280,9 +281,9 @@ def cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None]
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=root, ignore_cleanup_errors=True) as folder:
                 build(Path(folder))
                 os.rename(folder, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if not target.exists():                      # else another run was first, with the same clips
-            reason = error.strerror or error
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise MediaError(root, f"cache cannot be written ({reason}); set FLOWPORTRAIT_CACHE") from None
     return target
 

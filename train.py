@@ -135,6 +135,8 @@ def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace) -> 
     if len(clips) * args.frames < args.config.space_channels:
         raise MediaError(args.data or "--clips", f"{len(clips)} clips are too few to fit the codec; add some")
     model.codec.fit(pixels(spread(clips, CODEC_CLIPS), args.frames).to(args.device))
+    if not model.codec.scale.min() > 0:
+        raise MediaError(args.data or "--clips", "shows nothing that moves; add videos of people who speak")
 
 
 def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Latents:

@@ -224,6 +224,8 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.preset
+    if str(args.out)[0] == "-":                      # in a printed command it would be a flag
+        args.out = args.out.absolute()
     if args.seconds is None:
         args.seconds = 3.0 if args.data else 2.0
     check(p, args)

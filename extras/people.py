@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,8 +153,8 @@ def align(scores: dict[str, Sequence[float]], ratings: RatingTable, out: Path) -
 
 def align_judge(args: argparse.Namespace) -> None:
     """Rate every video that people rated, and compare. Paths are relative to the table."""
-    if args.out.is_dir():
-        raise MediaError(args.out, "is a folder; name the file to write the calibration to")
+    if args.out.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
+        raise MediaError(args.out, "is a folder, or in none; name the file to write the calibration to")
     ratings, scores = read_ratings(args.ratings), {}
     judge = reward_flags.make_judge(args)
     if judge is None:

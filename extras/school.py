@@ -256,7 +256,7 @@ def save_judge(judge: Judge, folder: Path, card: str) -> None:
         judge.processor.save_pretrained(temporary)
         own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
         Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
-        Path(temporary, "README.md").write_text(card)
+        Path(temporary, "README.md").write_text(card, "utf-8", "backslashreplace")
         for path in Path(temporary).iterdir():
             os.replace(path, folder / path.name)
 

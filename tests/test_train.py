@@ -4,6 +4,7 @@ controls."""
 import json
 import math
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from data import Clip, Clips
 from extras.files import MediaError, fitting
 from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
-from model import load_generator
+from model import Generator, load_generator
 from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
 from tiny import POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
 
@@ -273,6 +274,13 @@ def a_still_one(clip: Clip) -> Clip:
     return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
 
 
+def test_clips_in_which_nothing_moves_are_refused():
+    args = train.parse_arguments(TINY)
+    clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
+    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
+        train.fit_codec(Generator(args.config), clips, args)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(known):
     """By hand, for clips that move: a value divided by that of the true clip."""
@@ -414,8 +422,9 @@ def test_every_update_has_prompts_and_noise_of_its_own(finished, bright, tmp_pat
 # ---------------------------------------------------------------- too little memory
 
 FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
-                     "memory: you tried to allocate 8000000000 bytes.\nError code 12")]
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                     "you tried to allocate 8000000000 bytes.\nError code 12"),
+        BrokenProcessPool("A process in the process pool was terminated abruptly")]
 
 
 @pytest.mark.parametrize("owner, name, words", [
