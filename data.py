@@ -1,8 +1,8 @@
 """Portraits, speech and video clips: everything that enters or leaves the generator.
 
 1. Sound as the generator hears it: log-mel energies of a frame's own 40 ms, of 40 ms before and 80 ms after.
-   Those 80 ms are the *latency* of the whole system: a speaker's lips round before the vowel is heard. Or the
-   features of a frozen speech encoder, which hears the whole speech before the first frame: no streaming.
+   These 80 ms, and the length of a chunk, are the latency of the whole system: a speaker's lips round before
+   the vowel is heard. Or the features of a frozen speech encoder, which hears the whole speech first.
 2. Media in. Any video or sound becomes 25 RGB frames and 16,000 mono samples a second, so a frame is exactly
    640 samples. How ffmpeg and Pillow do that with odd files is in extras/media.py.
 3. Clips on disk. A folder of videos is decoded once into a cache; clips are mapped from it when used.
@@ -49,9 +49,9 @@ WINDOW = 400                                         # 25 ms under each spectrum
 MELS = 32
 LOOK_BACK, LOOK_AHEAD = 4, 8                         # hops before and after a frame's own four: 40 and 80 ms
 MEL_DIM = (LOOK_BACK + 4 + LOOK_AHEAD) * MELS        # 512
-LATENCY = LOOK_AHEAD * HOP / SAMPLE_RATE             # 0.08 s of future sound that a frame waits for
-LOG_FLOOR = 1e-3                                     # mel power below this is room noise at ACTIVE_RMS
-LOG_MEAN, LOG_STD = -4.1, 3.3                        # of log(mel + LOG_FLOOR): GRID, drawn talkers
+LATENCY = LOOK_AHEAD * HOP / SAMPLE_RATE             # 0.08 s of future sound that a chunk waits for
+LOG_FLOOR = 1e-3                                     # mel power below this is room noise at our loudness
+LOG_MEAN, LOG_STD = -4.1, 3.3                        # of log(mel + LOG_FLOOR): real (GRID) and drawn talkers
 
 MIN_FRAMES = FPS                                     # a clip lasts at least a second
 AUDIO_SLACK = 5                                      # frames of sound a clip may lack (GRID: 0.5)
@@ -254,7 +254,7 @@ class Clips(Sequence):
         return Clips(self.folder, [row for i, row in enumerate(self.rows) if keep(i)], self.index)
 
 
-def write_clips(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) -> None:
+def fill_cache(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) -> None:
     """Write clips (name, source file, frames, audio, truth) to a cache folder, one at a time in memory."""
     index = []
     for name, source, frames, audio, truth in clips:
@@ -362,7 +362,7 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0,
     files, left_out = find_videos(folder)
     names = [name for name, _, _ in files]
     recipe = {"files": files, "size": size, "frames": length, "crop": crop}
-    clips = Clips(cached(cache, recipe, lambda to: write_clips(
+    clips = Clips(cached(cache, recipe, lambda to: fill_cache(
         to, _decode_all(folder, names, size, length, crop, to / "parts", failed), failed)))
     skipped = left_out | clips.index["skipped"]      # told on every run: the cache keeps what was left out
     for name, reason in sorted(skipped.items()):

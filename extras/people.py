@@ -25,6 +25,7 @@ from scipy import optimize, stats
 from tqdm import tqdm
 
 from data import Clip, folder_clips, load_clip, sounds, video_uri
+from extras.arguments import check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, replacing, writing
 from extras.media import FPS
 from extras import reward_flags
@@ -32,7 +33,7 @@ from extras.reward_flags import read_json
 from extras.talkers import synthetic_clips
 from model import Generator, load_generator
 from reward import ASPECTS, rate_whole, to_bytes
-from sample import check_numbers, crop_argument, device_argument, imitate
+from sample import imitate
 
 # ---------------------------------------------------------------- agreement with people
 

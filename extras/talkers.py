@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Clip, Clips, cached, write_clips
+from data import Clip, Clips, cached, fill_cache
 from extras.files import begin_worker, cores
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE, normalise_loudness
 
@@ -572,4 +572,4 @@ def synthetic_clips(count: int, size: int, seconds: float = 2.0, seed: int = 0, 
     recipe = {"count": count, "size": size, "frames": frames, "seed": seed, "first": first, "world": world,
               "renderer": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     jobs = [(index, seed, size, frames) for index in range(first, first + count)]
-    return Clips(cached(cache, recipe, lambda to: write_clips(to, _render_all(jobs, world == "found"), {})))
+    return Clips(cached(cache, recipe, lambda to: fill_cache(to, _render_all(jobs, world == "found"), {})))
