@@ -39,9 +39,9 @@ ARROWS = {
     "extras.endpoint": {"data", "reward"},
     "extras.reward_flags": {"data", "reward"},
     "extras.sync": {"data", "reward"},
-    "extras.people": {"data", "model", "reward", "sample", "extras.reward_flags", "extras.talkers"},
+    "extras.people": {"data", "model", "reward", "sample", "extras.arguments", "extras.reward_flags", "extras.talkers"},
     "extras.lessons": MAIN | {"extras.mouths"},
-    "extras.school": MAIN | {"extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
+    "extras.school": MAIN | {"extras.arguments", "extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
                              "extras.talkers"},
     "extras.face": {"data"},
 }

@@ -161,7 +161,8 @@ def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(
 
 def fabricated(visual: torch.Tensor, sound: torch.Tensor) -> SimpleNamespace:
     """A network that has made up its mind: it returns these embeddings (B, W, D) whatever it is shown."""
-    return SimpleNamespace(visual=lambda frames: visual, sound=lambda audio: sound)
+    return SimpleNamespace(visual=lambda frames: visual, sound=lambda audio: sound,
+                           parameters=lambda: iter([visual]))
 
 
 def test_metrics_are_those_of_a_float64_loop_over_shifts_and_windows():
