@@ -6,8 +6,8 @@
 The generator has seen heads of one size in one place of a square. `frame_of` finds it in any picture.
 A detector gives a box around the face; the square is HEAD times as large, its centre UP boxes above its own.
 Both constants were measured on training clips, so a photo and a video of one person are cut alike. One square
-serves a whole clip, so the cut adds no motion. It lies inside the picture: near an edge it is moved, and where
-the picture is too small it shrinks. `--crop x,y,size` replaces all this; `--crop none` takes the
+serves a whole clip, so the cut adds no motion. It lies inside the picture: near an edge it is moved, and
+where the picture is too small it shrinks. `--crop x,y,size` replaces all this; `--crop none` takes the
 centre square.
 
 `pieces` cuts a long video into stretches in which one person is seen and heard.

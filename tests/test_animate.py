@@ -4,14 +4,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
+import torch
 from PIL import Image
 
 import data
 import sample
+from extras import files
 from model import Config, Generator, save_generator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,9 +65,7 @@ def test_what_is_read_is_never_overwritten_not_even_by_a_link(given, flag, tmp_p
 @pytest.mark.parametrize("flags, words", [
     ("--track 1", "is silent"), ("--track 3", "track 1 with 2 channels, track 2 with 2 channels"),
     ("--track x", "want TRACK or TRACK:CHANNEL"), ("--out no/a.mp4", "in none that can be written"),
-    (f"--out {'x' * 256}.mp4", "name too long"), ("--score v.mp4", "--score stands alone"),
-    ("--size 8", "--size must be at least 32"), ("--weights beauty=1", "want name=weight"),
-    ("--weights seams=-1", "want name=weight"), ("--judge-dtype float8", "--judge-dtype: invalid choice"),
+    (f"--out {'x' * 256}.mp4", "name too long"),
     ("--crop 1,2", "want x,y,size"), ("--seed 9999999999999999999", "--seed must be below")])
 def test_what_cannot_be_done_is_said_and_leaves_nothing(given, flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -86,3 +87,31 @@ def test_an_error_is_one_line_and_any_sign_is_spelled_out_in_any_encoding(given,
     assert done.returncode and done.stdout.strip() == rb"0.1\xb10.2"
     assert done.stderr.count(b"\n") == 1 and rb"caf\udce9.mkv: is silent" in done.stderr
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_sigterm_leaves_nothing_behind(given, tmp_path):
+    """Ten minutes of speech are on their way into a video."""
+    subprocess.run([FFMPEG, "-v", "error", "-f", "lavfi", "-i", SPEECH.replace("d=1.3", "d=600"),
+                    tmp_path / "long.wav"], check=True)
+    arguments = command(given | {"--audio": str(tmp_path / "long.wav")}, "--out", str(tmp_path / "a.mp4"))
+    process = subprocess.Popen([sys.executable, "sample.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True)
+    while not [*tmp_path.glob(".writing-*/video.mp4")]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.communicate(timeout=60)[1].rstrip().endswith("stopped; nothing was written")
+    assert process.returncode == 1 and [path.name for path in tmp_path.iterdir()] == ["long.wav"]
+
+
+def test_threads_are_no_more_than_the_cores_that_may_be_used(monkeypatch):
+    """Two of 64 cores by affinity, or three by a container's quota: PyTorch sees 64."""
+    given = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 6})
+    assert files.cores() <= 2
+    monkeypatch.setattr(files, "cores", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(files.signal, "signal", lambda *_: None)
+    with files.one_line("", ""):
+        assert given == [3]

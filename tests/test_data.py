@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from safetensors import SafetensorError
 
 import data
 from extras.media import normalise_loudness
@@ -337,8 +338,12 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.cached(tmp_path, {"size": 3}, fail)
     assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
-    with pytest.raises(data.MediaError, match="cache cannot be written"):
-        data.cached(one / "clip", {}, build)
+    def fill(folder: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    for root, wrong in ((one / "clip", build), (tmp_path, fill)):
+        with pytest.raises(data.MediaError, match="cache cannot be written"):
+            data.cached(root, {}, wrong)
 
 
 # ---- Portraits ----------------------------------------------------------------------------------------
@@ -563,3 +568,35 @@ def test_what_cannot_be_written_is_refused_before_the_first_frame(tmp_path):
         with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
             data.write_video(path, (asked.append(i) for i in range(3)), torch.zeros(1280))
     assert not asked and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.mp4", "a.jpg"])
+def test_a_damaged_file_is_one_line_or_a_good_result(tmp_path, name):
+    """Ten times bytes are flipped, the end is cut off or a piece is cut out. The video that carries what was
+    heard decodes without a complaint."""
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    if name == "a.jpg":
+        Image.fromarray(colours()).save(path)
+    else:
+        make_video(path) if name == "a.mp4" else ffmpeg("-f", "lavfi", "-i", SPEECH, path)
+    whole, good = path.read_bytes(), 0
+    for turn in range(10):
+        raw, at = bytearray(whole), rng.integers(len(whole) // 3, len(whole), 8)
+        for i in at:
+            raw[i] ^= 255
+        path.write_bytes([raw, whole[: at[0]], whole[: min(at)] + whole[max(at) :]][turn % 3])
+        try:
+            if name == "a.jpg":
+                assert picture(path).shape == (3, 64, 64)
+                good += 1
+                continue
+            speech, track = data.read_speech(path)
+            frames = torch.zeros(-(-len(speech) // 640), 3, 32, 32, dtype=torch.uint8)
+            data.write_video(tmp_path / "out.mp4", frames, track)
+            good += 1
+            checked = subprocess.run([FFMPEG, "-v", "error", "-i", tmp_path / "out.mp4", "-f", "null", "-"],
+                                     capture_output=True)
+            assert not checked.stderr, turn
+        except data.MediaError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert good

@@ -130,7 +130,7 @@ def test_scores_stand_at_their_clip_and_aspect_and_as_many_requests_as_asked_for
         return 200, {}, completion(**{f"{1 + (int(video['video_url']['url']) + aspect) % 5}": 0.9})
 
     with serving(answer) as (url, seen):
-        score = RemoteJudge(url, "m", at_once=3).rate(*clips(8)).score
+        score = RemoteJudge(url.replace("127.0.0.1", "0.0.0.0"), "m", at_once=3).rate(*clips(8)).score
     assert score.tolist() == [pytest.approx([1 + (i + j) % 5 for j in range(3)]) for i in range(8)]
     assert most == 3 and len(seen) == 24
 

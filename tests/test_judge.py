@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import reward
-import sample
+from extras import score
 from data import Clip
 from extras.files import MediaError
 from extras.lessons import FAULTS, blur, spoil
@@ -137,16 +137,16 @@ def test_what_is_no_judge_is_named_in_one_line(tmp_path):
 
 def test_the_embedded_judge_rates_drawn_talkers_only_and_a_named_one_whatever_there_is(capsys):
     """With --data and no --judge there is no judge, and one line says how to have one."""
-    flags = ["--score", "v.mp4", "--device", "cpu"]
-    assert make_judge(sample.parse_arguments(flags)).window == 48
-    assert make_judge(sample.parse_arguments([*flags, "--judge", "none"])) is None
+    flags = ["v.mp4", "--device", "cpu"]
+    assert make_judge(score.parse_arguments(flags)).window == 48
+    assert make_judge(score.parse_arguments([*flags, "--judge", "none"])) is None
     assert capsys.readouterr().err == ""
-    assert make_judge(sample.parse_arguments([*flags, "--data", "my clips"])) is None
+    assert make_judge(score.parse_arguments([*flags, "--data", "my clips"])) is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "--judge" in said
     assert "python -m extras.school teach --data 'my clips'" in said
     named = [*flags, "--data", "my clips", "--judge", str(reward.DEFAULT_JUDGE)]
-    assert isinstance(make_judge(sample.parse_arguments(named)), Judge)
+    assert isinstance(make_judge(score.parse_arguments(named)), Judge)
 
 
 # ---------------------------------------------------------------- regularisers

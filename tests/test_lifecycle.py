@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,9 +101,12 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_no
     with pytest.raises(MediaError, match="another run is at work there; wait for its end, or choose"):
         train.main([*ALONE, "--out", str(tmp_path)])
     first.kill(), first.wait()
+    for left in "pretrained/.model.safetensors.7", ".writing-x/video.mp4":      # by a run that was killed
+        (tmp_path / left).parent.mkdir()
+        (tmp_path / left).touch()
     with session.lock(tmp_path), pytest.raises(MediaError), session.lock(tmp_path):
         pass
-    assert not [*tmp_path.iterdir()]
+    assert [*tmp_path.rglob("*")] == [tmp_path / "pretrained"]
 
 
 # ---------------------------------------------------------------- stopped
@@ -214,6 +217,25 @@ def test_sigterm_while_data_are_prepared_is_one_line(tmp_path):
     assert said == "stopped; start it again: it was before the first checkpoint, so nothing was kept"
 
 
+def test_a_run_that_is_killed_leaves_no_worker(tmp_path):
+    """Two thousand talkers are being drawn by processes of its own."""
+    def workers(parent: int) -> list[Path]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):                     # it ends while it is looked at
+                state, of, *_ = path.read_text().rpartition(")")[2].split()
+                found += [path.parent] if of == f"{parent}" else []
+        return found
+
+    with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
+        wait_for(lambda: len(workers(process.pid)) > 1, process)
+        begun_by_it = workers(process.pid)
+    until = time.monotonic() + 120
+    while any(folder.exists() for folder in begun_by_it):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, monkeypatch):
     """Half of the state is written: one line names the file, and every byte that stood there still stands."""
     run = copy(finished, tmp_path / "run")
@@ -282,6 +304,7 @@ def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path
     assert train.parse_arguments(again).sampling_steps == 1
     for steps in 2, 3:                                # the default too, if it is asked for
         assert train.parse_arguments([*again, "--sampling-steps", f"{steps}"]).sampling_steps == steps
+    assert train.parse_arguments(["--out=-take"]).out == Path("-take").absolute()     # printed, it is no flag
 
 
 def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(

@@ -230,6 +230,7 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(files, name, content, s
     ("study {runs}/amber {runs}/birch --out {tmp}", "is the key of a study that may have votes"),
     ("study {runs}/amber {runs}/birch --out {tmp}/s --max-seconds .5", "--max-seconds must be at least 1"),
     ("align {tmp}/nothing.csv --out {tmp}", "name the file to write the calibration to"),
+    ("align {tmp}/nothing.csv --out {tmp}/no/c.json", "name the file to write the calibration to"),
     ("align {tmp}/nothing.csv", "No such file"),
     ("tally votes.json", "required: --key")])
 def test_a_command_that_cannot_be_done_is_one_line_and_writes_nothing(runs, tmp_path, command, said, capsys):

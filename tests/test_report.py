@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data import Clip, load_speech
+from extras.page import code, write_page
 from extras.report import funnel, funnel_table, paired, write_clips, write_report
 
 
@@ -125,3 +126,9 @@ def test_the_report_is_one_file_that_embeds_what_it_shows_and_its_rows_are_those
     assert ["seam_ratio", "", "1.500±0.000"] in rows and ["seed", "0"] in rows
     for row in rows:
         assert f"| {' | '.join(row)} |" in lines
+
+
+def test_a_name_that_is_no_utf_8_is_spelt_out(tmp_path):
+    write_page(tmp_path / "report", "caf\udce9", [code("--data caf\udce9")])
+    for suffix in ".md", ".html":
+        assert r"--data caf\udce9" in (tmp_path / f"report{suffix}").read_text("utf-8")

@@ -20,7 +20,9 @@ ARROWS = {
     "model": {"data", "kernels"},
     "grpo": {"kernels", "model"},
     "reward": {"data", "model"},
-    "sample": {"data", "model", "reward", "extras.mouths", "extras.reward_flags"},
+    "sample": {"data", "model", "reward", "extras.arguments", "extras.mouths"},
+    "extras.arguments": set(),
+    "extras.score": {"data", "sample", "extras.arguments", "extras.reward_flags", "extras.talkers"},
     "train": MAIN | {"extras.flags", "extras.measuring", "extras.pretrained", "extras.processes", "extras.report",
                      "extras.reward_flags", "extras.session", "extras.talkers"},
     "kernels.bench": {"data", "kernels", "model", "grpo"},
@@ -29,7 +31,7 @@ ARROWS = {
     "extras.page": {"data"},
     "extras.report": {"data", "extras.page"},
     "extras.processes": set(),
-    "extras.flags": {"data", "model", "grpo", "sample", "extras.pretrained", "extras.processes",
+    "extras.flags": {"data", "model", "grpo", "extras.arguments", "extras.pretrained", "extras.processes",
                      "extras.reward_flags"},
     "extras.session": {"data", "model", "reward", "sample", "extras.flags", "extras.processes"},
     "extras.measuring": {"data", "model", "grpo", "reward", "sample", "extras.processes", "extras.report",
@@ -48,7 +50,6 @@ ARROWS = {
 ON_DEMAND = {
     ("data", "hear"): {"extras.pretrained"},                    # --audio-encoder
     ("extras.reward_flags", "make_judge"): {"extras.endpoint"},  # --judge-url
-    ("sample", "score_videos"): {"extras.talkers"},             # --score without --data
     ("kernels.bench", "bench_whole"): {"train", "extras.flags", "extras.reward_flags", "extras.talkers"},
 }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from scipy import linalg
 
-import sample
+from extras import score
 from data import Clip, write_video
 from extras.files import MediaError
 from extras.mouths import mouth_axis, mouth_boxes, mouth_opening_from_pixels
@@ -17,7 +17,7 @@ from extras.talkers import LIP_LEAD, render_talker
 from model import estimate_pose, warp
 from reward import COMPONENTS
 from sample import (correlation, evaluate, frechet, head_motion, jerk, frame_change, psnr, seam_ratio,
-                    shifted_correlation, still_psnr, sync_metrics, sync_offset)
+                    shifted_correlation, still_psnr, sync_metrics, lip_offset)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_correlation_is_pearson_s_over_the_frames_that_both_have_and_zero_for_wh
 @pytest.mark.parametrize("n", [-5, -2, 0, 3])
 def test_shifting_one_signal_by_n_frames_moves_the_measured_offset_by_n(clips, measured, n):
     """The mouth read from pixels against the true mouth, moved so that it leads by n frames."""
-    found = np.array([sync_offset(area, true_area(clip).roll(-n)) for clip, area in zip(clips, measured)])
+    found = np.array([lip_offset(area, true_area(clip).roll(-n)) for clip, area in zip(clips, measured)])
     assert np.median(found) == n and np.mean(found == n) > 0.9
 
 
@@ -177,7 +177,7 @@ def test_metrics_are_those_of_a_float64_loop_over_shifts_and_windows():
             curve[k] = sum(distances) / len(both)
         least, middle = min(curve.values()), sorted(curve.values())[15]
         expected = {"sync_distance": least, "sync_confidence": middle - least, "sync_own": curve[0],
-                    "sync_offset": -min(curve, key=curve.get)}
+                    "lip_offset": -min(curve, key=curve.get)}
         for name, value in expected.items():
             assert found[name][b].item() == pytest.approx(value, abs=1e-5), name
 
@@ -188,7 +188,7 @@ def test_offset_is_positive_when_the_picture_comes_after_its_sound(late):
     moments = torch.eye(80)[None]
     seen, heard = moments[:, 20 - late : 50 - late], moments[:, 20:50]
     found = {name: value.item() for name, value in sync_metrics(fabricated(seen, heard), None, None).items()}
-    assert found == {"sync_offset": late, "sync_distance": 0, "sync_confidence": pytest.approx(math.sqrt(2)),
+    assert found == {"lip_offset": late, "sync_distance": 0, "sync_confidence": pytest.approx(math.sqrt(2)),
                      "sync_own": pytest.approx(math.sqrt(2) if late else 0)}
 
 
@@ -211,12 +211,21 @@ def test_frechet_of_gaussians_agrees_with_the_matrix_square_root_of_scipy(n):
 
 def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, monkeypatch, clips):
     """One that cannot be scored is named at the end, and does not keep the others from their scores."""
-    monkeypatch.setattr("extras.talkers.synthetic_clips", lambda *a, **k: clips)
+    monkeypatch.setattr("extras.score.synthetic_clips", lambda *a, **k: clips)
     write_video(tmp_path / "v.mp4", clips[0].frames, clips[0].audio)
     write_video(tmp_path / "mute.mp4", torch.zeros(30, 3, 64, 64, dtype=torch.uint8), torch.zeros(30 * 640))
     with pytest.raises(MediaError, match="1 of 2 videos could not be scored: .*mute.mp4: is silent"):
-        sample.main(["--score", str(tmp_path / "mute.mp4"), str(tmp_path / "v.mp4")])
+        score.main([str(tmp_path / "mute.mp4"), str(tmp_path / "v.mp4")])
     before, _, after = capsys.readouterr().out.partition("held out, no part of the reward:")
     assert all(name in before for name in (*COMPONENTS, "total")) and "sync_confidence" in after
     with pytest.raises(MediaError, match="nothing.mp4: does not exist"):
-        sample.main(["--score", "nothing.mp4"])
+        score.main(["nothing.mp4"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--size 8", "--size must be at least 32"), ("--weights beauty=1", "want name=weight"),
+    ("--weights seams=-1", "want name=weight"), ("--judge-dtype float8", "--judge-dtype: invalid choice")])
+def test_a_flag_that_cannot_be_is_one_clear_line(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        score.main(["v.mp4", *flags.split()])
+    assert words in capsys.readouterr().err

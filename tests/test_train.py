@@ -4,6 +4,7 @@ controls."""
 import json
 import math
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from data import Clip, Clips
 from extras.files import MediaError, fitting
 from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
-from model import load_generator
+from model import Generator, load_generator
 from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
 from tiny import POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
 
@@ -82,9 +83,9 @@ class Other(Clips):
 
 
 def picks(judge, *flags, change=lambda clips: clips):
-    args, entries = train.parse_arguments([*TINY, "--curate", "0.5", *flags]), []
+    args = train.parse_arguments([*TINY, "--curate", "0.5", *flags])
     clips = change(train.load_clips(args)[0])
-    return train.pick_clips(judge, clips, args, lambda **entry: entries.append(entry)), clips, entries
+    return train.pick_clips(judge, clips, args), clips
 
 
 def numbers(clips) -> list[int]:
@@ -107,10 +108,10 @@ def test_the_judge_picks_by_its_ratings_alone(monkeypatch):
     monkeypatch.setattr(train, "RATED_AT_ONCE", 4)
     judge = judge_of("once")
     for change in (lambda clips: clips, lambda clips: clips[::-1], lambda clips: Other(clips.folder)):
-        picked, clips, entries = picks(judge, change=change)
+        picked, clips = picks(judge, change=change)
         assert numbers(clips[i] for i in picked.curated) == [0, 2, 4]
         assert numbers(picked.lively) == [0, 3] and numbers(picked.smooth) == [0, 2]
-        assert picked.cpu_seconds > 0 and [row["fault"] for row in entries[0]["funnel"]] == list(FAULTS)
+        assert picked.cpu_seconds > 0
     assert len(judge.asked) == 12                                      # once in either order
     assert len(picks(judge, "--curate", "0")[0].curated) == 0          # no curation, but exemplars
 
@@ -119,7 +120,7 @@ def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_
     """Also where fewer clips are rated than are wanted: of six with two sums, three shall be picked."""
     def silence(known):
         known[[0, 2, 4], 0], known[3] = math.nan, math.nan
-    picked, *_ = picks(judge_of("silent", silence))
+    picked, _ = picks(judge_of("silent", silence))
     assert picked.curated.tolist() == [1, 5]
     assert numbers(picked.lively) == numbers(picked.smooth) == [0, 1, 2, 4, 5]
     with pytest.raises(JudgeError, match="the judge: rates none of the 6 training clips; use an"):
@@ -145,12 +146,12 @@ def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
 
 
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos):
-    picked, clips, entries = picks(None, "--data", str(videos[0]), "--reward-sync", str(REWARD_SYNC))
+    picked, clips = picks(None, "--data", str(videos[0]), "--reward-sync", str(REWARD_SYNC))
     confidence = sample.sync_metrics(load_sync(REWARD_SYNC), train.pixels(clips, 24),
                                      train.sounds(clips, 24))["sync_confidence"]
     best = confidence.argsort()[len(clips) - round(len(clips) / 2):]
     assert sorted(picked.curated.tolist()) == sorted(best.tolist())
-    assert [c.name for c in picked.lively] == [c.name for c in picked.smooth] and not entries
+    assert [c.name for c in picked.lively] == [c.name for c in picked.smooth]
 
 
 def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_path, capsys):
@@ -214,6 +215,8 @@ def test_a_run_leaves_everything_it_names_and_logs_every_step(finished):
         assert first["grad_norm"] > 0 and entry["sigma"] == pytest.approx(2 / 3)
     assert sorted((e["arm"], e["sampler"]) for e in entries if "arm" in e) == sorted(
         (arm, sampler) for arm in ARMS for sampler in ("ode", "cps"))
+    funnel, = (e["funnel"] for e in entries if "funnel" in e)
+    assert [row["fault"] for row in funnel] == list(FAULTS)
     assert "rewarded" in entries[-1] and len(json.loads((finished / "held_out.json").read_text())["cps"]) == 6
     for folder in finished, finished / "pretrained", finished / "curated", *(finished / "control").iterdir():
         load_generator(folder)
@@ -271,6 +274,13 @@ def a_still_one(clip: Clip) -> Clip:
     truth = clip.truth and clip.truth | {
         k: clip.truth[k][:1].expand_as(clip.truth[k]) for k in ("opening", "width")}
     return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
+
+
+def test_clips_in_which_nothing_moves_are_refused():
+    args = train.parse_arguments(TINY)
+    clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
+    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
+        train.fit_codec(Generator(args.config), clips, args)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -414,8 +424,9 @@ def test_every_update_has_prompts_and_noise_of_its_own(finished, bright, tmp_pat
 # ---------------------------------------------------------------- too little memory
 
 FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
-                     "memory: you tried to allocate 8000000000 bytes.\nError code 12")]
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                     "you tried to allocate 8000000000 bytes.\nError code 12"),
+        BrokenProcessPool("A process in the process pool was terminated abruptly")]
 
 
 @pytest.mark.parametrize("owner, name, words", [
@@ -433,7 +444,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("full", FULL, ids=["cuda", "python", "cpu"])
+@pytest.mark.parametrize("full", FULL, ids=["cuda", "python", "cpu", "worker"])
 def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are(full):
     def fail(*_):
         raise full
