@@ -16,6 +16,7 @@ import data
 import sample
 from extras import files
 from model import Config, Generator, save_generator
+from tiny import CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -27,9 +28,7 @@ SPEECH = "aevalsrc='0.3*sin(2*PI*220*t)*abs(sin(2*PI*2*t))':s=48000:d=1.3"
 def given(tmp_path_factory) -> dict[str, str]:
     """A generator of random weights, a portrait, and speech in the second track, beside a silent one."""
     folder = tmp_path_factory.mktemp("given")
-    tiny = Config(size=32, space_channels=6, channels=8, width=32, layers=1, heads=2, kv_heads=1, head_dim=16,
-                  mlp_width=32)
-    save_generator(Generator(tiny), folder / "run")
+    save_generator(Generator(Config(**CONFIG)), folder / "run")
     Image.linear_gradient("L").convert("RGB").save(folder / "face.png")
     subprocess.run([FFMPEG, "-v", "error", "-f", "lavfi", "-i", "anullsrc=d=1.3", "-f", "lavfi", "-i", SPEECH,
                     "-map", "0", "-map", "1", "-ac", "2", "-c:a", "flac", folder / "speech.mkv"], check=True)

@@ -255,16 +255,19 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, monkeyp
 
 # ---------------------------------------------------------------- the log
 
-def test_a_log_that_was_cut_short_loses_its_last_line_and_the_steps_that_come_again(finished, tmp_path):
-    """A stage at step 4 of 6: what it logged of steps 5 and 6 goes, and what other stages and lines say
-    stays."""
+@pytest.mark.parametrize("look_is_due", [False, True])
+def test_a_log_that_was_cut_short_loses_its_last_line_and_what_comes_again(finished, tmp_path, look_is_due):
+    """Curation at step 2 of 3: what it logged of step 3 goes, and the look at step 2 if it will look again.
+    What other stages and lines say stays."""
     lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "log.jsonl").write_text("".join(lines) + '{"seconds": 3.1, "st')
-    stage = SimpleNamespace(name="pretraining", unit="step", step=4, look_is_due=False)
+    stage = SimpleNamespace(name="curation", unit="step", step=2, look_is_due=look_is_due)
     session.Log(tmp_path, 0.0).rewind(stage)
-    kept = [line for line in lines
-            if json.loads(line).get("stage") != "pretraining" or json.loads(line)["step"] <= 4]
-    assert (tmp_path / "log.jsonl").read_text() == "".join(kept) and len(kept) == len(lines) - 2
+    kept = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    gone = [entry for entry in map(json.loads, lines) if entry not in map(json.loads, kept)]
+    looks_and_steps = [("watched" in entry, entry["step"]) for entry in gone]
+    assert looks_and_steps == [(True, 2)] * look_is_due + [(False, 3), (True, 3)]
+    assert len(kept) == len(lines) - len(gone) and {entry["stage"] for entry in gone} == {"curation"}
 
 
 def test_the_log_is_json_that_every_reader_takes(tmp_path):
@@ -289,7 +292,6 @@ def test_tensorboard_gets_the_numbers_of_each_step_and_its_absence_is_one_line(t
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MediaError, match="--tensorboard: wants the package of this name; pip install"):
         session.Log(tmp_path, 0.0, tensorboard=True)
-    assert train.parse_arguments([*TINY, "--tensorboard"]).tensorboard
 
 
 # ---------------------------------------------------------------- moved

@@ -13,10 +13,11 @@ import reward
 from data import load_clip, write_video
 from extras import people, reward_flags
 from extras.files import MediaError
-from extras.people import align, isotonic, pairwise_accuracy, read_ratings, tally
+from extras.people import align, pairwise_accuracy, read_ratings, tally
 from extras.reward_flags import load_calibration
 from model import Config, Generator, save_generator
-from reward import ASPECTS, calibrate
+from reward import ASPECTS
+from tiny import CONFIG
 
 
 # ---------------------------------------------------------------- agreement with people
@@ -29,17 +30,6 @@ def test_pairs_that_differ_in_the_truth_are_counted_and_a_tie_is_half_right():
     assert pairwise_accuracy(judge, truth, least=2) == 1
     assert pairwise_accuracy([3, 2, 1], [1, 2, 2.1], least=1) == 0
     assert math.isnan(pairwise_accuracy([1, 2], [3, 4], [0, 1]))
-
-
-def test_a_calibration_rises_between_the_centres_of_blocks_and_is_clamped_outside():
-    """By hand: 4, 2, 3 is one block, equal scores are another; an upside-down judge has a single block."""
-    x, y = isotonic([4, 1, 2, 3, 5, 5], [3, 1, 4, 2, 6, 4])
-    assert x.tolist() == [1, 3, 5] and y.tolist() == [1, 3, 5]
-    assert [k.tolist() for k in isotonic(torch.tensor([1.0, 2.0, 3.0]), [3, 2, 1])] == [[2], [2]]
-    knots = isotonic([1, 2, 3, 4], [1, 3, 2, 5])                          # centres (1, 1), (2.5, 2.5), (4, 5)
-    torch.testing.assert_close(calibrate(torch.tensor([[0.0, 1.0], [1.75, 9.0]]), knots),
-                               torch.tensor([[1.0, 1.0], [1.75, 5.0]]))
-    assert (calibrate(torch.linspace(1, 4, 50), knots).diff() > 0).all()
 
 
 def test_the_table_tells_agreement_and_saves_what_can_be_fitted(tmp_path):
@@ -86,17 +76,13 @@ def test_videos_that_people_rated_are_rated_by_the_judge(tmp_path, monkeypatch, 
 
 # ---------------------------------------------------------------- a study of preferences: blind and paired
 
-SHAPE = dict(size=32, grid=3, width=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_width=32,
-             space_channels=6, channels=8)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Three generators of random weights, the last of other pictures."""
     folder = tmp_path_factory.mktemp("secretly")
     for seed, (name, more) in enumerate({"amber": {}, "birch": {}, "large": {"size": 64}}.items()):
         torch.manual_seed(seed)
-        model = Generator(Config(**SHAPE | more))
+        model = Generator(Config(**CONFIG | more))
         model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
         for weight in model.parameters():        # those that start at zero would hide the noise
             weight.data.normal_(std=0.2)

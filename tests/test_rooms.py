@@ -1,6 +1,7 @@
 """Which room may import which: read off the source, so that an arrow is a fact and not a promise."""
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -53,6 +54,7 @@ ON_DEMAND = {
 }
 
 
+@cache
 def files() -> dict[str, list[Path]]:
     """Room -> its files. The kernels are one room, their benchmark another."""
     rooms: dict[str, list[Path]] = {}
@@ -70,6 +72,7 @@ def room_of(name: str) -> str:
     return name
 
 
+@cache
 def imports(path: Path) -> list[tuple[str | None, str]]:
     """(function or None at the top, module) for each import in a file."""
     found = []
