@@ -21,7 +21,7 @@ import sample
 import train
 from extras import session
 from extras.files import MediaError
-from model import load_generator
+from model import Generator, load_generator
 from test_endpoint import GOOD, serving
 from tiny import ALONE, POST, TINY, WHOLE, assert_same_bits, logged, state
 
@@ -324,6 +324,16 @@ def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(
     rewrite(run, judge_url="http://h:1/v1", judge_model="m")
     args = train.parse_arguments(["--resume", str(run), "--judge", "default"])
     assert args.judge == "default" and args.judge_url is None
+
+
+def test_a_run_whose_clips_have_changed_says_so(tmp_path, capsys):
+    """It had five; there are six now."""
+    (tmp_path / "log.jsonl").write_text('{"seconds": 1, "config": {}, "clips": 5}\n')
+    args = train.parse_arguments(TINY)
+    clips, held_out, _ = train.load_clips(args)
+    train.describe(Generator(args.config), clips, held_out, args, session.Log(tmp_path, 0.0))
+    assert "had 5 training clips before, and has 6 now" in capsys.readouterr().out
+    assert logged(tmp_path)[-1]["clips"] == 6
 
 
 def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(finished, tmp_path):
