@@ -59,6 +59,8 @@ BLANK_STD = 4.0                                      # of 255: 11 of 900 GRID cl
 HELD_OUT = 0.1                                       # share of the files that training never sees
 CACHE_VERSION = 5                                    # raise it when decoding changes its result
 
+Crop = tuple[int, int, int] | str | None             # x, y, side; "face": where the head is; None: the centre
+
 
 @dataclass
 class Clip:
@@ -185,7 +187,7 @@ def load_portrait(path: str | Path, size: int, crop: tuple[int, int, int] | None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _decode_clip(path: Path, size: int, crop: tuple[int, int, int] | None,
+def _decode_clip(path: Path, size: int, crop: tuple[int, int, int] | dict | None,
                  part: Path) -> tuple[np.ndarray, np.ndarray]:
     """Decode one video file to frames (F, 3, S, S) uint8, mapped from `part`.rgb, and audio (F * 640,)."""
     sound, _ = decode(path, part, square=(size, crop))
@@ -201,8 +203,11 @@ def _decode_clip(path: Path, size: int, crop: tuple[int, int, int] | None,
     return frames.transpose(0, 3, 1, 2), sound.numpy()
 
 
-def load_clip(path: str | Path, size: int, crop: tuple[int, int, int] | None = None) -> Clip:
+def load_clip(path: str | Path, size: int, crop: Crop = None) -> Clip:
     """Read one video file as a Clip at `size` pixels, of a second or more. Raises: MediaError."""
+    if crop == "face":
+        from extras.face import frame_of_video       # here: only a crop by face needs a detector
+        crop = frame_of_video(path)
     with tempfile.TemporaryDirectory() as folder:
         frames, audio = _decode_clip(Path(path), size, crop, Path(folder, "clip"))
         return Clip(str(path), torch.from_numpy(frames.copy()), torch.from_numpy(audio.copy()))
@@ -288,24 +293,33 @@ def cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None]
     return target
 
 
-def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: tuple[int, int, int] | None,
+def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: Crop,
                 parts: Path, skipped: dict[str, str]) -> Iterator[tuple]:
     """Decode files side by side (ffmpeg works, threads wait); cut them, in order, into clips of `length`."""
+    from extras import face                          # here: it reads sounds by this file
+
     def attempt(i: int) -> tuple:
         try:
-            return _decode_clip(folder / names[i], size, crop, parts / f"{i}")
+            squares, spans = crop, [(0, math.inf)]
+            if crop == "face":
+                squares, spans = face.cut(folder / names[i], skipped, shown)
+            return *_decode_clip(folder / names[i], size, squares, parts / f"{i}"), spans
         except MediaError as error:
             skipped[printable(names[i])] = error.args[-1]
-            return (), ()
+            return (), (), []
 
+    shown = []
+    if crop == "face":
+        face.detector()                              # where there is none, it is said once
     parts.mkdir()
     pool = ThreadPoolExecutor(cores())
     try:
         results = pool.map(attempt, range(len(names)))
-        for i, (frames, sound) in enumerate(tqdm(results, "decoding", len(names), unit="file")):
-            source = printable(names[i])
-            for k, start in enumerate(range(0, len(frames) - MIN_FRAMES + 1, length)):
-                name, clip = f"{source}#{k}", frames[start : start + length]
+        for i, (frames, sound, spans) in enumerate(tqdm(results, "decoding", len(names), unit="file")):
+            source, spans = printable(names[i]), [(a, min(b, len(frames))) for a, b in spans]
+            starts = ((at, b) for a, b in spans for at in range(a, b - MIN_FRAMES + 1, length))
+            for k, (start, stop) in enumerate(starts):
+                name, clip = f"{source}#{k}", frames[start : min(start + length, stop)]
                 if clip[0].std((1, 2)).max() < BLANK_STD:
                     skipped[name] = "begins with an empty picture, so it has no portrait; trim it"
                     continue
@@ -313,6 +327,8 @@ def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: tu
                 yield name, source, clip, sound[own], {}
             for path in parts.glob(f"{i}.*"):
                 path.unlink()
+        if shown:
+            face.sheet(shown).save(parts.parent / "cut.jpg")
     finally:
         pool.shutdown(cancel_futures=True)           # after Ctrl-C do not decode the rest first
         shutil.rmtree(parts)
@@ -343,28 +359,30 @@ def _split(sources: list[str]) -> tuple[set[int], str]:
     return set(rows), f"0 held out, but the last {count} clips of {longest}"
 
 
-def folder_clips(folder: str | Path, size: int, seconds: float = 3.0,
-                 crop: tuple[int, int, int] | None = None, cache: str | Path | None = None,
-                 frames: int = MIN_FRAMES) -> tuple[Clips, Clips]:
+def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop = None,
+                 cache: str | Path | None = None, frames: int = MIN_FRAMES) -> tuple[Clips, Clips]:
     """Decode every video under `folder` once and return (training clips, held-out clips), split by file.
 
-    A long file becomes consecutive clips of `seconds`, the last at least one second. Files that cannot be
+    `folder` may be a video itself. A long file becomes consecutive clips of `seconds`, the last at least one second. Files that cannot be
     used are listed with the reason; if none can, MediaError is raised.
 
     Args:    size: pixels of the square; frames: the shortest clip that is of use;
-             crop: (x, y, side) in pixels of the upright picture, else its centre square.
+             crop: (x, y, side) in pixels of the upright picture, "face", else its centre square.
     """
-    if seconds < 1 or size < 1 or (crop and (min(crop) < 0 or crop[2] < 1)):
+    square = crop not in (None, "face")
+    if seconds < 1 or size < 1 or (square and (min(crop) < 0 or crop[2] < 1)):
         raise ValueError(f"want seconds >= 1, size >= 1, crop x,y,side inside: {seconds=} {size=} {crop=}")
     folder, length, failed = Path(folder), round(seconds * FPS), {}
-    if not folder.is_dir():
-        raise MediaError(folder, "is not a folder; name one that holds videos")
+    if not folder.exists():
+        raise MediaError(folder, "is not there; name a video, or a folder that holds videos")
     files, left_out = find_videos(folder)
-    names = [name for name, _, _ in files]
+    names, root = [name for name, _, _ in files], folder if folder.is_dir() else folder.parent
     recipe = {"files": files, "size": size, "frames": length, "crop": crop}
     clips = Clips(cached(cache, recipe, lambda to: fill_cache(
-        to, _decode_all(folder, names, size, length, crop, to / "parts", failed), failed)))
+        to, _decode_all(root, names, size, length, crop, to / "parts", failed), failed)))
     skipped = left_out | clips.index["skipped"]      # told on every run: the cache keeps what was left out
+    if not clips and root != folder:
+        raise MediaError(folder, "; ".join(skipped.values()))
     for name, reason in sorted(skipped.items()):
         print(f"skipped {name}: {reason}")
     if not clips:

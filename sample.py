@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data import (LATENCY, Clip, LogMel, hear, load_portrait, pixels, read_speech, sounds, with_interval,
                   write_video)
 from extras.arguments import check_numbers, crop_argument, device_argument, track_argument
+from extras.face import photo_square
 from extras.files import MediaError, one_line
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras.mouths import high_pass, head_pose, mouth_axis, mouth_box, mouth_opening_from_pixels
@@ -280,7 +281,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--checkpoint", required=True, metavar="RUN",
                    help="the folder that train.py wrote, or a name on the Hugging Face hub")
-    p.add_argument("--image", required=True, help="the portrait: any picture, its centre square is used")
+    p.add_argument("--image", required=True, help="the portrait: any picture of a head")
     p.add_argument("--audio", required=True, help="the speech: any file with sound that ffmpeg reads")
     p.add_argument("--track", type=track_argument, metavar="TRACK[:CHANNEL]",
                    help="which sound of that file, from 1 (default: what has speech in it)")
@@ -290,7 +291,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                    help="how far to exaggerate what the sound adds; 1: as learned (default 1)")
     p.add_argument("--seed", type=int, default=0, help="what the sound leaves open: head, blinks (default 0)")
     p.add_argument("--max-seconds", type=float, help="use only the start of the speech")
-    p.add_argument("--crop", type=crop_argument, help="x,y,size: use this square, in pixels, of the picture")
+    p.add_argument("--crop", type=crop_argument, default=(), help="face: a square around the head; none: the "
+                   "centre; or x,y,size in pixels (as the run's clips were cut)")
     p.add_argument("--device", type=device_argument, default=device_argument(),
                    help="default: cuda if present")
     args = p.parse_args(argv)
@@ -308,7 +310,8 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists() and any(out.samefile(given) for given in (args.image, args.audio)):
         raise MediaError(out, "is read and would be overwritten; choose another --out")
     model = load_generator(args.checkpoint).to(args.device).eval()
-    portrait = load_portrait(args.image, model.config.size, args.crop)
+    square = photo_square(args.image, args.crop, args.checkpoint)
+    portrait = load_portrait(args.image, model.config.size, square)
     speech, track = read_speech(args.audio, args.max_seconds, args.track)
     if note := track.note():
         print(f"{args.audio}: {note}; --track TRACK[:CHANNEL] chooses another")

@@ -4,6 +4,8 @@ import argparse
 
 import torch
 
+CROP_HELP = "face: a square around the head; none: the centre; or x,y,size in pixels (%(default)s)"
+
 
 def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least: float) -> None:
     """End with one clear line where a number is below its least value, or absurdly large."""
@@ -14,14 +16,17 @@ def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least:
             p.error(f"--{name.replace('_', '-')} must be {bound}, got {value}")
 
 
-def crop_argument(text: str) -> tuple[int, int, int]:
-    """Read 'x,y,size' into three whole numbers."""
+def crop_argument(text: str) -> tuple[int, int, int] | str | None:
+    """Read 'face', 'none', or 'x,y,size' into three whole numbers."""
+    if text in ("face", "none"):
+        return None if text == "none" else text
     try:
         x, y, size = (int(part) for part in text.split(","))
         if min(x, y) < 0 or size < 1:
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"want x,y,size in pixels, such as 40,0,320, got {text!r}") from None
+        raise argparse.ArgumentTypeError("want face, none, or x,y,size in pixels, such as 40,0,320, "
+                                         f"got {text!r}") from None
     return x, y, size
 
 

@@ -3,40 +3,41 @@
     python -m extras.face me.jpg         # writes me.frame.png: what would be cut, to look at
     python -m extras.face me.mp4         # a long video: what of it can be used, and why the rest cannot
 
-The generator has seen heads of one size in one place of a square. `frame_of` finds it in any picture.
 A detector gives a box around the face; the square is HEAD times as large, its centre UP boxes above its own.
-Both constants were measured on training clips, so a photo and a video of one person are cut alike. One square
-serves a whole clip, so the cut adds no motion. It lies inside the picture: near an edge it is moved, and
-where the picture is too small it shrinks. `--crop x,y,size` replaces all this; `--crop none` takes the
-centre square.
-
-`pieces` cuts a long video into stretches in which one person is seen and heard.
+Both constants were measured on training clips, so a photo and a video are cut alike. One square serves a whole
+clip, so the cut adds no motion. Near an edge it is moved, and where the picture is too small it shrinks.
 
 The detector is dlib's for frontal faces: histograms of oriented gradients under a linear filter, at every
 place and scale. Its weights are part of the library, so nothing is downloaded.
 """
 
 import argparse
+import io
+import json
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
-from data import load_speech
-from extras.files import MediaError, first_line, one_line
-from extras.media import ACTIVE_RMS, FFMPEG, FPS, SAMPLES_PER_FRAME
+from data import Crop, load_speech
+from extras.files import MediaError, first_line, one_line, printable
+from extras.media import ACTIVE_RMS, FFMPEG, FPS, SAMPLES_PER_FRAME, read_picture
+from model import hub_folder
 
 HEAD, UP = 1.85, 0.21            # the square's side, and its centre's height above the box's, in boxes
 WORK = 480                       # pixels of the shorter side in which faces of 80 pixels and more are found
 SCALES = 5                       # boxes come in sizes 6/5 apart; looks at 5 scales in between make it 4%
 ALIKE = 0.7                      # a second face of this share of the first one's size is a rival
 WANDER = 0.2                     # of the square's side, that a head may move from where it usually is
+JUMP = 0.35                      # of a box: more from one look to the next is a change of scene that was missed
 PAUSE = 2 * FPS                  # frames of silence that belong to speech
 CUT = 10                         # of 100: ffmpeg's default score for a change of scene
 LOOK = FPS // 2                  # frames from one look at a video to the next
@@ -48,22 +49,24 @@ Square = tuple[int, int, int]                        # x, y, side in pixels
 
 # ---- One picture -------------------------------------------------------------------------------------------
 
-@lru_cache
 def detector():
-    """Load dlib's detector. Raises: MediaError where dlib is not installed, for it is optional."""
+    """Load dlib's detector, one for each thread. Raises: MediaError where there is no dlib: it is optional."""
+    return _detector(threading.get_ident())
+
+
+@lru_cache
+def _detector(thread: int):
     try:
         import dlib
     except ImportError:
-        raise MediaError("finding faces", "needs dlib; pip install dlib-bin, or use --crop none") from None
+        raise MediaError("--crop face", "needs dlib: pip install dlib-bin; or take the centre square with "
+                                        "--crop none") from None
     return dlib.get_frontal_face_detector()
 
 
 def find_faces(picture: np.ndarray, work: int = WORK) -> list[Box]:
-    """Find upright faces in a picture, the surest first.
-
-    Args:    picture: (3, H, W) or (H, W, 3) uint8 RGB; work: pixels of the shorter side while looking.
-    Returns: boxes (x, y, width, height, score) in pixels of the picture. Raises: MediaError without dlib.
-    """
+    """Find upright faces in a picture, (3, H, W) or (H, W, 3) uint8, seen with `work` pixels of the shorter side.
+    The surest comes first. Raises: MediaError without dlib."""
     image = as_image(picture)
     up = work / min(image.size)
     image = image.resize([max(1, round(side * up)) for side in image.size], Image.BICUBIC)
@@ -92,10 +95,7 @@ def verdict(boxes: Sequence[Box]) -> str:
 def square_of(found: Sequence[Sequence[Box]], width: int, height: int,
               name: str | Path = "picture") -> Square:
     """Frame the largest head by the boxes of several pictures of one clip. Medians: one slip changes nothing.
-
-    Returns: (x, y, side) inside width x height.
-    Raises: MediaError unless most pictures show one head in one place.
-    """
+    Raises: MediaError unless most pictures show one head in one place."""
     refusals = {"no face": f"shows no face; {REMEDY}, or take the centre with --crop none",
                 "two faces": f"shows two faces alike in size; {REMEDY}"}
     verdicts = [verdict(boxes) for boxes in found]
@@ -114,11 +114,7 @@ def square_of(found: Sequence[Sequence[Box]], width: int, height: int,
 
 
 def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Square:
-    """Find the square of a photo, [picture], or of some frames of a clip.
-
-    Args:    pictures: each (3, H, W) or (H, W, 3) uint8 of one size; name: of the file, for messages.
-    Returns: (x, y, side) in pixels. Raises: MediaError in one line that says what to do.
-    """
+    """Find the square of a photo, [picture], or of some frames of a clip. Raises: MediaError."""
     pictures = [np.asarray(as_image(picture)) for picture in pictures]
     height, width, _ = pictures[0].shape
     looks = list(pictures) * -(-SCALES // len(pictures))
@@ -128,6 +124,20 @@ def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Sq
     if not any(found) and any(find_faces(np.rot90(pictures[0], turn)) for turn in (1, 2, 3)):
         raise MediaError(name, "the head is not upright; turn the picture")
     return square_of(found, width, height, name)
+
+
+def photo_square(path: str | Path, crop: Crop | tuple[()], run: str | Path) -> Square | None:
+    """Find the square of a photo by `crop`; where that is (), as the clips of the run were cut. A square that
+    was named for clips says nothing of a photo: its head is looked for, if dlib is there."""
+    if crop == ():
+        crop = json.loads((hub_folder(run) / "config.json").read_text()).get("training", {}).get("crop")
+        if crop not in (None, "face"):
+            crop = "face" if find_spec("dlib") else None
+    if crop != "face":
+        return crop
+    image, (width, height) = read_picture(path, WORK)            # large ones are scaled down
+    across = min(width / image.width, height / image.height)
+    return tuple(int(across * value) for value in frame_of([np.asarray(image)], path))
 
 
 def scale(look: int) -> int:
@@ -220,44 +230,94 @@ def marks(seen: Seen, heard: np.ndarray) -> list[tuple[int, str]]:
         for frame in range(start, stop):
             face = said[min(max(first, frame // LOOK), end - 1) - first] if said else "too short"
             why.append(face or ("" if heard[frame] else "no speech"))
+        last, was = None, None
+        for i, boxes in enumerate(seen.found[first:end], first):
+            for x, y, size, *_ in sorted(boxes, key=lambda box: -box[2])[:1]:
+                head = np.array([x + size / 2, y + size / 2, size])
+                if last is not None and (abs(head - was) > JUMP * was[2]).any():
+                    span = slice(max(start, last * LOOK - LOOK // 2), min(stop, (i + 1) * LOOK + LOOK // 2))
+                    why[span] = [reason or "head jumps" for reason in why[span]]
+                last, was = i, head
     return list(zip(scene, why))
 
 
+def steady(seen: Seen, start: int, stop: int, least: float, path: str | Path) -> list[tuple]:
+    """Frame a stretch by one square; where the head moves too far for that, each half by its own, and so on.
+    Returns: (start, stop, square, or why not)."""
+    try:
+        looks = seen.found[start // LOOK : -(-stop // LOOK)]
+        return [(start, stop, square_of(looks, seen.width, seen.height, path))]
+    except MediaError:
+        half = (start + stop) // 2
+        if half - start < least:
+            return [(start, stop, "the head moves")]
+        return [*steady(seen, start, half, least, path), *steady(seen, half, stop, least, path)]
+
+
 def pieces(path: str | Path,
-           seconds: float = 3.0) -> tuple[list[tuple[int, int, Square]], list[tuple[int, int, str]]]:
+           seconds: float = 1.0) -> tuple[list[tuple[int, int, Square]], list[tuple[int, int, str]]]:
     """Cut a long video into stretches of `seconds` or more in which one person is seen and heard.
-
-    A stretch ends where the scene changes, the face goes, a second comes, or nobody speaks for two seconds.
-
-    Returns: stretches (start, stop, square), and what is left out (start, stop, why), in frames of 40 ms.
-    """
+    Returns: stretches (start, stop, square), and what is left out (start, stop, why), in frames of 40 ms."""
+    heard = speaks(path)                             # first: what has no sound need not be watched
     seen = watch(path)
-    marked = marks(seen, speaks(path))
+    marked = marks(seen, heard)
     kept, left_out = [], []
     for start, stop in runs(marked):
         _, why = marked[start]
         if not why and stop - start < seconds * FPS:
             why = "too short"
-        if not why:
-            looks = seen.found[start // LOOK : stop // LOOK]
-            try:
-                kept.append((start, stop, square_of(looks, seen.width, seen.height, path)))
-            except MediaError:
-                why = "the head moves"
-        if why:
-            left_out.append((start, stop, why))
+        parts = [(start, stop, why)] if why else steady(seen, start, stop, seconds * FPS, path)
+        for part in parts:
+            (left_out if isinstance(part[2], str) else kept).append(part)
     return kept, left_out
 
 
-def told(kept: Sequence, left_out: Sequence) -> str:
-    """Say in one line how much of a video is used, and why the rest is not."""
+def cut(path: Path, skipped: dict[str, str],
+        shown: list[tuple]) -> tuple[dict[int, Square], list[tuple[int, int]]]:
+    """Cut a video for training: squares by the frame from which they count, and the stretches to use. Adds what
+    is left out to `skipped`, and (path, second, square) to look at to `shown`. Raises: MediaError."""
+    kept, left_out = pieces(path)
+    if not kept:
+        raise MediaError(path, f"shows nothing to train on ({reasons(left_out)}); {REMEDY}, "
+                               "or take the centre with --crop none")
+    if left_out:
+        skipped[f"parts of {printable(path.name)}"] = reasons(left_out)
+    shown += [(path, (start + stop) / 2 / FPS, square) for start, stop, square in kept]
+    return {start: square for start, _, square in kept}, [piece[:2] for piece in kept]
+
+
+def sheet(shown: Sequence[tuple], most: int = 12) -> Image.Image:
+    """Draw some of the stretches that are cut, one below the other."""
+    some = [sorted(shown)[i] for i in np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int)]
+    rows = [show(frame_at(path, second), square) for path, second, square in some]
+    page = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)))
+    for i, row in enumerate(rows):
+        page.paste(row, (0, i * row.height))
+    return page
+
+
+def frame_at(path: Path, second: float) -> np.ndarray:
+    """Read one frame (H, W, 3) of a video, upright, with square pixels."""
+    command = [*FFMPEG, "error", "-ss", str(second), "-i", f"file:{path}", "-frames:v", "1", "-vf",
+               "scale=w='round(iw*sar)':h=ih", "-f", "image2pipe", "-c:v", "png", "-"]
+    return np.asarray(Image.open(io.BytesIO(subprocess.run(command, capture_output=True).stdout)).convert("RGB"))
+
+
+
+
+def reasons(left_out: Sequence) -> str:
+    """Say why parts of a video are left out: seconds and how many, by reason."""
     seconds, times = Counter(), Counter()
     for start, stop, why in left_out:
         seconds[why] += (stop - start) / FPS
         times[why] += 1
-    rest = ", ".join(f"{why} {seconds[why]:.0f} s ({times[why]})" for why in sorted(seconds))
+    return ", ".join(f"{why} {seconds[why]:.0f} s ({times[why]})" for why in sorted(seconds))
+
+
+def told(kept: Sequence, left_out: Sequence) -> str:
+    """Say in one line how much of a video is used, and why the rest is not."""
     used = sum(stop - start for start, stop, _ in kept) / FPS
-    return f"{used:.0f} s in {len(kept)} pieces" + (f"; left out: {rest}" if rest else "")
+    return f"{used:.0f} s in {len(kept)} pieces" + (f"; left out: {reasons(left_out)}" if left_out else "")
 
 
 def main() -> None:
@@ -266,17 +326,17 @@ def main() -> None:
     file = p.parse_args().file
     with one_line("stopped", "use a smaller picture"):
         try:
-            picture = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
-        except (OSError, ValueError):                # no picture: a video, or ffmpeg says what it is
+            picture = np.asarray(read_picture(file, WORK)[0])
+        except MediaError:                           # no picture: a video, or ffmpeg says what it is
             kept, left_out = pieces(file)
             for start, stop, what in sorted([*kept, *left_out], key=lambda piece: piece[:2]):
                 what = what if isinstance(what, str) else f"--crop {','.join(map(str, what))}"
                 print(f"{start / FPS:8.2f} to {stop / FPS:8.2f} s: {what}")
             print(told(kept, left_out))
             return
-        square = frame_of([picture], file)
-        show(picture, square).save(file.with_suffix(".frame.png"))
-        print(f"--crop {','.join(map(str, square))}; see {file.with_suffix('.frame.png')}")
+        show(picture, frame_of([picture], file)).save(file.with_suffix(".frame.png"))
+        square = ",".join(map(str, photo_square(file, "face", "")))
+        print(f"--crop {square}; see {file.with_suffix('.frame.png')}")
 
 
 if __name__ == "__main__":

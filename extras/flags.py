@@ -16,7 +16,7 @@ import torch
 
 import grpo
 from extras.media import FPS
-from extras.arguments import check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.pretrained import encoder_width, trunk_shape
 from extras.processes import world
 from extras.reward_flags import reward_flags
@@ -102,8 +102,8 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
                    "in the backward pass: less memory, slower steps (by preset)")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard, too")
     g = p.add_argument_group("data")
-    g.add_argument("--data", metavar="DIR", help="a folder of video clips (drawn talkers)")
-    g.add_argument("--crop", type=crop_argument, help="x,y,size in pixels of the clips (the centre square)")
+    g.add_argument("--data", metavar="PATH", help="a video, or a folder of videos (drawn talkers)")
+    g.add_argument("--crop", type=crop_argument, default="face", help=CROP_HELP)
     g.add_argument("--world", choices=("found", "flawless"), default="found",
                    help="drawn talkers to train on: with the faults of recordings, or flawless (%(default)s)")
     g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
@@ -141,6 +141,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     saved = {k: v for k, v in saved_flags(p, run).items() if k in known} if run else {}      # others are gone
     if before.pretrained:
         saved = {k: v for k, v in saved.items() if k in LOADS or k not in later}
+        if local_name(before.data) not in (None, saved.get("data")):
+            saved.pop("crop", None)                              # it was of other clips
     args = p.parse_args(argv, argparse.Namespace(**saved))       # where it has a value, no default is taken
     args.command = sys.argv[1:] if argv is None else list(argv)
     args.pretrained = run if before.pretrained else None
@@ -240,8 +242,10 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.out.is_dir() and [*args.out.glob("[!.]*")] and not (args.out / "log.jsonl").exists():
         p.error(f"--out {args.out} holds files, none of them a run's log.jsonl; "
                 "name a folder of the run's own")
-    if args.data and not Path(args.data).is_dir():
-        p.error(f"{args.data} is not a folder; say where the clips are with --data")
+    if args.data and not Path(args.data).exists():
+        p.error(f"{args.data} is not there; say where the clips are with --data")
+    if args.crop == "face" and not args.data:
+        args.crop = None                                         # that is the default
     if args.crop and not args.data:
         p.error("--crop is of the clips of --data; drawn talkers need none")
     least = {name: low for name, _, _, low, _ in PRETRAINING + POST_TRAINING + VALIDATION}

@@ -7,6 +7,7 @@ import argparse
 import math
 import re
 import shlex
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +71,10 @@ def held_out_score(metrics: dict[str, Tensor]) -> float:
 def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: argparse.Namespace,
              log: Log) -> None:
     """Say what is about to be trained, and what the codec alone can reach: nothing can be better."""
+    cut = getattr(clips, "folder", args.out) / "cut.jpg"     # of videos in which heads were found
+    if cut.exists():
+        shutil.copy(cut, args.out)
+        print(f"{args.out / cut.name} shows what was cut of the videos")
     videos = []
     for clip in held_out:
         true = pixels([clip], args.frames).to(args.device)

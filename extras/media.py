@@ -286,9 +286,14 @@ def _no_picture(path: str | Path, error: Exception) -> str:
 
 # ---- Video --------------------------------------------------------------------------------------------
 
-def video_filter(streams: str, size: int, crop: tuple[int, int, int] | None) -> str:
+def video_filter(streams: str, size: int, crop: tuple[int, int, int] | dict | None) -> str:
     """The filter of ffmpeg that gives 25 whole frames a second, upright, in sRGB: the square `crop`
-    (x, y, side) or the one in the centre, at `size` pixels."""
+    (x, y, side) or the one in the centre, at `size` pixels. A dict {frame: square} changes it from there on."""
+    moves = ""
+    if isinstance(crop, dict):                       # the clock of sendcmd: half a frame before that frame
+        moves = "; ".join(f"{(frame - 0.5) / FPS:.2f} crop w {side}, crop h {side}, crop x {x}, crop y {y}"
+                          for frame, (x, y, side) in crop.items() if frame)
+        moves, crop = moves and f"sendcmd=c='{moves}',", next(iter(crop.values()))
     x, y, side = crop or ("(iw-ow)/2", "(ih-oh)/2", "min(iw,ih)")
     # ffmpeg would move a crop that leaves the picture back inside: ask for an impossible width instead.
     width = f"if(lte({x}+{side},iw)*lte({y}+{side},ih),{side},0)" if crop else side
@@ -302,7 +307,7 @@ def video_filter(streams: str, size: int, crop: tuple[int, int, int] | None) -> 
         colour += ":in_color_matrix=bt709"
     return (f"bwdif=mode=send_frame:deint=interlaced,fps={FPS}:start_time=0,"
             "scale=w='round(iw*sar)':h=ih,"                                        # square pixels
-            f"crop=w='{width}':h='{side}':x='{x}':y='{y}':exact=1,"
+            f"{moves}crop=w='{width}':h='{side}':x='{x}':y='{y}':exact=1,"
             f"scale={size}:{size}:flags=lanczos+accurate_rnd+full_chroma_int:{colour}")
 
 

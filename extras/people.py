@@ -25,7 +25,7 @@ from scipy import optimize, stats
 from tqdm import tqdm
 
 from data import Clip, folder_clips, load_clip, sounds, video_uri
-from extras.arguments import check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, replacing, writing
 from extras.media import FPS
 from extras import reward_flags
@@ -302,11 +302,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     studies.add_argument("runs", nargs=2, metavar="RUN", help="the two runs to be compared")
     studies.add_argument("--out", type=Path, required=True, help="the folder of the study")
     studies.add_argument("--clips", type=int, default=12, help="pairs, of held-out clips (%(default)s)")
-    studies.add_argument("--data", type=Path, help="a folder of real clips (drawn talkers)")
+    studies.add_argument("--data", type=Path, help="a video, or a folder of videos (drawn talkers)")
     studies.add_argument("--seed", type=int, default=0, help="of clips, noise and sides (%(default)s)")
     studies.add_argument("--max-seconds", type=float, default=STUDY_SECONDS, help="of a clip (%(default)s)")
     for c in aligns, studies:
-        c.add_argument("--crop", type=crop_argument, help="x,y,size in pixels (the centre square)")
+        c.add_argument("--crop", type=crop_argument, default="face" if c is studies else None, help=CROP_HELP)
         c.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
         reward_flags.judge_flags(c)
     args = p.parse_args(argv)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from data import Clip, folder_clips, pixels, sounds
-from extras.arguments import check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, writing
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras import reward_flags
@@ -411,8 +411,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     syncs = commands.add_parser("sync", help="train a sync network, for the reward or to measure")
     for command, run in (teaches, train_judge), (validates, validate_judge), (syncs, train_sync_network):
         command.set_defaults(run=run)
-        command.add_argument("--data", type=Path, help="a folder of real clips (drawn talkers)")
-        command.add_argument("--crop", type=crop_argument, help="x,y,size in pixels (the centre square)")
+        command.add_argument("--data", type=Path, help="a video, or a folder of videos (drawn talkers)")
+        command.add_argument("--crop", type=crop_argument, default="face", help=CROP_HELP)
         command.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     for command, steps, out in (teaches, 1000, "runs/judge"), (syncs, 400, "runs/sync"):
         command.add_argument("--steps", type=int, default=steps, help="of training (%(default)s)")

@@ -6,7 +6,7 @@
 import argparse
 
 from data import folder_clips, load_clip, load_portrait
-from extras.arguments import check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line
 from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_flags, table
 from extras.talkers import synthetic_clips
@@ -22,7 +22,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--chunk-frames", type=int, default=4, help="of the generator they are from (%(default)s)")
     p.add_argument("--sync", metavar="DIR", help="the sync network that measures, or none (the one for drawn "
                    "talkers; with --data none)")
-    p.add_argument("--crop", type=crop_argument, help="x,y,size: use this square, in pixels, of the videos")
+    p.add_argument("--crop", type=crop_argument, default="none", help=CROP_HELP)
     p.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
     reward_flags(p)
     args = p.parse_args(argv)

@@ -103,7 +103,7 @@ def test_a_wall_has_no_face(photo):
 
 def test_without_dlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dlib", None)
-    face.detector.cache_clear()
+    face._detector.cache_clear()
     with pytest.raises(MediaError, match="pip install dlib-bin"):
         face.find_faces(np.zeros((64, 64, 3), np.uint8))
 

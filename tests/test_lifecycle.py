@@ -315,7 +315,7 @@ def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(
     rewrite(run, data=str(tmp_path / "old"))
     with pytest.raises(SystemExit):
         train.parse_arguments(["--resume", str(run)])
-    assert "old is not a folder; say where the clips are with --data" in capsys.readouterr().err
+    assert "old is not there; say where the clips are with --data" in capsys.readouterr().err
     shutil.copytree(videos[0], moved)
     train.main(["--resume", str(run), "--data", str(moved)])
     assert train.parse_arguments(["--resume", str(run)]).data == str(moved)

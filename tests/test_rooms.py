@@ -20,7 +20,7 @@ ARROWS = {
     "model": {"data", "kernels"},
     "grpo": {"kernels", "model"},
     "reward": {"data", "model"},
-    "sample": {"data", "model", "reward", "extras.arguments", "extras.mouths"},
+    "sample": {"data", "model", "reward", "extras.arguments", "extras.face", "extras.mouths"},
     "extras.arguments": set(),
     "extras.score": {"data", "sample", "extras.arguments", "extras.reward_flags", "extras.talkers"},
     "train": MAIN | {"extras.flags", "extras.measuring", "extras.pretrained", "extras.processes", "extras.report",
@@ -44,11 +44,13 @@ ARROWS = {
     "extras.lessons": MAIN | {"extras.mouths"},
     "extras.school": MAIN | {"extras.arguments", "extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
                              "extras.talkers"},
-    "extras.face": {"data"},
+    "extras.face": {"data", "model"},
 }
 # The functions that import an extra when a run asks for it, so that nobody else needs it; no other function may.
 ON_DEMAND = {
     ("data", "hear"): {"extras.pretrained"},                    # --audio-encoder
+    ("data", "load_clip"): {"extras.face"},                     # --crop face
+    ("data", "_decode_all"): {"extras.face"},
     ("extras.reward_flags", "make_judge"): {"extras.endpoint"},  # --judge-url
     ("kernels.bench", "bench_whole"): {"train", "extras.flags", "extras.reward_flags", "extras.talkers"},
 }
