@@ -363,8 +363,8 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop
                  cache: str | Path | None = None, frames: int = MIN_FRAMES) -> tuple[Clips, Clips]:
     """Decode every video under `folder` once and return (training clips, held-out clips), split by file.
 
-    `folder` may be a video itself. A long file becomes consecutive clips of `seconds`, the last at least one second. Files that cannot be
-    used are listed with the reason; if none can, MediaError is raised.
+    `folder` may be a video itself. A long file becomes consecutive clips of `seconds`, the last at least one
+    second. Files that cannot be used are listed with the reason; if none can, MediaError is raised.
 
     Args:    size: pixels of the square; frames: the shortest clip that is of use;
              crop: (x, y, side) in pixels of the upright picture, "face", else its centre square.

@@ -157,8 +157,8 @@ def printable(name: str) -> str:
 
 
 def find_videos(folder: Path) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
-    """List each video under a folder once, or the one that is named. Links are followed; what is hidden is left
-    out, and so is the folder of a run, which holds generated videos.
+    """List each video under a folder once, or the one that is named. Links are followed; what is hidden is
+    left out, and so is the folder of a run, which holds generated videos.
 
     Returns: (name, size, time of change) of each, and what was left out with the reason.
     """

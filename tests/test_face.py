@@ -1,5 +1,6 @@
 """The head is found and framed: one steady square, or one line that says what to do."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import write_video
+from data import folder_clips, write_video
 from extras.files import MediaError
 from extras.media import FPS, SAMPLES_PER_FRAME
 from extras import face
@@ -138,6 +139,55 @@ def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch):
     kept, left_out = face.pieces("me.mp4")
     assert [piece[:2] for piece in kept] == [(0, 84), (144, 288)]
     assert left_out == [(84, 144, "no speech"), (288, 432, "two faces"), (432, 456, "too short")]
+
+
+def test_a_dissolve_is_left_out_and_each_scene_has_its_own_square(monkeypatch):
+    """Nothing cuts at look 6, where the head is elsewhere: half a look more is left out on either side."""
+    found = [[box(100, 80, 60)]] * 6 + [[box(300, 80, 90)]] * 6
+    monkeypatch.setattr(face, "watch", lambda path: face.Seen(found, 640, 360, []))
+    monkeypatch.setattr(face, "speaks", lambda path: np.ones(12 * face.LOOK, bool))
+    kept, left_out = face.pieces("me.mp4")
+    assert [piece[:2] for piece in kept] == [(0, 54), (90, 144)] and left_out == [(54, 90, "head jumps")]
+    assert kept[0][2][2] == round(1.85 * 60) and kept[1][2][2] == round(1.85 * 90)
+
+
+def test_a_head_that_drifts_has_a_square_for_each_half(monkeypatch):
+    """Twelve looks of 10 pixels each: too far for one square of 111, not for two."""
+    found = [[box(100 + 10 * i, 80, 60)] for i in range(12)]
+    seen = face.Seen(found, 640, 360, [])
+    assert [part[:2] for part in face.steady(seen, 0, 144, 25, "me.mp4")] == [(0, 72), (72, 144)]
+
+
+def test_one_video_becomes_clips_of_its_stretches_with_a_picture_of_what_was_cut(tmp_path, monkeypatch, capsys):
+    """Red on the left, blue on the right: each stretch is cut by its square, what is between them is left out."""
+    picture = torch.zeros(150, 3, 64, 128, dtype=torch.uint8)
+    picture[:, 0, :, :64], picture[:, 2, :, 64:] = 200, 200
+    picture[:, :, 20:40] += 40                       # a plain portrait would be taken for an empty picture
+    write_video(tmp_path / "me.mp4", picture, 0.1 * torch.randn(150 * SAMPLES_PER_FRAME))
+    monkeypatch.setattr(face, "detector", lambda: None)
+    kept, left_out = [(0, 60, (0, 0, 60)), (90, 150, (66, 2, 60))], [(60, 90, "no face")]
+    monkeypatch.setattr(face, "pieces", lambda path: (kept, left_out))
+    clips, held_out = folder_clips(tmp_path / "me.mp4", 16, 1.0, "face", tmp_path / "cache")
+    assert "skipped parts of me.mp4: no face 1 s (1)" in capsys.readouterr().out
+    both = [*clips, *held_out]
+    assert [len(clip.frames) for clip in both] == [25, 25, 25, 25] and (clips.folder / "cut.jpg").exists()
+    red = [clip.frames.float().mean((0, 2, 3))[0] > clip.frames.float().mean((0, 2, 3))[2] for clip in both]
+    assert red == [True, True, False, False]
+    assert folder_clips(tmp_path / "me.mp4", 16, 1.0, None, tmp_path / "cache")[0].folder != clips.folder
+    kept.clear()
+    with pytest.raises(MediaError, match="me.mp4: shows nothing to train on .no face 1 s .1..; .*--crop none"):
+        folder_clips(tmp_path / "me.mp4", 32, 1.0, "face", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("trained, given, found", [
+    (None, (), None), ("face", (), (1, 2, 3)), ([5, 5, 50], (), (1, 2, 3)),
+    ("face", None, None), (None, "face", (1, 2, 3)), ("face", (7, 8, 9), (7, 8, 9))])
+def test_a_photo_is_cut_as_the_clips_of_the_run_were_unless_told(trained, given, found, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"training": {"crop": trained}}))
+    Image.new("RGB", (64, 64)).save(tmp_path / "me.png")
+    monkeypatch.setattr(face, "frame_of", lambda pictures, path: (1, 2, 3))
+    monkeypatch.setattr(face, "find_spec", lambda name: True)
+    assert face.photo_square(tmp_path / "me.png", given, tmp_path) == found
 
 
 def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):

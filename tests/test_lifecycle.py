@@ -32,7 +32,7 @@ ROOT = Path(train.__file__).parent
 def filmed(videos, tmp_path_factory):
     """A finished run of pretraining on a folder of videos."""
     folder = tmp_path_factory.mktemp("runs") / "filmed"
-    train.main([*ALONE, "--data", str(videos[0]), "--steps", "2", "--out", str(folder)])
+    train.main([*ALONE, "--data", str(videos[0]), "--crop", "none", "--steps", "2", "--out", str(folder)])
     return folder
 
 
@@ -319,6 +319,9 @@ def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(
     shutil.copytree(videos[0], moved)
     train.main(["--resume", str(run), "--data", str(moved)])
     assert train.parse_arguments(["--resume", str(run)]).data == str(moved)
+    assert train.parse_arguments(["--resume", str(run)]).crop is None             # cut as before
+    other = ["--pretrained", str(run), "--data", str(videos[1]), "--out", str(tmp_path / "other")]
+    assert train.parse_arguments(other).crop == "face"                            # they may want another
     again = train.parse_arguments(["--resume", str(run), "--judge-url", "http://h:1/v1", "--judge-model=m"])
     assert (again.judge_url, again.judge_model, again.steps) == ("http://h:1/v1", "m", 2)
     rewrite(run, judge_url="http://h:1/v1", judge_model="m")
@@ -370,8 +373,8 @@ def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
 
 
 def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, tmp_path):
-    train.main(["--pretrained", str(filmed), "--data", str(videos[1]), "--steps", "3", "--curate", "0",
-                "--updates", "0", "--out", str(tmp_path / "run")])
+    train.main(["--pretrained", str(filmed), "--data", str(videos[1]), "--crop", "none", "--steps", "3",
+                "--curate", "0", "--updates", "0", "--out", str(tmp_path / "run")])
     one, other = state(filmed)["model"], state(tmp_path / "run")["model"]
     assert torch.equal(one["codec.space"], other["codec.space"])
     assert not torch.equal(one["no_audio"], other["no_audio"])
@@ -394,8 +397,8 @@ def test_published_weights_are_curated_or_trained_further(
     train.main([*name, *POST, "--updates", "0", "--out", str(tmp_path / "curated")])
     assert same_weights(published, tmp_path / "curated" / "pretrained")
     assert [e["stage"] for e in logged(tmp_path / "curated") if "loss" in e] == ["curation"] * 3
-    train.main([*name, "--data", str(videos[0]), "--steps", "2", "--curate", "0", "--updates", "0", "--out",
-                str(tmp_path / "further")])
+    train.main([*name, "--data", str(videos[0]), "--crop", "none", "--steps", "2", "--curate", "0",
+                "--updates", "0", "--out", str(tmp_path / "further")])
     assert [e["step"] for e in logged(tmp_path / "further") if "loss" in e] == [1, 2]
 
 

@@ -146,7 +146,8 @@ def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
 
 
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos):
-    picked, clips = picks(None, "--data", str(videos[0]), "--reward-sync", str(REWARD_SYNC))
+    data = ["--data", str(videos[0]), "--crop", "none"]
+    picked, clips = picks(None, *data, "--reward-sync", str(REWARD_SYNC))
     confidence = sample.sync_metrics(load_sync(REWARD_SYNC), train.pixels(clips, 24),
                                      train.sounds(clips, 24))["sync_confidence"]
     best = confidence.argsort()[len(clips) - round(len(clips) / 2):]
@@ -159,7 +160,7 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
     with the metrics of real clips. It can be resumed, and with a sync network it does the rest."""
     folder = tmp_path / "run"
     few = "--steps 1 --curate-steps 1 --updates 1 --crop 0,0,32".split()
-    train.main([*WHOLE, *few, "--data", str(videos[0]), "--out", str(folder)])
+    train.main([*WHOLE, *few, "--data", str(videos[0]), "--crop", "none", "--out", str(folder)])
     said = capsys.readouterr().out
     assert said.count("no curation and no post-training: neither a judge nor a sync network knows") == 1
     arm, = (e for e in logged(folder) if "held_out" in e)
