@@ -5,7 +5,7 @@
 
 A detector gives a box around the face; the square is HEAD times as large, its centre UP boxes above its own.
 Both constants were measured on training clips, so a photo and a video are cut alike. One square serves a
-whole clip, so the cut adds no motion. Near an edge it is moved, and where the picture is too small it shrinks.
+whole clip, so the cut adds no motion. Near an edge it is moved; where the picture is too small it shrinks.
 
 The detector is dlib's for frontal faces: histograms of oriented gradients under a linear filter, at every
 place and scale. Its weights are part of the library, so nothing is downloaded.

@@ -288,7 +288,7 @@ def _no_picture(path: str | Path, error: Exception) -> str:
 
 def video_filter(streams: str, size: int, crop: tuple[int, int, int] | dict | None) -> str:
     """The filter of ffmpeg that gives 25 whole frames a second, upright, in sRGB: the square `crop`
-    (x, y, side) or the one in the centre, at `size` pixels. A dict {frame: square} changes it from a frame on."""
+    (x, y, side) or the one in the centre, at `size` pixels. A dict {frame: square} changes it on the way."""
     moves = ""
     if isinstance(crop, dict):                       # the clock of sendcmd: half a frame before that frame
         moves = "; ".join(f"{(frame - 0.5) / FPS:.2f} crop w {side}, crop h {side}, crop x {x}, crop y {y}"
