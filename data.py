@@ -1,8 +1,8 @@
 """Portraits, speech and video clips: everything that enters or leaves the generator.
 
 1. Sound as the generator hears it: log-mel energies of a frame's own 40 ms, of 40 ms before and 80 ms after.
-   Those 80 ms are the *latency* of the whole system: a speaker's lips round before the vowel is heard. Or the
-   features of a frozen speech encoder, which hears the whole speech before the first frame: no streaming.
+   These 80 ms, and the length of a chunk, are the latency of the whole system: a speaker's lips round before
+   the vowel is heard. Or the features of a frozen speech encoder, which hears the whole speech first.
 2. Media in. Any video or sound becomes 25 RGB frames and 16,000 mono samples a second, so a frame is exactly
    640 samples. How ffmpeg and Pillow do that with odd files is in extras/media.py.
 3. Clips on disk. A folder of videos is decoded once into a cache; clips are mapped from it when used.
@@ -34,12 +34,13 @@ import torch
 import torch.nn.functional as nnf
 import torchaudio
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from extras.files import VIDEOS, MediaError, cores, find_videos, printable, replacing
+from extras.files import VIDEOS, MediaError, cores, find_videos, first_line, printable, replacing
 from extras.media import (FPS, PIECE, SAMPLES_PER_FRAME, SAMPLE_RATE, Track, carry_sound, decode,
                           encode, read_picture)
 
@@ -48,9 +49,9 @@ WINDOW = 400                                         # 25 ms under each spectrum
 MELS = 32
 LOOK_BACK, LOOK_AHEAD = 4, 8                         # hops before and after a frame's own four: 40 and 80 ms
 MEL_DIM = (LOOK_BACK + 4 + LOOK_AHEAD) * MELS        # 512
-LATENCY = LOOK_AHEAD * HOP / SAMPLE_RATE             # 0.08 s of future sound that a frame waits for
-LOG_FLOOR = 1e-3                                     # mel power below this is room noise at ACTIVE_RMS
-LOG_MEAN, LOG_STD = -4.1, 3.3                        # of log(mel + LOG_FLOOR): GRID, drawn talkers
+LATENCY = LOOK_AHEAD * HOP / SAMPLE_RATE             # 0.08 s of future sound that a chunk waits for
+LOG_FLOOR = 1e-3                                     # mel power below this is room noise at our loudness
+LOG_MEAN, LOG_STD = -4.1, 3.3                        # of log(mel + LOG_FLOOR): real (GRID) and drawn talkers
 
 MIN_FRAMES = FPS                                     # a clip lasts at least a second
 AUDIO_SLACK = 5                                      # frames of sound a clip may lack (GRID: 0.5)
@@ -258,7 +259,7 @@ class Clips(Sequence):
         return Clips(self.folder, [row for i, row in enumerate(self.rows) if keep(i)], self.index)
 
 
-def write_clips(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) -> None:
+def fill_cache(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) -> None:
     """Write clips (name, source file, frames, audio, truth) to a cache folder, one at a time in memory."""
     index = []
     for name, source, frames, audio, truth in clips:
@@ -285,9 +286,9 @@ def cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None]
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=root, ignore_cleanup_errors=True) as folder:
                 build(Path(folder))
                 os.rename(folder, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if not target.exists():                      # else another run was first, with the same clips
-            reason = error.strerror or error
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise MediaError(root, f"cache cannot be written ({reason}); set FLOWPORTRAIT_CACHE") from None
     return target
 
@@ -362,8 +363,8 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop
                  cache: str | Path | None = None, frames: int = MIN_FRAMES) -> tuple[Clips, Clips]:
     """Decode every video under `folder` once and return (training clips, held-out clips), split by file.
 
-    `folder` may be a video itself. A long file becomes consecutive clips of `seconds`, the last at least one second. Files that cannot be
-    used are listed with the reason; if none can, MediaError is raised.
+    `folder` may be a video itself. A long file becomes consecutive clips of `seconds`, the last at least one
+    second. Files that cannot be used are listed with the reason; if none can, MediaError is raised.
 
     Args:    size: pixels of the square; frames: the shortest clip that is of use;
              crop: (x, y, side) in pixels of the upright picture, "face", else its centre square.
@@ -377,7 +378,7 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop
     files, left_out = find_videos(folder)
     names, root = [name for name, _, _ in files], folder if folder.is_dir() else folder.parent
     recipe = {"files": files, "size": size, "frames": length, "crop": crop}
-    clips = Clips(cached(cache, recipe, lambda to: write_clips(
+    clips = Clips(cached(cache, recipe, lambda to: fill_cache(
         to, _decode_all(root, names, size, length, crop, to / "parts", failed), failed)))
     skipped = left_out | clips.index["skipped"]      # told on every run: the cache keeps what was left out
     if not clips and root != folder:

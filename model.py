@@ -10,11 +10,8 @@ What you learn here, in the order of the file:
 2. The transformer. Portrait, sound and video are tokens of one sequence (drawn in kernels/attention.py).
    Context block i = [video chunk i-1 | sound of chunk i]; the portrait stands in for video chunk -1. Every
    chunk is denoised given the blocks up to its own: one mask serves training, generation, and rescoring.
-3. Flow matching. On the way from noise (sigma = 1) to the clean latent (sigma = 0),
-
-       x_sigma = (1 - sigma) clean + sigma noise,     velocity = noise - clean = (x_sigma - clean) / sigma
-
-   the network predicts the clean latent, which is read out as a velocity. One sigma per chunk.
+3. Flow matching. The network predicts the clean latent, which becomes a velocity, (x_sigma - clean) / sigma
+   (kernels/flow_step.py). Each chunk has a noise level sigma of its own.
 4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished
    chunk into the cache, and goes on: constant memory and time per chunk, for speech of any length.
 
@@ -46,9 +43,8 @@ from kernels.flow_step import flow_step, sigma_schedule
 
 POSE = 6                    # parameters of an affine head pose
 POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the pose is measured on pictures of this size, in so many steps
-SAMPLING_STEPS = 2          # of the flow per chunk: of a small model more steps show more errors (README)
+SAMPLING_STEPS = 2          # of the flow per chunk: of a small model more steps show more errors
 PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
-REMOVED = {"codec": "linear", "prediction": "clean"}     # older checkpoints' options, and what they must be
 
 
 @dataclass
@@ -69,7 +65,7 @@ class Config:
     head_dim: int = 32            # D
     mlp_width: int = 256          # hidden width of SwiGLU
     window: int = 8               # W, context blocks that a token sees
-    rope_base: float = 100.0      # slowest rotary wavelength, about 600 frames: the window is far shorter
+    rope_base: float = 100.0      # slowest rotary wavelength, about 350 frames: the window is far shorter
     norm_eps: float = 1e-6        # added to the mean square in every RMSNorm
 
     def __post_init__(self):
@@ -150,8 +146,8 @@ def estimate_pose(frames: Tensor) -> Tensor:
             dy, dx = torch.gradient(moved[:, 0], spacing=2 / size, dim=(1, 2))
             slopes = torch.cat([dx[..., None] * basis, dy[..., None] * basis], -1)
             jacobian = slopes.flatten(1, 2)                                          # (B F, s s, 6)
-            hessian = jacobian.mT @ jacobian + damping
-            pose = pose + torch.linalg.solve(hessian, (error @ jacobian)[:, 0] - pose @ damping)
+            normal = jacobian.mT @ jacobian + damping                                # pulls to 0
+            pose = pose + torch.linalg.solve(normal, (error @ jacobian)[:, 0] - pose @ damping)
     return pose.view(b, f, POSE)
 
 
@@ -237,8 +233,7 @@ class MotionCodec(nn.Module):
         # Half-whitening: components of deviations 1, 1/4, 1/100 become latents of 1, 1/2, 1/10. Left alone,
         # the last would drown in the flow's noise; whitened to 1, 1, 1, what is hardly seen would count like
         # lips. The 1 is the strongest component of all windows, but of the pose a 4: what a head does next,
-        # given where it is, is a small part of its range, and few flow steps smooth it away (.57 of the true
-        # motion).
+        # given where it is, is a small part of its range, and few flow steps smooth it away.
         strongest = std.amax(-1, keepdim=True)
         strongest[:-1] = strongest[:-1].max()
         strongest[-1] /= 4 ** 2
@@ -246,7 +241,7 @@ class MotionCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Encode clips (B, F, 3, S, S) in [0, 1], F = K T, to latents (B, K, N, C) of about unit scale."""
+        """Encode clips (B, F, 3, S, S) in [0, 1], F = K T, to latents (B, K, N, C): 1, or 4, at most."""
         pose, residual = self.analyse(frames)
         windows = self.cut(residual.flatten(0, 1)) * self.analysis               # (N-1, B F, 3, side, side)
         tokens = self._gather(pose, windows.flatten(2) @ self.space)             # (N, B K, T k)
@@ -292,7 +287,7 @@ class KVCache:
 
     First the portrait's, never overwritten; then a ring of W blocks, oldest replaced first; behind it room
     for the chunk that is being denoised. Order inside the ring is free: keys are rotated by absolute position
-    before they are stored. Whole blocks are evicted, since only block 0, which lacks a video, is shorter.
+    before they are stored. Each write evicts one block: block 0, without a video, is shorter, but goes first.
     """
 
     def __init__(self, config: Config, batch: int, device, dtype):
@@ -333,7 +328,10 @@ def per_token(levels: Tensor, layout: Layout) -> Tensor:
 
 
 class Block(nn.Module):
-    """A decoder layer of a modern language model, modulated by the noise level (adaLN, zero-initialised)."""
+    """A decoder layer of a modern language model, modulated by the noise level.
+
+    As adaLN-zero in DiT, but gates begin at 1 and not at 0, so that a pretrained layer works as before.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
@@ -463,7 +461,8 @@ class Generator(nn.Module):
         """Predict the velocity of every noisy chunk, each given the clean past of its own clip.
 
         Args:
-            portrait: (B, 3, S, S) in [0, 1].    mel: (B, K T, mel_channels).
+            portrait: (B, 3, S, S) in [0, 1].
+            mel: (B, K T, mel_channels), or a data.LogMel, which is made as it is read.
             clean: (B, K, N, C) the context; its last chunk is no one's past and is not read.
             noisy: (B, M, K, N, C), M independently noised copies.    sigma: (B, M, K).
             heard: (B,) bool, false where the sound is dropped.
@@ -511,7 +510,8 @@ class Generator(nn.Module):
         """Generate video chunk by chunk: denoise a chunk against the cache, then write it into the cache.
 
         Args:
-            portrait: (B, 3, S, S) in [0, 1].    mel: (B, K T, mel_channels).
+            portrait: (B, 3, S, S) in [0, 1].
+            mel: (B, K T, mel_channels), or a data.LogMel, which is made as it is read.
             noise: chunk index -> (B, N, C), what it starts from.    steps: of the flow, per chunk.
             guidance: g in velocity = unheard + g (heard - unheard); 1 leaves it as learned and costs half.
             step: step(x, velocity, sigma, next_sigma, chunk) -> x at next_sigma; with GRPO a stochastic one.
@@ -524,7 +524,8 @@ class Generator(nn.Module):
         caches = [KVCache(self.config, len(face), face.device, face.dtype) for _ in self.blocks]
         chunks = torch.arange(mel.shape[1] // t, device=face.device)
         self.read(caches, face, 0.0, self.rope(self.positions(chunks[0], "portrait")), write=True)
-        sigmas, past, places = sigma_schedule(steps), [], []
+        sigmas = sigma_schedule(steps)
+        past, places = [], []                                    # of the chunk before; chunk 0 has none
         for chunk, at in enumerate(chunks):
             sound = self.embed_audio(mel[:, chunk * t:(chunk + 1) * t])          # (B, T, width)
             if guided:
@@ -577,11 +578,7 @@ def load_generator(name: str | Path) -> Generator:
     """Load what `save_generator` wrote, from a folder or the hub. Raises: MediaError where it cannot be."""
     folder = hub_folder(name)
     with reading_weights(folder, "a checkpoint", "a run that train.py wrote"):
-        config = json.loads((folder / "config.json").read_text())["model"]
-        for option, left in REMOVED.items():
-            if config.pop(option, left) != left:
-                raise ValueError(f"its {option} is not {left}, the only one that is left")
-        model = Generator(Config(**config))
+        model = Generator(Config(**json.loads((folder / "config.json").read_text())["model"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
     return model
 

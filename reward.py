@@ -3,10 +3,8 @@
 What you learn here, in the order of the file:
 
 1. The judge. A multimodal language model (any Qwen-Omni thinker: a tiny one is embedded, a real one is loaded
-   by name or asked over HTTP) watches and hears a clip and answers one question per aspect with a digit:
-
-       score = sum_d d p(d) / sum_d p(d),    d = 1..5,    aspects: lip-sync, expressiveness, motion quality
-
+   by name or asked over HTTP) watches and hears a clip and answers one question each about lip-sync,
+   expressiveness and motion quality with a digit.
 2. The regularisers: still background, identity, amount of motion, trembling and chunk seams, each compared
    with what real clips show.
 3. The sync network. It tells the lips of this very moment from those of another. extras/sync.py trains it.
@@ -275,7 +273,8 @@ TEXTURE_WINDOW = 8                                   # pixels under a local mean
 
 
 def in_chunks(signal: Tensor, frames: int, chunk_frames: int) -> Tensor:
-    """Cut (B, F - n), differences of n + 1 frames filed under the last, into (B, K, T); repeat the ends."""
+    """Group a signal by chunks: (B, K, T). An n-th difference, (B, F - n), lacks the first n frames:
+    there its first value is repeated, and its last one fills up the last chunk."""
     tail = -frames % chunk_frames
     return nnf.pad(signal, (frames - signal.shape[1], tail), "replicate").unflatten(1, (-1, chunk_frames))
 
@@ -369,8 +368,8 @@ class Exemplars:
                 codec=None) -> "Exemplars":
         """Measure clips at the size that will be compared with them.
 
-        With the generator's codec, all between a clip and the codec's view of it is as good as filmed. A
-        camera's noise is lost in the codec (on GRID .6 of log jerk), and only shaking heads could replace it.
+        With the generator's codec, whatever lies between the clips and the same clips through the codec is as
+        good as filmed. The codec loses a camera's noise; asked for it, a generator would shake the head.
         """
         def videos(clips):                           # each (1, F, 3, S, S), of whole chunks
             return [clip.frames[None, : len(clip.frames) // chunk_frames * chunk_frames] / 255
@@ -474,7 +473,7 @@ class SyncNetwork(nn.Module):
         return nnf.normalize(self.recognise(3 * (flat - 0.5)), dim=-1).unflatten(0, pictures.shape[:-3])
 
 
-def sync_distance(net: SyncNetwork, frames: Tensor, audio: Tensor) -> Tensor:
+def lip_sound_distance(net: SyncNetwork, frames: Tensor, audio: Tensor) -> Tensor:
     """Measure how far lips and sound are apart in the five frames around each one: (B, F), 0..2.
 
     The first two frames and the last two have that of the nearest window.
@@ -500,7 +499,7 @@ class Component:
     """A part of the reward. Of all, more is better; regularisers reach 0 where the exemplars are."""
 
     weight: float                  # in the total; 0 switches it off
-    floor: float                   # of a group's deviation: a z-score would blow up what nobody can see
+    floor: float                   # least group deviation to divide by: smaller ones nobody can see
     scale: str
     meaning: str
 
@@ -511,10 +510,10 @@ COMPONENTS = {
     "judge_motion": Component(1.0, 0.05, "1..5", "rating: how natural and clean"),
     "sync": Component(3.0, 0.005, "-2..0", "distance of lips and sound, by the reward's sync network"),
     "background": Component(0.25, 0.003, "-1..0", "distance to the portrait's, beyond the exemplars'"),
-    "identity": Component(0.25, 0.01, "-1..0", "likeness to the portrait, as far as below the exemplars'"),
-    "activity": Component(0.5, 0.05, "..0", "log ratio of motion to the exemplars', more or less"),
-    "smoothness": Component(1.0, 0.03, "..0", "log ratio of trembling to the exemplars', more or less"),
-    "seams": Component(1.0, 0.03, "..0", "log ratio of jumps between chunks to the exemplars', more or less"),
+    "identity": Component(0.25, 0.01, "-1..0", "likeness to the portrait, where it is below the exemplars'"),
+    "activity": Component(0.5, 0.05, "..0", "log ratio of motion to the exemplars', up or down"),
+    "smoothness": Component(1.0, 0.03, "..0", "log ratio of trembling to the exemplars', up or down"),
+    "seams": Component(1.0, 0.03, "..0", "log ratio of jumps between chunks, up or down"),
 }
 WEIGHTS = {name: component.weight for name, component in COMPONENTS.items()}
 JUDGED = [f"judge_{aspect}" for aspect in ASPECTS]   # what needs a judge
@@ -595,5 +594,5 @@ class Reward:
         for name, values in temporal(frames, self.chunk_frames).items():
             chunks[name] = beyond(values.cpu(), *good.temporal[name])
         if "sync" in self.weights:
-            chunks["sync"] = -mean(sync_distance(self.sync, frames, audio))
+            chunks["sync"] = -mean(lip_sound_distance(self.sync, frames, audio))
         return {name: values.cpu() for name, values in chunks.items()}

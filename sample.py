@@ -1,7 +1,6 @@
 """Animate a portrait with speech, and measure how well it is done.
 
     python sample.py --checkpoint runs/tiny --image portrait.jpg --audio speech.wav --out video.mp4
-    python sample.py --score video.mp4 --portrait portrait.jpg    the reward by component, and metrics
 
 The video is generated chunk by chunk and written as it comes, in constant memory: speech may have any length.
 
@@ -23,15 +22,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (LATENCY, Clip, Crop, LogMel, folder_clips, hear, load_clip, load_portrait, pixels,
-                  read_speech, sounds, with_interval, write_video)
+from data import (LATENCY, Clip, LogMel, hear, load_portrait, pixels, read_speech, sounds, with_interval,
+                  write_video)
+from extras.arguments import check_numbers, crop_argument, device_argument, track_argument
 from extras.face import photo_square
 from extras.files import MediaError, one_line
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras.mouths import high_pass, head_pose, mouth_axis, mouth_box, mouth_opening_from_pixels
-from extras.reward_flags import make_judge, make_reward, reward_flags, table
 from model import SAMPLING_STEPS, Generator, load_generator, ode_step
-from reward import DEFAULT_SYNC, SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork, load_sync
+from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork
 
 
 # ---------------------------------------------------------------- generate
@@ -96,7 +95,7 @@ def shifted_correlation(made: Tensor, true: Tensor, shift: int = 0) -> Tensor:
     return correlation(made, true)
 
 
-def sync_offset(made: Tensor, true: Tensor, most: int = 8) -> Tensor:
+def lip_offset(made: Tensor, true: Tensor, most: int = 8) -> Tensor:
     """Return by how many frames `made` (F,) comes after `true` (F,): the shift of the best correlation."""
     tried = torch.stack([shifted_correlation(made, true, shift) for shift in range(-most, most + 1)])
     return (tried.argmax() - most).float()
@@ -169,7 +168,8 @@ def sync_metrics(net: SyncNetwork, frames: Tensor, audio: Tensor) -> dict[str, T
     An offset means nothing where confidence is low: a frozen GRID mouth has offset 0, as its silences match.
     Compare clips of one length, as fewer windows make a deeper minimum.
     """
-    curve = offset_curve(net.visual(frames), net.sound(audio))
+    device = next(net.parameters()).device
+    curve = offset_curve(net.visual(frames.to(device)), net.sound(audio.to(device))).cpu()
     least, best = curve.min(1)
     return {"sync_distance": least, "sync_confidence": curve.median(1).values - least,
             "sync_offset": (SYNC_SHIFTS - best).float(), "sync_own": curve[:, SYNC_SHIFTS]}
@@ -182,7 +182,8 @@ def identity_cosine(net: SyncNetwork, frames: Tensor, portrait: Tensor) -> Tenso
     The encoder knows only people it was trained on. Trained on one, it can only tell pictures of him apart.
     Args: frames (B, F, 3, S, S), portrait (B, 3, S, S), float in [0, 1]. Returns: cosines (B, F).
     """
-    return (net.identity(frames) * net.identity(portrait)[:, None]).sum(-1)
+    device = next(net.parameters()).device
+    return (net.identity(frames.to(device)) * net.identity(portrait.to(device))[:, None]).sum(-1).cpu()
 
 
 def frechet(a: Tensor, b: Tensor) -> Tensor:
@@ -243,14 +244,14 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
         seen = true_lips
     values = {                                                                  # against the true clip:
         "lip_correlation": each(correlation, lips, true_lips),
-        "offset": each(sync_offset, lips, true_lips),                           # frames that lips are late
+        "offset": each(lip_offset, lips, true_lips),                           # frames that lips are late
         "mouth_psnr": each(psnr, mouths, true_mouths),                          # dB, heads held still
-        "psnr": each(psnr, videos, truths),                                     # dB, most of it the head's
+        "psnr": each(psnr, videos, truths),                                     # dB, mostly where the head is
         "amplitude": relative(each(torch.std, lips), each(torch.std, seen)),    # ratio: how far lips open
         "frame_change": relative(each(frame_change, videos), each(frame_change, truths)),       # ratio
         "jerk_ratio": relative(each(jerk, videos), each(jerk, truths)),         # ratio: trembling
         "head": each(head_motion, poses) / each(head_motion, true_poses).mean().clamp_min(1e-6),
-        # without it:
+        # without the truth:
         "still_psnr": each(still_psnr, videos, truths[:, 0]),                   # dB, the background
         "jerk": each(jerk, videos),                                             # grey levels
         "seam_ratio": each(lambda video: seam_ratio(video, chunk_frames), videos)}      # 1: no seams
@@ -274,128 +275,35 @@ def summary(metrics: dict[str, Tensor]) -> str:
     return f"  against the truth  {'  '.join(rest)}\n  without it         {'  '.join(apart)}"
 
 
-def score_videos(args: argparse.Namespace) -> None:
-    """Score videos one by one: the components and the total, and, apart, what no reward uses."""
-    clips, broken = [], []
-    for path in args.score:
-        try:
-            clips.append(load_clip(path, args.size, args.crop or None))
-        except MediaError as error:
-            broken.append(str(error))
-    if not clips:
-        raise MediaError("; ".join(broken))
-    if args.data:
-        good, _ = folder_clips(args.data, args.size, 3.0, "face" if args.crop == () else args.crop)
-    else:
-        from extras.talkers import synthetic_clips   # here: nothing else of this file needs them
-        good = synthetic_clips(64, args.size, 2.0)
-    reward, sync = make_reward(args, make_judge(args), good, good, args.chunk_frames), load_sync(args.sync)
-    for clip in clips:
-        portrait = load_portrait(args.portrait, args.size) if args.portrait else clip.frames[0]
-        frames, portrait, audio = clip.frames[None] / 255, portrait[None] / 255, clip.audio[None]
-        scores = reward(frames, audio, portrait, [clip.name])
-        held_out = {name: value.item() for name, value in sync_metrics(sync, frames, audio).items()}
-        held_out["identity_cosine"] = identity_cosine(sync, frames, portrait).mean().item()
-        print(f"{clip.name}: {frames.shape[1]} frames\n{table(reward, {'': scores})}\n"
-              "held out, no part of the reward:  " + "  ".join(f"{k} {v:.3f}" for k, v in held_out.items()))
-    if broken:
-        raise MediaError(f"{len(broken)} of {len(args.score)} videos could not be scored", "; ".join(broken))
-
-
 # ---------------------------------------------------------------- command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    g = p.add_argument_group("animate")
-    g.add_argument("--checkpoint", metavar="RUN",
+    p.add_argument("--checkpoint", required=True, metavar="RUN",
                    help="the folder that train.py wrote, or a name on the Hugging Face hub")
-    g.add_argument("--image", help="the portrait: any picture of a head")
-    g.add_argument("--audio", help="the speech: any file with sound that ffmpeg reads")
-    g.add_argument("--track", type=track_argument, metavar="TRACK[:CHANNEL]",
+    p.add_argument("--image", required=True, help="the portrait: any picture of a head")
+    p.add_argument("--audio", required=True, help="the speech: any file with sound that ffmpeg reads")
+    p.add_argument("--track", type=track_argument, metavar="TRACK[:CHANNEL]",
                    help="which sound of that file, from 1 (default: what has speech in it)")
-    g.add_argument("--out", help="the mp4 to write")
-    g.add_argument("--steps", type=int, default=SAMPLING_STEPS, help="flow steps a chunk (%(default)s)")
-    g.add_argument("--guidance", type=float, default=1.0,
+    p.add_argument("--out", required=True, help="the mp4 to write")
+    p.add_argument("--steps", type=int, default=SAMPLING_STEPS, help="flow steps a chunk (%(default)s)")
+    p.add_argument("--guidance", type=float, default=1.0,
                    help="how far to exaggerate what the sound adds; 1: as learned (default 1)")
-    g.add_argument("--seed", type=int, default=0, help="what the sound leaves open: head, blinks (default 0)")
-    g.add_argument("--max-seconds", type=float, help="use only the start of the speech")
-    g = p.add_argument_group("score", "instead of animating")
-    g.add_argument("--score", nargs="+", metavar="FILE", help="videos: every component of the reward, its "
-                   "total, and the held-out metrics")
-    g.add_argument("--portrait", help="of the videos (their first frame)")
-    g.add_argument("--data", type=Path, help="a folder of real clips to compare with (drawn talkers)")
-    g.add_argument("--size", type=int, default=64, help="pixels per side of scored videos (%(default)s)")
-    g.add_argument("--chunk-frames", type=int, default=4, help="of the generator they are from (%(default)s)")
-    g.add_argument("--sync", type=Path, default=DEFAULT_SYNC,
-                   help="folder of the sync network that measures (drawn talkers')")
-    reward_flags(p)
+    p.add_argument("--seed", type=int, default=0, help="what the sound leaves open: head, blinks (default 0)")
+    p.add_argument("--max-seconds", type=float, help="use only the start of the speech")
     p.add_argument("--crop", type=crop_argument, default=(), help="face: a square around the head; none: the "
-                   "centre; or x,y,size in pixels of the picture or videos (as the run's clips were cut)")
+                   "centre; or x,y,size in pixels (as the run's clips were cut)")
     p.add_argument("--device", type=device_argument, default=device_argument(),
                    help="default: cuda if present")
     args = p.parse_args(argv)
-    check_numbers(p, args, steps=1, guidance=0, seed=0, max_seconds=1 / FPS, size=32, chunk_frames=2)
-    needed = args.checkpoint, args.image, args.audio, args.out
-    if args.score:
-        if any(needed):
-            p.error("--score stands alone; leave out --checkpoint, --image, --audio and --out")
-        return args
-    if not all(needed):
-        p.error("want --checkpoint, --image, --audio and --out; or --score")
+    check_numbers(p, args, steps=1, guidance=0, seed=0, max_seconds=1 / FPS)
     if Path(args.out).suffix.lower() != ".mp4":
         p.error(f"--out is the video to write, so let it end in .mp4: got {args.out}")
     return args
 
 
-def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least: float) -> None:
-    """End with one clear line where a number is below its least value, or absurdly large."""
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < 1e10:
-            bound = "below 1e10" if value > low else f"at least {low}"
-            p.error(f"--{name.replace('_', '-')} must be {bound}, got {value}")
-
-
-CROP_HELP = "face: a square around the head; none: the centre; or x,y,size in pixels (%(default)s)"
-
-
-def crop_argument(text: str) -> Crop:
-    """Read 'face', 'none', or 'x,y,size' into three whole numbers."""
-    if text in ("face", "none"):
-        return None if text == "none" else text
-    try:
-        x, y, size = (int(part) for part in text.split(","))
-        if min(x, y) < 0 or size < 1:
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError("want face, none, or x,y,size in pixels, such as 40,0,320, "
-                                         f"got {text!r}") from None
-    return x, y, size
-
-
-def track_argument(text: str) -> tuple[int, int]:
-    """Read 'TRACK' or 'TRACK:CHANNEL' into two numbers from 1, the second 0 where it is left open."""
-    track, _, channel = text.partition(":")
-    if not (track.isdecimal() and int(track) and (channel or "1").isdecimal() and int(channel or "1")):
-        raise argparse.ArgumentTypeError(f"want TRACK or TRACK:CHANNEL, such as 2 or 2:1, got {text!r}")
-    return int(track), int(channel or 0)
-
-
-def device_argument(text: str | None = None) -> str:
-    """Check the name of a device by using it; without a name, choose CUDA where it is present."""
-    text = text or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({str(error).splitlines()[0]})") from None
-    return text
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    if args.score:
-        score_videos(args)
-        return
     out = Path(args.out)
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):      # before the speech is read
         raise MediaError(out, "is a folder, or in none that can be written; choose another --out")

@@ -12,7 +12,7 @@
 
 1. Pretraining by flow matching on all clips. Each chunk of a clip is noised to a level of its own,
 
-       x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ U(0.02, 1) per chunk
+       x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ max(U(0, 1), 0.02) per chunk
 
    and the generator, which sees the portrait, the sound and the clean past of each chunk, learns the velocity
 
@@ -30,8 +30,8 @@ that did best on them. Other clips are reported. `--control` spends the CPU time
 on more pretraining, on more curation, and on GRPO without curation.
 
 All random numbers of a step come from a generator keyed by (seed, step), so a resumed run repeats an unbroken
-one. What stands beside the method is in extras: flags.py, session.py (lock, log, checkpoints, Ctrl-C),
-processes.py (torchrun), measuring.py and report.py.
+one (but for controls, which end by CPU time). What stands beside the method is in extras: flags.py,
+session.py (a stage's loop, log, checkpoints, Ctrl-C), processes.py (torchrun), measuring.py and report.py.
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, N tokens, C channels, S pixels per side.
 """
@@ -81,8 +81,9 @@ AUDIO_DROPOUT = 0.1                # share of clips without sound, which guidanc
 GRAD_CLIP = 1.0                    # largest norm of a gradient
 POST_WARMUP = 10                   # updates: Adam's first steps, of few gradients, would be its largest
 POST_EMA = 0.95                    # of the policy's moving average
+UNCURATED_LR = 8e-4                # of GRPO without curation
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond any training step's
-UNRATED_OVER, MOST_UNRATED = 10, 0.1      # updates over which a judge may leave less than this share unrated
+UNRATED_OVER, MOST_UNRATED = 10, 0.1      # the run stops where, over so many updates, this share is unrated
 
 
 # ---------------------------------------------------------------- data
@@ -120,7 +121,8 @@ def load_clips(args: argparse.Namespace, watch: int = 0) -> tuple[Clips, list[Cl
                                     f"on, {len(held_out)} held out); add files or lower --seconds")
     if args.updates and len(train) < args.prompts:
         raise MediaError(args.data or "--clips", f"{len(train)} clips are too few; lower --prompts")
-    reported = held_out[: len(held_out) - min(watch, len(held_out) // 2)]
+    watch = min(watch, len(held_out) // 2) if args.data else watch       # a folder has what it has
+    reported = held_out[: len(held_out) - watch]
     return train, reported[: args.validate_clips], held_out[len(reported):]
 
 
@@ -134,6 +136,8 @@ def fit_codec(model: Generator, clips: list[Clip], args: argparse.Namespace) -> 
     if len(clips) * args.frames < args.config.space_channels:
         raise MediaError(args.data or "--clips", f"{len(clips)} clips are too few to fit the codec; add some")
     model.codec.fit(pixels(spread(clips, CODEC_CLIPS), args.frames).to(args.device))
+    if not model.codec.scale.min() > 0:
+        raise MediaError(args.data or "--clips", "shows nothing that moves; add videos of people who speak")
 
 
 def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Latents:
@@ -155,6 +159,7 @@ class Picks:
     curated: Tensor                # (n,) rows to fine-tune on; empty where nothing can rank the clips
     lively: list[Clip]             # exemplars of how much should move,
     smooth: list[Clip]             # and of how
+    ratings: Tensor | None = None  # (B, 3) of all training clips, by the judge
     cpu_seconds: float = 0.0       # that the rating took
 
 
@@ -185,7 +190,7 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
     return ratings, spent
 
 
-def pick_clips(judge, clips: Clips, args: argparse.Namespace, log: Log) -> Picks:
+def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
     """Rank the training clips by the judge, or else by the reward's sync network, and choose the best.
 
     Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with
@@ -210,10 +215,7 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace, log: Log) -> Picks
     curated = best(ratings.sum(1), count)
     lively, smooth = ([clips[i] for i in best(ratings[:, ASPECTS.index(aspect)], most)]
                       for aspect in ("expressiveness", "motion"))
-    if judge is not None and clips[0].truth and "fault_offset" in clips[0].truth:
-        strengths = {name: torch.stack([clip.truth[f"fault_{name}"] for clip in clips]) for name in FAULTS}
-        log(funnel=funnel(strengths, ratings, curated))
-    return Picks(curated, lively, smooth, spent)
+    return Picks(curated, lively, smooth, None if judge is None else ratings, spent)
 
 
 # ---------------------------------------------------------------- flow matching
@@ -499,7 +501,10 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: Log) -> 
 
 
 def curate(run: Run, start: dict[str, Tensor]) -> FlowMatching:
-    """Fine-tune the pretrained generator on the clips that were picked."""
+    """Fine-tune the pretrained generator on the clips that were picked.
+
+    It goes on from the weights and optimizers of state.pt; `start`, their average, only identifies them.
+    """
     args, picked = run.args, run.picks.curated
     stage = FlowMatching("curation", run.data[picked], args, args.curate_steps, first=args.steps)
     stage.recipe = {"picked": picked.tolist(), "start": fingerprint(start)}
@@ -535,8 +540,10 @@ def control_arms(run: Run, arms: dict[str, dict], spent: float) -> dict[str, dic
         carry_out(stage, run.watched, run.log)
         return stage
 
-    # A fault that all share, as lips that are late, hides in the noise that a group shares.
-    apart = argparse.Namespace(**vars(args) | {"settings": replace(args.settings, group_noise="different")})
+    # Without curation, videos from shared noise have equally late lips, and there is nothing to compare.
+    # And there is farther to go: at 6e-4 the lips reached .38 in 75 updates.
+    settings = replace(args.settings, group_noise="different")
+    apart = argparse.Namespace(**vars(args) | {"settings": settings, "post_lr": UNCURATED_LR})
     stages = []
     if CURATED in arms:
         stages = [longer(MORE_CURATION, CURATED, run.picks.curated, args.steps + args.curate_steps, spent),
@@ -578,7 +585,10 @@ def train(args: argparse.Namespace, start: float) -> None:
     run = Run(args, log, clips, watched, pretraining.data)
     if curates or reinforces:
         with rank_zero_first():
-            run.picks = pick_clips(judge, clips, args, log)
+            run.picks = pick_clips(judge, clips, args)
+        if run.picks.ratings is not None and not args.data and args.world == "found":
+            faults = {name: torch.stack([clip.truth[f"fault_{name}"] for clip in clips]) for name in FAULTS}
+            log(funnel=funnel(faults, run.picks.ratings, run.picks.curated))
 
     resume, anew = (shlex.join([flag, str(args.out)]) for flag in ("--resume", "--pretrained"))
     with fitting("pretraining", "lower --batch, or give --checkpointing"):

@@ -79,7 +79,7 @@ class RemoteJudge:
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"             # a file ends in a newline
         try:
             host = urlsplit(url).hostname or ""
-            local = host in ("localhost", "::1") or host.startswith("127.")
+            local = host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
             http = openai.DefaultHttpxClient(trust_env=not local)                # which would name a proxy
             self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, http_client=http)
         except Exception as error:                   # no address, or a proxy that httpx cannot use

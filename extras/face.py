@@ -4,8 +4,8 @@
     python -m extras.face me.mp4         # a long video: what of it can be used, and why the rest cannot
 
 A detector gives a box around the face; the square is HEAD times as large, its centre UP boxes above its own.
-Both constants were measured on training clips, so a photo and a video are cut alike. One square serves a whole
-clip, so the cut adds no motion. Near an edge it is moved, and where the picture is too small it shrinks.
+Both constants were measured on training clips, so a photo and a video are cut alike. One square serves a
+whole clip, so the cut adds no motion. Near an edge it is moved; where the picture is too small it shrinks.
 
 The detector is dlib's for frontal faces: histograms of oriented gradients under a linear filter, at every
 place and scale. Its weights are part of the library, so nothing is downloaded.
@@ -37,7 +37,7 @@ WORK = 480                       # pixels of the shorter side in which faces of 
 SCALES = 5                       # boxes come in sizes 6/5 apart; looks at 5 scales in between make it 4%
 ALIKE = 0.7                      # a second face of this share of the first one's size is a rival
 WANDER = 0.2                     # of the square's side, that a head may move from where it usually is
-JUMP = 0.35                      # of a box: more from one look to the next is a change of scene that was missed
+JUMP = 0.35                      # of a box: more from one look to the next is another scene
 PAUSE = 2 * FPS                  # frames of silence that belong to speech
 CUT = 10                         # of 100: ffmpeg's default score for a change of scene
 LOOK = FPS // 2                  # frames from one look at a video to the next
@@ -50,7 +50,7 @@ Square = tuple[int, int, int]                        # x, y, side in pixels
 # ---- One picture -------------------------------------------------------------------------------------------
 
 def detector():
-    """Load dlib's detector, one for each thread. Raises: MediaError where there is no dlib: it is optional."""
+    """Load dlib's detector, one for each thread. Raises: MediaError where dlib, which is optional, is not."""
     return _detector(threading.get_ident())
 
 
@@ -65,8 +65,8 @@ def _detector(thread: int):
 
 
 def find_faces(picture: np.ndarray, work: int = WORK) -> list[Box]:
-    """Find upright faces in a picture, (3, H, W) or (H, W, 3) uint8, seen with `work` pixels of the shorter side.
-    The surest comes first. Raises: MediaError without dlib."""
+    """Find upright faces in a picture, (3, H, W) or (H, W, 3) uint8, seen with `work` pixels of the shorter
+    side. The surest comes first. Raises: MediaError without dlib."""
     image = as_image(picture)
     up = work / min(image.size)
     image = image.resize([max(1, round(side * up)) for side in image.size], Image.BICUBIC)
@@ -230,7 +230,7 @@ def marks(seen: Seen, heard: np.ndarray) -> list[tuple[int, str]]:
         for frame in range(start, stop):
             face = said[min(max(first, frame // LOOK), end - 1) - first] if said else "too short"
             why.append(face or ("" if heard[frame] else "no speech"))
-        last = None
+        last, was = None, None
         for i, boxes in enumerate(seen.found[first:end], first):
             for x, y, size, *_ in sorted(boxes, key=lambda box: -box[2])[:1]:
                 head = np.array([x + size / 2, y + size / 2, size])
@@ -276,8 +276,8 @@ def pieces(path: str | Path,
 
 def cut(path: Path, skipped: dict[str, str],
         shown: list[tuple]) -> tuple[dict[int, Square], list[tuple[int, int]]]:
-    """Cut a video for training: squares by the frame from which they count, and the stretches to use. Adds what
-    is left out to `skipped`, and (path, second, square) to look at to `shown`. Raises: MediaError."""
+    """Cut a video for training: squares by the frame from which they count, and the stretches to use. Adds
+    what is left out to `skipped`, and (path, second, square) to look at to `shown`. Raises: MediaError."""
     kept, left_out = pieces(path)
     if not kept:
         raise MediaError(path, f"shows nothing to train on ({reasons(left_out)}); {REMEDY}, "
@@ -302,7 +302,8 @@ def frame_at(path: Path, second: float) -> np.ndarray:
     """Read one frame (H, W, 3) of a video, upright, with square pixels."""
     command = [*FFMPEG, "error", "-ss", str(second), "-i", f"file:{path}", "-frames:v", "1", "-vf",
                "scale=w='round(iw*sar)':h=ih", "-f", "image2pipe", "-c:v", "png", "-"]
-    return np.asarray(Image.open(io.BytesIO(subprocess.run(command, capture_output=True).stdout)).convert("RGB"))
+    done = subprocess.run(command, capture_output=True)
+    return np.asarray(Image.open(io.BytesIO(done.stdout)).convert("RGB"))
 
 
 

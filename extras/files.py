@@ -5,11 +5,15 @@ Nothing is half-written: a file gets its name when it is whole. Weights are safe
 
 import json
 import os
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 VIDEOS = "mp4, mov, mkv, webm, avi, mpg, mpeg, m4v"  # by suffix
+FULL = MemoryError, torch.OutOfMemoryError, BrokenExecutor     # the last: the system has ended a worker
 BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError     # what bad weights raise
 
 
@@ -40,6 +45,10 @@ def one_line(stopped: str, smaller: str) -> Iterator[None]:
     """
     with suppress(AttributeError):                   # names and signs that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:      # SIGTERM tidies up as Ctrl-C does; torchrun ends its own
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if cores() < torch.get_num_threads():            # PyTorch does not see the quota of a container
+        torch.set_num_threads(cores())
     try:
         with fitting("this", smaller):
             yield
@@ -57,7 +66,7 @@ def fitting(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:     # on the CPU, PyTorch raises a plain RuntimeError
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(error)
+        full = isinstance(error, FULL) or "t allocate memory" in str(error)
         if not full:
             raise
         raise MediaError(what, f"does not fit into memory; {remedy}") from None
@@ -148,8 +157,8 @@ def printable(name: str) -> str:
 
 
 def find_videos(folder: Path) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
-    """List each video under a folder once, or the one that is named. Links are followed; what is hidden is left out, and so is the
-    folder of a run, which holds generated videos.
+    """List each video under a folder once, or the one that is named. Links are followed; what is hidden is
+    left out, and so is the folder of a run, which holds generated videos.
 
     Returns: (name, size, time of change) of each, and what was left out with the reason.
     """
@@ -195,3 +204,9 @@ def cores() -> int:
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         count = max(1, min(count, quota // period))
     return count
+
+
+def begin_worker() -> None:
+    """Begin a worker process: with one thread, and with its parent's end as its own, were that by kill -9."""
+    torch.set_num_threads(1)
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()

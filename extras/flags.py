@@ -16,11 +16,11 @@ import torch
 
 import grpo
 from extras.media import FPS
+from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.pretrained import encoder_width, trunk_shape
 from extras.processes import world
 from extras.reward_flags import reward_flags
 from model import PRESETS, SAMPLING_STEPS, Config, hub_folder
-from sample import CROP_HELP, check_numbers, crop_argument, device_argument
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
@@ -90,9 +90,9 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     p = argparse.ArgumentParser(description="Pretrain, curate and post-train a generator.")
     g = p.add_argument_group("a run of before")
     g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, or, with more "
-                   "--steps, --curate-steps or --updates, with a finished one; other flags stay")
-    g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew to --out: "
-                   "a folder or a name on the hub; with --data, first train it for --steps on them")
+                   "--steps, --curate-steps or --updates, a finished one; other flags stay")
+    g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew to "
+                   "--out: a folder or a name on the hub; with --data, first train it for --steps on them")
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and defaults (%(default)s)")
     g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
@@ -226,6 +226,8 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.preset
+    if str(args.out)[0] == "-":                      # in a printed command it would be a flag
+        args.out = args.out.absolute()
     if args.seconds is None:
         args.seconds = 3.0 if args.data else 2.0
     check(p, args)

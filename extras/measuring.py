@@ -5,6 +5,7 @@ The metrics themselves, none of which a reward contains, are in sample.py. repor
 
 import argparse
 import math
+import re
 import shlex
 import shutil
 import time
@@ -80,8 +81,12 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
         videos.append(model.codec.decode(true[:, 0], model.codec.encode(true)).cpu())
     codec = evaluate(torch.cat(videos), held_out, args.config.chunk_frames, measuring_sync(args))
     parameters = sum(p.numel() for p in model.parameters())
-    log(config=asdict(args.config), seed=args.seed, parameters=parameters, codec=means(codec),
-        command=shlex.join(["python", "train.py", *args.command]), hardware=hardware(args.device, world()))
+    before = re.findall(r'"clips": (\d+)', log.path.read_text()) if log.path.exists() else []
+    if before and before[-1] != f"{len(clips)}":
+        print(f"note: this run had {before[-1]} training clips before, and has {len(clips)} now")
+    log(config=asdict(args.config), seed=args.seed, parameters=parameters, clips=len(clips),
+        codec=means(codec), hardware=hardware(args.device, world()),
+        command=shlex.join(["python", "train.py", *args.command]))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(clips)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M "
           f"parameters on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")

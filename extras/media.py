@@ -13,6 +13,7 @@ import math
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -59,11 +60,11 @@ def run_ffmpeg(path: Path, *arguments: str) -> str:
         raise MediaError(path, f"{state}; name a file with sound or a picture")
     level = "error" if arguments else "info"
     done = subprocess.run([*FFMPEG, level, "-i", f"file:{path}", *arguments], capture_output=True)
-    said = done.stderr.decode(errors="replace").strip() or "ffmpeg failed"
+    said = done.stderr.decode(errors="replace").strip()
     if done.returncode and (arguments or "Input #0" not in said):
         if (full := os.strerror(errno.ENOSPC)) in said:              # no fault of the file
-            raise OSError(errno.ENOSPC, full, str(path))
-        damage = said.splitlines()[0].split("] ")[-1]
+            raise OSError(errno.ENOSPC, full, tempfile.gettempdir())
+        damage = (said or "ffmpeg failed").splitlines()[0].split("] ")[-1]
         words = (words for sign, words in FFMPEG_WORDS.items() if sign in said)
         raise MediaError(path, next(words, f"is damaged ({damage}); convert it or copy it again"))
     return said
@@ -84,6 +85,7 @@ class Track:
     channels: int = 1
     channel: int = 0                                 # the one that is heard, from 1; 0: the mean of all
     seconds: float | None = None                     # of its start that are used, if not all
+    whole: bool = True                               # decoded without a complaint
 
     def note(self) -> str:
         """Say what is heard, where that is not all there is."""
@@ -124,7 +126,7 @@ def decode(path: Path, part: Path, square: tuple | None = None, seconds: float |
         outputs += [] if seconds is None else ["-t", str(seconds)]
         outputs += ["-map", f"0:{track.stream}", "-af", IN_TIME, "-ar", str(SAMPLE_RATE)]
         outputs += ["-c:a", "pcm_f32be", "-f", "au", f"file:{part}.{track.number}.au"]
-    run_ffmpeg(path, *outputs)
+    complaint = run_ffmpeg(path, *outputs)
 
     sounds = {track.number: _map_au(f"{part}.{track.number}.au") for track in tracks}
     number, channel = _choose(path, sounds, choice, tracks[0].number)
@@ -132,7 +134,7 @@ def decode(path: Path, part: Path, square: tuple | None = None, seconds: float |
     if len(sound) < SAMPLES_PER_FRAME:
         held = 1000 * len(sound) // SAMPLE_RATE
         raise MediaError(path, f"holds {held} ms of sound; one frame needs 40 ms")
-    mono = np.memmap(f"{part}.f32", np.float32, "w+", shape=len(sound))
+    mono = _map_new(f"{part}.f32", len(sound))
     if channel:
         mono[:] = sound[:, channel - 1]
     else:
@@ -140,7 +142,8 @@ def decode(path: Path, part: Path, square: tuple | None = None, seconds: float |
     speech = torch.from_numpy(mono)
     offset, rms = _loudness(speech, path)
     speech.sub_(offset).mul_(ACTIVE_RMS / rms).clamp_(-1, 1)
-    return speech, replace(track, channels=sound.shape[1], channel=channel, seconds=seconds)
+    return speech, replace(track, channels=sound.shape[1], channel=channel, seconds=seconds,
+                           whole=not complaint)
 
 
 def _map_au(path: str) -> np.ndarray:
@@ -149,6 +152,16 @@ def _map_au(path: str) -> np.ndarray:
     if os.path.getsize(path) == start:
         return np.zeros((0, channels), np.float32)
     return np.memmap(path, ">f4", "r", start).reshape(-1, channels)
+
+
+def _map_new(path: str, count: int) -> np.ndarray:
+    """Map a new file of float32. A full disk is an error here: while it is mapped it would be death."""
+    with open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, 4 * count)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
+    return np.memmap(path, np.float32, "r+")
 
 
 def _choose(path: Path, sounds: dict[int, np.ndarray], choice: tuple[int, int] | None,
@@ -275,7 +288,7 @@ def _no_picture(path: str | Path, error: Exception) -> str:
 
 def video_filter(streams: str, size: int, crop: tuple[int, int, int] | dict | None) -> str:
     """The filter of ffmpeg that gives 25 whole frames a second, upright, in sRGB: the square `crop`
-    (x, y, side) or the one in the centre, at `size` pixels. A dict {frame: square} changes it from there on."""
+    (x, y, side) or the one in the centre, at `size` pixels. A dict {frame: square} changes it on the way."""
     moves = ""
     if isinstance(crop, dict):                       # the clock of sendcmd: half a frame before that frame
         moves = "; ".join(f"{(frame - 0.5) / FPS:.2f} crop w {side}, crop h {side}, crop x {x}, crop y {y}"
@@ -315,7 +328,7 @@ def carry_sound(audio: Tensor | Track, folder: str) -> tuple[list[str], list[str
     limit = ["-t", str(audio.seconds)]
     if audio.seconds is None:
         limit = []
-        if audio.codec in COPIED:                    # a limit would cut packets
+        if audio.codec in COPIED and audio.whole:    # a limit would cut packets; players stop at damage
             ways.insert(0, ["-c:a", "copy"])
     for way in ways:
         with suppress(MediaError):

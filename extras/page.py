@@ -125,4 +125,4 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
         *(part.html for part in parts), "</html>\n"])
     for suffix, written in ((".md", markdown), (".html", html)):
         with replacing(path.with_suffix(suffix)) as temporary:
-            temporary.write_text(written, "utf-8")
+            temporary.write_text(written, "utf-8", "backslashreplace")     # a name may be no UTF-8

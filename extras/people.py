@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from scipy import optimize, stats
 from tqdm import tqdm
 
 from data import Clip, folder_clips, load_clip, sounds, video_uri
+from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, replacing, writing
 from extras.media import FPS
 from extras import reward_flags
@@ -31,7 +33,7 @@ from extras.reward_flags import read_json
 from extras.talkers import synthetic_clips
 from model import Generator, load_generator
 from reward import ASPECTS, rate_whole, to_bytes
-from sample import CROP_HELP, check_numbers, crop_argument, device_argument, imitate
+from sample import imitate
 
 # ---------------------------------------------------------------- agreement with people
 
@@ -152,8 +154,8 @@ def align(scores: dict[str, Sequence[float]], ratings: RatingTable, out: Path) -
 
 def align_judge(args: argparse.Namespace) -> None:
     """Rate every video that people rated, and compare. Paths are relative to the table."""
-    if args.out.is_dir():
-        raise MediaError(args.out, "is a folder; name the file to write the calibration to")
+    if args.out.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
+        raise MediaError(args.out, "is a folder, or in none; name the file to write the calibration to")
     ratings, scores = read_ratings(args.ratings), {}
     judge = reward_flags.make_judge(args)
     if judge is None:

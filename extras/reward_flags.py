@@ -1,6 +1,6 @@
 """The flags that define a judge and a reward, the same for every command, and what is made of them.
 
-    train.py, sample.py --score, python -m extras.people, python -m extras.school validate
+    train.py, python -m extras.score, python -m extras.people, python -m extras.school validate
 
 What is shipped, the embedded judge and two sync networks, knows drawn talkers only. So where --judge, --sync
 or --reward-sync is not given, it means the shipped one, or, with --data, none. What a flag names is used.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from data import Clip, folder_clips, pixels, sounds
+from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, writing
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras import reward_flags
@@ -39,7 +40,7 @@ from extras.people import HELD_OUT_SEED, bootstrap, pairwise_accuracy, spearman
 from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
 from reward import ASPECTS, Judge
-from sample import CROP_HELP, check_numbers, crop_argument, device_argument, sync_metrics
+from sample import sync_metrics
 
 # ---------------------------------------------------------------- the tiny judge, and how it learns
 
@@ -256,7 +257,7 @@ def save_judge(judge: Judge, folder: Path, card: str) -> None:
         judge.processor.save_pretrained(temporary)
         own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
         Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
-        Path(temporary, "README.md").write_text(card)
+        Path(temporary, "README.md").write_text(card, "utf-8", "backslashreplace")
         for path in Path(temporary).iterdir():
             os.replace(path, folder / path.name)
 

@@ -48,8 +48,10 @@ def lock(folder: Path) -> Iterator[None]:
         held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.glob(".*.[0-9]*"):        # half-written by a run that was killed, see `replacing`
+        for left in folder.rglob(".*.[0-9]*"):       # half-written by a run that was killed, see `replacing`
             left.unlink()
+        for left in folder.glob(".writing-*"):       # see `write_video`
+            shutil.rmtree(left)
     except BlockingIOError:
         raise MediaError(folder, "another run is at work there; wait for its end, or choose another "
                                  "--out") from None

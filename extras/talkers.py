@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Clip, Clips, cached, write_clips
-from extras.files import cores
+from data import Clip, Clips, cached, fill_cache
+from extras.files import begin_worker, cores
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE, normalise_loudness
 
 TICK = 80                                            # samples: the articulators are tracked every 5 ms
@@ -552,7 +552,7 @@ def _render(found: bool, job: tuple[int, int, int, int]) -> tuple:
 def _render_all(jobs: Sequence[tuple], found: bool) -> Iterator[tuple]:
     """Render talkers, one process per core; a handful is not worth starting processes for."""
     render = partial(_render, found)
-    pool = ProcessPoolExecutor(cores(), get_context("spawn"), torch.set_num_threads, (1,))
+    pool = ProcessPoolExecutor(cores(), get_context("spawn"), begin_worker)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # for workers: one process speaks
     try:
         clips = pool.map(render, jobs, chunksize=4) if len(jobs) >= 32 else map(render, jobs)
@@ -572,4 +572,4 @@ def synthetic_clips(count: int, size: int, seconds: float = 2.0, seed: int = 0, 
     recipe = {"count": count, "size": size, "frames": frames, "seed": seed, "first": first, "world": world,
               "renderer": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     jobs = [(index, seed, size, frames) for index in range(first, first + count)]
-    return Clips(cached(cache, recipe, lambda to: write_clips(to, _render_all(jobs, world == "found"), {})))
+    return Clips(cached(cache, recipe, lambda to: fill_cache(to, _render_all(jobs, world == "found"), {})))

@@ -5,7 +5,8 @@ The sequence of a clip of K chunks is a clean context followed by M noisy copies
     context  [portrait | audio 0] [video 0 | audio 1] ... [video K-2 | audio K-1]      K blocks
     noisy    [video 0] [video 1] ... [video K-1]                                       M times
 
-Blocks are equally long, because the portrait is "video -1". The rule, for a query of block or chunk i:
+Blocks are equally long if the portrait, as "video -1", counts to block 0; for the mask it stands apart. The
+rule, for a query of block or chunk i:
 
     the portrait      sees itself only: it is a sink whose keys never depend on the sound
     a context token   sees the portrait and the context of blocks i-W+1 .. i
@@ -379,7 +380,7 @@ def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype,
     as much as compiles without spilled registers (tests/test_kernels.py); no choice has been timed yet.
 
     fp32 is multiplied as three products of TF32, which keep nearly its precision on tensor cores: in GRPO,
-    cached and parallel log-probabilities must not be further apart than 1e-6.
+    cached and parallel means must not be further apart than 1e-6 (`grpo.check_rescoring`).
     """
     filled = bool(bounds) and bounds[1] % 128 == bounds[2] % 128 == 0
     own = 128 if filled else min(64, max(16, triton.next_power_of_2(bounds[2] if bounds else length)))

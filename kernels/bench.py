@@ -173,8 +173,11 @@ def using(impl: str):
 def bench_whole(flags: str, impl: str, device: str = "cuda") -> dict:
     """Time a training step, a video, eight videos, and an update of GRPO by train.py with these flags."""
     import train
-    args = train.parse_arguments([*flags.split(), "--device", device, "--updates", "1"])
-    clips, c = train.synthetic_clips(max(8, args.prompts), args.config.size, args.seconds, 0), args.config
+    from extras.flags import parse_arguments
+    from extras.reward_flags import make_judge, make_reward
+    from extras.talkers import synthetic_clips
+    args = parse_arguments([*flags.split(), "--device", device, "--updates", "1"])
+    clips, c = synthetic_clips(max(8, args.prompts), args.config.size, args.seconds, 0), args.config
     run = train.FlowMatching("pretraining", None, args, args.steps)
     train.fit_codec(run.model, clips, args)
     run.data = data = train.encode(run.model, clips, args.frames, device)
@@ -187,7 +190,7 @@ def bench_whole(flags: str, impl: str, device: str = "cuda") -> dict:
         made = {"task": flags, "impl": impl, "ms per step": milliseconds(run.advance, device),
                 "ms per video": milliseconds(lambda: sample(1), device),
                 "ms per 8 videos": milliseconds(lambda: sample(8), device)}
-        reward = train.make_reward(args, train.make_judge(args), clips, clips, c.chunk_frames)
+        reward = make_reward(args, make_judge(args), clips, clips, c.chunk_frames)
         post = train.PostTraining("post-training", run.model.eval(), reward, data, clips, args)
         post.checked = True                                   # a run's first batch alone is checked
         return made | {"ms per update": milliseconds(post.advance, device)}

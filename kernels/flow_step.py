@@ -23,8 +23,8 @@ velocity,
 
 The arithmetic is nothing, the memory everything. Fused, a draw reads x and velocity and writes x' (fp32: 12
 bytes an element; 16 if the mean is kept, which rescoring's KL wants); PyTorch, operation by operation, moves
-about 116. The noise is not read but made on the spot by Philox-4x32-10 (Salmon et al., 2011), a cipher: four
-words from each number.
+about 116. Noise is read, as GRPO needs the same on every device, or made on the spot by Philox-4x32-10
+(Salmon et al., 2011), a cipher: four words from each number.
 
     row r of x     |<-- BLOCK -->|<-- BLOCK -->|<-- .. |      one program a block, its elements in registers:
     velocity       |             |             |       |      mean, x' and z = (x' - mean) / step_std

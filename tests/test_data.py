@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from safetensors import SafetensorError
 
 import data
+from extras.media import normalise_loudness
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 SPEECH = "aevalsrc='0.3*sin(2*PI*220*t)*abs(sin(2*PI*2*t))':s=48000:d=3"     # four syllables a second
@@ -97,6 +99,15 @@ def video(**how):
     return lambda path: make_video(path, **how)
 
 
+def folder(path: Path):
+    return data.folder_clips(path, 16, cache=path.parent / "cache")
+
+
+def texts(path: Path) -> None:
+    path.mkdir()
+    (path / "text.mp4").write_text("not a video\n")
+
+
 def sound(*arguments):
     return lambda path: ffmpeg("-f", "lavfi", "-i", *arguments, path)
 
@@ -106,16 +117,15 @@ def sound(*arguments):
     (picture, "200_megapixels.png", blank(20000, 10000, mode="1"), "20000x10000 are too many"),
     (picture, "cut.png", cut, "truncated"), (picture, "text.png", b"hello", "not a picture"),
     (picture, "phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC; export it"),
-    (picture, "missing.png", None, "no such file"), (picture, ".", None, "is a directory"),
     (data.load_speech, "silence.wav", sound(SILENCE), "is silent"),
     (data.load_speech, "10ms.wav", sound(SPEECH, "-t", 0.01), "10 ms"),
     (data.load_speech, "no_audio.mp4", lambda path: ffmpeg(*clock(), path), "no audio track"),
     (data.load_speech, "riff.wav", b"RIFF", "not audio or video"),
     (data.load_speech, "empty.wav", b"", "is empty"),
-    (data.load_speech, "missing.wav", None, "does not exist"), (data.load_speech, ".", None, "is a folder"),
-    (clip, "cut.mp4", cut, "is cut off"), (clip, "silent.mp4", video(sound=SILENCE), "is silent"),
-    (clip, "sound.mp4", sound(SPEECH), "no video track"),
-    (clip, "short.mp4", video(seconds=0.2), "a clip needs 25")])
+    (data.load_speech, "missing.wav", None, "does not exist"),
+    (clip, "cut.mp4", cut, "is cut off"), (clip, "sound.mp4", sound(SPEECH), "no video track"),
+    (clip, "short.mp4", video(seconds=0.2), "a clip needs 25"),
+    (folder, "nowhere", None, "is not a folder"), (folder, "texts", texts, "none of its 1 videos")])
 def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, name, make, words):
     path = tmp_path / name
     if isinstance(make, bytes):
@@ -131,7 +141,7 @@ def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, na
 # ---- Videos -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, fps, extra", [
-    ("plain.mp4", "25", []), ("a.mkv", "24000/1001", []), ("a.mov", "30", ["-ar", 44100, "-ac", 2]),
+    ("a.mkv", "24000/1001", []),
     ("vfr.mp4", "25", ["-vf", "select='not(mod(n,3))+lt(n,20)+eq(n,74)'", "-fps_mode", "vfr"]),
     ("anamorphic.mp4", "25", ["-vf", "scale=64:96,setsar=2"])])    # pixels twice as wide as high
 def test_frame_f_shows_the_time_f_over_25_whatever_the_file_s_rate(tmp_path, name, fps, extra):
@@ -143,14 +153,6 @@ def test_frame_f_shows_the_time_f_over_25_whatever_the_file_s_rate(tmp_path, nam
     error = time_shown(shown.frames)[inside] - torch.arange(75)[inside] / 25
     frame = 0.12 if name == "vfr.mp4" else 0.06                    # vfr keeps every third frame
     assert error.abs().max() < frame + 0.01 and error.mean().abs() < frame / 2
-
-
-def test_a_rotated_file_stands_upright(tmp_path):
-    """The bar grows along x in the file; after a turn by 90 degrees (counter-clockwise) it grows upwards."""
-    plain = make_video(tmp_path / "plain.mp4")
-    ffmpeg("-display_rotation:v:0", 90, "-i", plain, "-c", "copy", tmp_path / "rotated.mp4")
-    rows = clip(tmp_path / "rotated.mp4").frames[37, 0].float().mean(1)    # (32,)
-    assert rows[-8:].mean() > 180 and rows[:8].mean() < 30
 
 
 @pytest.mark.parametrize("trim, frames, silent", [("start=1", 50, slice(0, 15500)),
@@ -183,7 +185,7 @@ def stored(transfer: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("matrix, tags, extent, width", [
-    ("bt709", ("bt709", "bt709"), "tv", 320), ("bt709", ("bt709", "bt709"), "pc", 320),
+    ("bt709", ("bt709", "bt709"), "pc", 320),
     ("bt709", None, "tv", 1280), ("bt601", None, "tv", 320),
     ("bt2020nc", ("bt2020", "smpte2084"), "tv", 320), ("bt2020nc", ("bt2020", "arib-std-b67"), "tv", 320)])
 def test_a_video_shows_its_colours_in_srgb(tmp_path, matrix, tags, extent, width):
@@ -241,14 +243,6 @@ def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reas
     assert frame[:, 5:11, 5:11].max() < 25 and frame[:, [0, 0, -1, -1], [0, -1, 0, -1]].min() > 230
 
 
-def test_a_folder_of_which_nothing_can_be_used_is_an_error_in_plain_words(tmp_path, decode):
-    with pytest.raises(data.MediaError, match="nowhere: is not there"):
-        decode(tmp_path / "nowhere")
-    (tmp_path / "text.mp4").write_text("not a video\n")
-    with pytest.raises(data.MediaError, match="none of its 1 videos"):
-        decode(tmp_path)
-
-
 def test_one_long_video_is_cut_without_a_gap_and_its_end_is_held_out(tmp_path, decode, capsys):
     """Eleven seconds: the last two clips, a tenth rounded up, are held out; of a long and a short file, not
     the long. Cut by 1.24 s, the clock runs on, and a rest below a second is dropped."""
@@ -264,12 +258,12 @@ def test_one_long_video_is_cut_without_a_gap_and_its_end_is_held_out(tmp_path, d
 
 
 def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, decode, capsys):
-    """Whichever file a hash would hold out, with a window of 2.9 s it is one of the two long enough."""
-    for name, seconds in (("a.mp4", 3), ("b.mp4", 2), ("c.mp4", 2), ("d.mp4", 3)):
+    """Whichever file a hash would hold out, with a window of 1.9 s it is one of the two long enough."""
+    for name, seconds in (("a.mp4", 2), ("b.mp4", 1.2), ("c.mp4", 1.2), ("d.mp4", 2)):
         make_video(tmp_path / name, seconds=seconds)
-    train, held_out = decode(tmp_path, frames=72)
+    train, held_out = decode(tmp_path, frames=48)
     assert sorted(train.names + held_out.names) == ["a.mp4#0", "d.mp4#0"] and len(held_out) == 1
-    assert "2 clips are shorter than 2.88 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
+    assert "2 clips are shorter than 1.92 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
     with pytest.raises(data.MediaError, match="no clip of 4.00 s"):
         decode(tmp_path, frames=100)
 
@@ -344,8 +338,12 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.cached(tmp_path, {"size": 3}, fail)
     assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
-    with pytest.raises(data.MediaError, match="cache cannot be written"):
-        data.cached(one / "clip", {}, build)
+    def fill(folder: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    for root, wrong in ((one / "clip", build), (tmp_path, fill)):
+        with pytest.raises(data.MediaError, match="cache cannot be written"):
+            data.cached(root, {}, wrong)
 
 
 # ---- Portraits ----------------------------------------------------------------------------------------
@@ -365,13 +363,10 @@ def test_a_portrait_is_the_centre_square_or_the_crop_named(tmp_path):
         data.load_portrait(path, 40, crop=(50, 15, 40))
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "LA", "CMYK", "I;16", "I", "F"])
-def test_any_mode_gives_the_same_grey(tmp_path, mode):
-    """A grey ramp reads alike whether stored in 8, 16 or 32 bits, with a palette, as ink or as light."""
+@pytest.mark.parametrize("kind, full", [(np.uint16, 65535), (np.int32, 65535), (np.float32, 1)])
+def test_greys_of_16_and_32_bits_are_not_cut_off(tmp_path, kind, full):
     ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None], 64, 0)
-    deep = {"I;16": np.uint16, "I": np.int32}.get(mode)
-    image = Image.fromarray(ramp.astype(deep) * 257) if deep else Image.fromarray(ramp).convert(mode)
-    image.save(tmp_path / "a.tiff")
+    Image.fromarray((ramp * (full / 255)).astype(kind)).save(tmp_path / "a.tiff")
     portrait = data.load_portrait(tmp_path / "a.tiff", 32).float().mean((0, 1))
     assert (portrait - torch.from_numpy(ramp[0]).float().view(32, 2).mean(1)).abs().max() < 6
 
@@ -381,7 +376,7 @@ LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")   # red is green
 
 
-@pytest.mark.parametrize("mode, alpha", [("RGB", 255), ("RGBA", 255), ("P", 255), ("RGBA", 0)])
+@pytest.mark.parametrize("mode, alpha", [("RGB", 255), ("P", 255), ("RGBA", 0)])
 @pytest.mark.parametrize("profile, shown", [(SWAPPED, (40, 220, 90)), (b"no profile", (220, 40, 90)),
                                             (LAB, (220, 40, 90))])
 def test_a_photo_is_brought_to_srgb_by_a_profile_that_fits_it(tmp_path, mode, alpha, profile, shown):
@@ -412,7 +407,7 @@ def test_a_huge_photo_is_upright_and_scaled_down_while_it_is_read(tmp_path, orie
 # ---- Speech -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, arguments", [
-    ("8k_u8.wav", ["-ar", 8000, "-ac", 1, "-c:a", "pcm_u8"]), ("mp3_named.wav", ["-f", "mp3"]),
+    ("8k_u8.wav", ["-ar", 8000, "-ac", 1, "-c:a", "pcm_u8"]),
     ("quiet.flac", ["-ac", 2, "-af", "volume=0.02"])])
 def test_speech_of_any_container_and_rate_comes_out_alike(tmp_path, name, arguments):
     """3 s at 16 kHz, in time with the original, rms 0.1 over what is louder than -40 dB of the peak."""
@@ -436,18 +431,18 @@ CLAP = torch.exp(-(AT - 40000) / 300) * torch.randn(80000, generator=torch.Gener
 def test_what_is_no_speech_does_not_change_its_loudness(spoilt):
     """44 dB above the speech and with an echo; inaudible; a click of ten samples."""
     speech = 0.006 * torch.sin(AT / 10) * torch.sin(AT / 2500).abs()
-    got, want = data.normalise_loudness(speech + spoilt), data.normalise_loudness(speech)
+    got, want = normalise_loudness(speech + spoilt), normalise_loudness(speech)
     assert got.abs().max() <= 1 and 0.8 < got[:38000].std() / want[:38000].std() < 1.25
     with pytest.raises(data.MediaError, match="silent"):
-        data.normalise_loudness(0.3 + 0 * speech)
+        normalise_loudness(0.3 + 0 * speech)
 
 
 @pytest.mark.parametrize("sounds, merge, number, channel", [
     ([SPEECH], True, 1, 0), ([SILENCE, SPEECH], False, 2, 0), ([HUM, SPEECH], False, 2, 0),
     ([SPEECH, SPEECH], False, 1, 0), ([SPEECH, SPEECH.replace("0.3*", "-0.3*")], True, 1, 1),
-    ([SILENCE] * 3 + [SPEECH], True, 1, 4), ([SILENCE] * 11 + [SPEECH], True, 1, 12)])
+    ([SILENCE] * 11 + [SPEECH], True, 1, 12)])
 def test_the_track_and_the_channel_with_speech_are_heard(tmp_path, sounds, merge, number, channel):
-    """A desktop's track before the microphone's, an inverted channel, one that speaks of four or twelve."""
+    """A desktop's track before the microphone's, an inverted channel, one that speaks of twelve."""
     heard, track = data.read_speech(mixed(tmp_path / "a.mkv", *sounds, merge=merge))
     assert (track.number, track.channel) == (number, channel)
     assert ("hears" in track.note()) == (len(sounds) > 1)
@@ -455,14 +450,7 @@ def test_the_track_and_the_channel_with_speech_are_heard(tmp_path, sounds, merge
     assert np.corrcoef(heard[:47000], alone[:47000])[0, 1] > 0.99
 
 
-def test_a_flag_chooses_another_track_or_channel(tmp_path):
-    path = mixed(tmp_path / "a.mkv", HUM, SPEECH, merge=False)
-    assert data.read_speech(path, choice=(1, 0))[1].number == 1
-    with pytest.raises(data.MediaError, match="track 1 with 1 channels, track 2 with 1 channels"):
-        data.read_speech(path, choice=(2, 2))
-
-
-@pytest.mark.parametrize("frame", [0, 7, 19])
+@pytest.mark.parametrize("frame", [0, 7])
 def test_frame_f_hears_its_look_ahead_and_not_one_sample_more(frame):
     """d feature[f] / d sample[t] = 0 for t >= 640 (f + 1) + 1280 and t < 640 f - 880; inside it is not."""
     torch.manual_seed(0)
@@ -509,7 +497,7 @@ def test_a_batch_is_its_rows_and_long_speech_its_pieces():
 
 # ---- Writing video ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("n_samples, height, width", [(640, 64, 64), (16001, 33, 47), (47648, 64, 64)])
+@pytest.mark.parametrize("n_samples, height, width", [(640, 64, 64), (16001, 33, 47)])
 def test_the_video_has_every_frame_and_all_of_the_sound(tmp_path, n_samples, height, width):
     """ceil(T / 640) frames in; as many out, in order; the sound as long as it was to within one frame."""
     grey = torch.arange(-(-n_samples // 640)) * 3 % 200 + 20
@@ -541,7 +529,7 @@ def test_browsers_can_play_it_and_colours_survive(tmp_path):
 @pytest.mark.parametrize("name, arguments, seconds, kept", [
     ("a.wav", ["-ac", 2, "-ar", 44100], None, r"aac \(LC\).*44100 Hz, stereo"),
     ("a.mp3", ["-ac", 2, "-ar", 44100], None, "mp3.*44100 Hz, stereo"),
-    ("a.flac", ["-ac", 2], None, "flac.*stereo"), ("a.mp3", ["-ac", 2], 1.5, r"aac \(LC\).*48000 Hz, stereo"),
+    ("a.mp3", ["-ac", 2], 1.5, r"aac \(LC\).*48000 Hz, stereo"),
     ("a.wav", ["-ar", 8000], None, "aac.*48000 Hz, mono"),
     ("a.mka", ["-af", "atrim=start=1"], None, "aac.*48000 Hz, mono"),
     ("a.wav", ["-af", "pan=12c|c11=c0"], None, "aac.*48000 Hz, mono")])
@@ -574,11 +562,41 @@ def test_an_error_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name, words", [("folder.mp4", "is a directory.*choose a name"),
-                                         ("no/a.mp4", "make its folder"), ("x" * 256, "File name too long")])
-def test_what_cannot_be_written_is_refused_in_plain_words_before_the_first_frame(tmp_path, name, words):
-    (tmp_path / "folder.mp4").mkdir()
+def test_what_cannot_be_written_is_refused_before_the_first_frame(tmp_path):
     asked = []
-    with pytest.raises(data.MediaError, match=f"cannot be written.*{words}"):
-        data.write_video(tmp_path / name, (asked.append(i) for i in range(3)), torch.zeros(1280))
-    assert not asked and [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+    for path in tmp_path, tmp_path / "no" / "a.mp4":
+        with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
+            data.write_video(path, (asked.append(i) for i in range(3)), torch.zeros(1280))
+    assert not asked and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.mp4", "a.jpg"])
+def test_a_damaged_file_is_one_line_or_a_good_result(tmp_path, name):
+    """Ten times bytes are flipped, the end is cut off or a piece is cut out. The video that carries what was
+    heard decodes without a complaint."""
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    if name == "a.jpg":
+        Image.fromarray(colours()).save(path)
+    else:
+        make_video(path) if name == "a.mp4" else ffmpeg("-f", "lavfi", "-i", SPEECH, path)
+    whole, good = path.read_bytes(), 0
+    for turn in range(10):
+        raw, at = bytearray(whole), rng.integers(len(whole) // 3, len(whole), 8)
+        for i in at:
+            raw[i] ^= 255
+        path.write_bytes([raw, whole[: at[0]], whole[: min(at)] + whole[max(at) :]][turn % 3])
+        try:
+            if name == "a.jpg":
+                assert picture(path).shape == (3, 64, 64)
+                good += 1
+                continue
+            speech, track = data.read_speech(path)
+            frames = torch.zeros(-(-len(speech) // 640), 3, 32, 32, dtype=torch.uint8)
+            data.write_video(tmp_path / "out.mp4", frames, track)
+            good += 1
+            checked = subprocess.run([FFMPEG, "-v", "error", "-i", tmp_path / "out.mp4", "-f", "null", "-"],
+                                     capture_output=True)
+            assert not checked.stderr, turn
+        except data.MediaError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert good

@@ -6,18 +6,21 @@ import json
 import math
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
 from data import load_clip
-from extras.files import MediaError
 from extras import endpoint
 from extras.endpoint import RemoteJudge
+from extras.files import MediaError
 from reward import ASPECTS, JudgeError, prompt
+from tiny import SHAPE, logged, state
 
 
 def completion(**p: float) -> bytes:
@@ -127,14 +130,14 @@ def test_scores_stand_at_their_clip_and_aspect_and_as_many_requests_as_asked_for
         return 200, {}, completion(**{f"{1 + (int(video['video_url']['url']) + aspect) % 5}": 0.9})
 
     with serving(answer) as (url, seen):
-        score = RemoteJudge(url, "m", at_once=3).rate(*clips(8)).score
+        score = RemoteJudge(url.replace("127.0.0.1", "0.0.0.0"), "m", at_once=3).rate(*clips(8)).score
     assert score.tolist() == [pytest.approx([1 + (i + j) % 5 for j in range(3)]) for i in range(8)]
     assert most == 3 and len(seen) == 24
 
 
 @pytest.mark.parametrize("odd", [
-    ODD, b"", b"<html>502</html>", b"null", b'{"choices": []}', b'{"choices": [{"logprobs": null}]}',
-    GOOD.replace(b"-1.38", b'NaN, "x": -1.38'), GOOD.replace(b"-1.38", b'900, "x": -1.38')])
+    ODD, b"<html>502</html>", b'{"choices": [{"logprobs": null}]}',
+    GOOD.replace(b"-1.38", b'900, "x": -1.38')])
 def test_an_answer_that_is_no_rating_drops_one_clip_and_says_so(no_media, capsys, odd):
     assert odd != GOOD
     answer = lambda k, body: (200, {"Content-Type": "application/json"}, odd if k == 4 else GOOD)
@@ -160,10 +163,9 @@ NO_KEY = 401, {}, b'{"error": {"message": "Invalid key"}}'
 
 @pytest.mark.parametrize("answer, said", [
     (None, "refused.*--judge-patience"),
-    (lambda k, body: BUSY, "503.*still.*--judge-patience"),
     (lambda k, body: (time.sleep(0.4), (200, {}, GOOD))[1], "timed out.*--judge-patience"),
     (lambda k, body: NO_KEY, "401.*Invalid key.*check --judge-model")],
-    ids=["gone", "busy", "silent", "refused"])
+    ids=["gone", "silent", "refused"])
 def test_what_fails_for_good_ends_with_one_line_and_nothing_more_is_asked(no_media, answer, said):
     """Of twenty clips no more than those that two workers had begun, three tries each."""
     with serving(answer) as (url, seen):
@@ -179,7 +181,6 @@ def test_what_cannot_be_asked_is_named_and_a_server_elsewhere_is_asked_through_t
         RemoteJudge("http://judge.invalid/v1", "m", patience=0).rate(*clips(1))
     assert "secret" not in str(caught.value)
     for url, timeout, said in (("localhost:8000", 1, "is not the address"),
-                               ("http://localhost:port/v1", 1, "cannot be asked"),
                                ("http://localhost/v1", 0, "must be above 0")):
         with pytest.raises(MediaError, match=said):
             RemoteJudge(url, "m", timeout)
@@ -187,10 +188,8 @@ def test_what_cannot_be_asked_is_named_and_a_server_elsewhere_is_asked_through_t
 
 # ---------------------------------------------------------------- a run whose judge fails
 
-RUN = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --channels 8 "
-       "--space-channels 6 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 2 "
-       "--steps 2 --updates 4 --looks 1 --watch-clips 2 --prompts 2 --group 3 --rollout-steps 3 --draws 1 "
-       "--parts 1 --judge-model m --judge-batch 1 --curate 0").split()
+RUN = [*SHAPE, *"--clips 6 --steps 2 --curate 0 --updates 4 --looks 1 --watch-clips 2 --prompts 2 --group 3 "
+       "--rollout-steps 3 --draws 1 --parts 1 --judge-model m --judge-batch 1".split()]
 REQUESTS = 2 * 3 * 3                                 # of an update: prompts, group, aspects
 RATING = 6 * 3                                       # of all training clips, once, before the first update
 
@@ -201,42 +200,36 @@ def rated(k: int, body: dict) -> tuple:
     return 200, {}, completion(**{"4": p, "2": 0.95 - p})
 
 
-def updates(folder) -> list[dict]:
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [e for e in entries if "seconds_for" in e]
-
-
-def test_a_run_whose_judge_is_away_is_saved_and_resumes_bit_equal(tmp_path, monkeypatch):
+def test_a_run_whose_judge_is_away_is_saved_and_resumes_bit_equal(unmeasured, tmp_path):
     """The endpoint goes for good in the third update: two are saved. Where it is back, the run ends as it
     would have without the outage."""
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
-    away = [math.inf]
+    away, whole, stopped = [math.inf], tmp_path / "whole", tmp_path / "stopped"
     with serving(lambda k, body: BUSY if k >= away[0] else rated(k, body)) as (url, seen):
         flags = [*RUN, "--judge-url", url, "--judge-patience", "0"]
-        train.main([*flags, "--out", str(tmp_path / "whole")])
+        train.main([*flags, "--out", str(whole)])
         away[0] = len(seen) + 2 * REQUESTS + 5
         with pytest.raises(SystemExit, match="503.*; then go on with: python train.py --resume .*stopped"):
-            train.main([*flags, "--out", str(tmp_path / "stopped")])
-        saved = torch.load(tmp_path / "stopped" / "post.pt", weights_only=True)
-        assert saved["update"] == len(updates(tmp_path / "stopped")) == 2
+            train.main([*flags, "--out", str(stopped)])
+        assert state(stopped, "post.pt")["update"] == len(logged(stopped, "post-training")) == 2
         away[0] = math.inf
-        train.main(["--resume", str(tmp_path / "stopped"), "--judge-patience", "1"])
-    whole, stopped = (torch.load(tmp_path / name / "post.pt", weights_only=True)
-                      for name in ("whole", "stopped"))
-    assert stopped["update"] == 4
-    assert all(torch.equal(v, stopped["model"][k]) for k, v in whole["model"].items())
+        train.main(["--resume", str(stopped), "--judge-patience", "1"])
+    one, other = (state(folder, "post.pt") for folder in (whole, stopped))
+    assert other["update"] == 4 and all(torch.equal(v, other["model"][k]) for k, v in one["model"].items())
 
 
-def test_a_run_leaves_an_unrated_video_out_and_ends_where_a_tenth_is_unrated(tmp_path, monkeypatch):
-    """One odd answer among 72: counted in log and report. Two in each update, of six videos: six are a tenth
-    of ten updates' sixty, so the third update is refused, and two are saved."""
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
+def test_a_run_leaves_an_unrated_video_out_and_counts_it(tmp_path):
+    """One odd answer, in the second update: in the log and in the report."""
     with serving(lambda k, body: (200, {}, ODD) if k == RATING + 20 else rated(k, body)) as (url, _):
-        train.main([*RUN, "--judge-url", url, "--out", str(tmp_path / "one")])
-    assert [e["components"]["total"]["unrated"] for e in updates(tmp_path / "one")] == [0, 1, 0, 0]
-    assert "| unrated videos | 1 |" in (tmp_path / "one" / "report.md").read_text()
-    with serving(lambda k, body: (200, {}, ODD) if k % 9 == 0 else rated(k, body)) as (url, _):
-        with pytest.raises(SystemExit, match="the judge: left 6 videos unrated in 3 updates.*--resume"):
-            train.main([*RUN, "--judge-url", url, "--out", str(tmp_path / "many")])
-    assert len(updates(tmp_path / "many")) == 2
-    assert torch.load(tmp_path / "many" / "post.pt", weights_only=True)["update"] == 2
+        flags = ["--updates", "2", "--judge-url", url, "--judge-model", "odd"]
+        train.main([*RUN, *flags, "--out", str(tmp_path)])
+    unrated = [e["components"]["total"]["unrated"] for e in logged(tmp_path, "post-training")]
+    assert unrated == [0, 1] and "| unrated videos | 1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_judge_that_leaves_a_tenth_unrated_ends_the_run():
+    """Six videos are a tenth of ten updates' sixty; what lies ten updates back is forgotten."""
+    stage = SimpleNamespace(unrated=deque(maxlen=train.UNRATED_OVER))
+    for unrated in [5, *[0] * 9, 5, 0]:
+        train.PostTraining.count_unrated(stage, unrated, 6)
+    with pytest.raises(JudgeError, match="the judge: left 6 videos unrated in 10 updates"):
+        train.PostTraining.count_unrated(stage, 1, 6)

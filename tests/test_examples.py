@@ -1,6 +1,5 @@
 """The examples of extras/examples, run as README says, with the flags of train.py."""
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -10,24 +9,19 @@ import pytest
 
 import reward
 import train
+from tiny import POST, SHAPE, logged
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --channels 8 "
-        "--space-channels 6 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --warmup 1 "
-        "--steps 2 --curate .5 --curate-steps 1 --updates 2 --prompts 2 --group 2 --micro-batch 4 --parts 1 "
-        "--rollout-steps 3 --draws 1 --watch-clips 2 --looks 1").split()
+LESS = "--clips 6 --steps 2 --curate-steps 1 --updates 2 --group 2 --parts 1 --looks 1".split()
 
 
 @pytest.fixture
 def example(monkeypatch, tmp_path):
-    """Run an example as a command. Returns: the lines of its run's log. What it puts in place
-    is undone after the test."""
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / "cache"))
-
+    """Run an example as a command. Returns: its run's log. What it puts in place is undone after the test."""
     def run(name, *more):
-        monkeypatch.setattr(sys, "argv", [name, *TINY, "--out", str(tmp_path / "run"), *more])
+        monkeypatch.setattr(sys, "argv", [name, *SHAPE, *POST, *LESS, "--out", str(tmp_path / "run"), *more])
         runpy.run_module(f"extras.examples.{name}", run_name="__main__")
-        return [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        return logged(tmp_path / "run")
 
     with (patch.object(train, "make_judge", train.make_judge), patch.object(reward, "Reward", reward.Reward),
           patch.dict(reward.COMPONENTS), patch.dict(reward.WEIGHTS)):

@@ -1,8 +1,8 @@
 """The mask rule, attention and the flow step, in PyTorch and in Triton, against brute force and closed forms.
 
-Without a GPU the kernels run in Triton's interpreter, in fp32 and fp64 (its bf16 is wrong), which shows what
-they compute; what they compile to is shown by compiling them for GPUs that are not here. Neither shows races
-or speed: on a machine with a GPU the same tests run on it, and those marked `gpu` besides.
+Without a GPU the kernels run in Triton's interpreter, in fp32 (its bf16 is wrong), which shows what they
+compute; what they compile to is shown by compiling them for GPUs that are not here. Neither shows races or
+speed: on a machine with a GPU the same tests run on it, and those marked `gpu` besides.
 """
 
 import json
@@ -25,14 +25,14 @@ from kernels.flow_step import (STOCHASTIC, fused_step, philox_normal, sigma_sche
                                stochastic_step)
 from test_grpo import SMALL
 from test_model import generator, inputs, noise_for, parallel_inputs
+from tiny import SHAPE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5 if GPU else 3e-6,
-             torch.float16: 5e-3, torch.bfloat16: 3e-2}
-DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float64, torch.float32]
+TOLERANCE = {torch.float32: 2e-5 if GPU else 3e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 KERNEL_SIZED = dict(heads=2, kv_heads=1, head_dim=32, layers=1, channels=8)
 gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU, and there is none")
 with_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
@@ -314,10 +314,10 @@ def test_noise_from_a_seed_is_box_muller_of_philox_words(impl, key, offset, n):
 
 
 @with_triton
-@pytest.mark.parametrize("mode", ["ode", "noise", "seed", "rescore"])
+@pytest.mark.parametrize("mode", ["ode", "seed", "rescore"])
 def test_the_step_is_an_operator_that_pytorch_knows(mode):
     x, v, other = latents(n=(1, 3))
-    given = {"ode": None, "seed": torch.tensor([1, 2], device=DEVICE)}.get(mode, other)
+    given = {"ode": None, "seed": torch.tensor([1, 2], device=DEVICE), "rescore": other}[mode]
     v.requires_grad_(mode == "rescore")
     torch.library.opcheck(fused_step, (x, v, given, mode, 0.9, 0.2, 0.4, mode != "ode"))
 
@@ -334,18 +334,13 @@ STEP = dict(coefficients=(1.0, 1.0, 1.0), noise=X, impl="triton")
     (lambda: attention(Q, Q, Q, impl="cuda"), "'cuda'"),
     (lambda: sigma_schedule(0), "at least one step"),
     (lambda: flow_step.flow_step(X, X, 0.5, 0.5), "go down"),
-    (lambda: flow_step.flow_step(X, X, 1.2, 0.5), "go down"),
-    (lambda: flow_step.flow_step(X, X, 0.5, -0.1), "go down"),
     (lambda: stochastic_step(X, X, step_coefficients("cps", 0.7, 0.0, 0.7), noise=X), "no log-probability"),
-    (lambda: stochastic_step(X, X, step_coefficients("ode", 0.7, 0.5, 0.7), noise=X), "no log-probability"),
     (lambda: stochastic_step(X, X, (1.0, 1.0, 1.0)), "either noise"),
     (lambda: step_coefficients("euler", 0.5, 0.2, 0.7), "sampler must be"),
     (lambda: step_coefficients("cps", 0.5, 0.2, 1.1), "out of range"),
-    (lambda: step_coefficients("flow-sde", 0.5, 0.2, -1), "out of range"),
     # by name, the kernels never become PyTorch in silence
     (lambda: attention(*[Q[..., :24]] * 3, impl="triton"), "got 24|not installed"),
     (lambda: attention(Q, Q, Q.half(), impl="triton"), "one dtype|not installed"),
-    (lambda: attention(Q, Q[:, :, :0], Q[:, :, :0], impl="triton"), "no keys|not installed"),
     (lambda: stochastic_step(X.double(), X, **STEP), "fp32|not installed"),
     (lambda: stochastic_step(X, X[:, :1], **STEP), "shapes|not installed"),
     (lambda: stochastic_step(X, X.clone().requires_grad_(), **STEP), "gradient|not installed")])
@@ -433,10 +428,13 @@ def compiled():
     if kernels.triton is None:
         pytest.skip("triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = [sys.executable, ROOT / "tests" / "compile_kernels.py", "80,90"]
-    done = subprocess.run(script, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    script, results = [sys.executable, ROOT / "tests" / "compile_kernels.py"], []
+    for process in [subprocess.Popen([*script, sm], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                     env=environment) for sm in ("80", "90")]:
+        printed, said = process.communicate()
+        assert process.returncode == 0, said[-2000:]
+        results += json.loads(printed)
+    return results
 
 
 def test_compiled_kernels_spill_nothing_fit_into_shared_memory_and_use_tensor_cores(compiled):
@@ -479,14 +477,8 @@ def test_attention_flops_are_those_of_the_dense_products_on_the_allowed_pairs():
     assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=True) == 2 * 3 * 10 * 32 * 43
 
 
-def test_the_benchmark_ends_in_one_line_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="^error: the benchmark needs a CUDA GPU[^\n]*$"):
-        bench.main([])
-
-
 @with_triton
-def test_the_benchmark_measures_every_provider_and_the_whole(tmp_path, monkeypatch):
+def test_the_benchmark_measures_every_provider_and_the_whole():
     """A rate is work over time: a flow step of 60 fp32 values moves 12 bytes each."""
     results = bench.bench_flow("tiny", (2, 30), 1e12, DEVICE, compiled=False)
     shape = (1, 2, 1, 32, Layout(2, 3, 1))
@@ -495,8 +487,5 @@ def test_the_benchmark_measures_every_provider_and_the_whole(tmp_path, monkeypat
     assert len(lines) == 2 + 2 * 2 + 2 * 3 and lines[-1].startswith("| attention tiny backward | triton |")
     assert lines[-1].endswith("| 1 |")
     assert results[0]["rate"] == pytest.approx(60 * 12 / results[0]["ms"] * 1e3)
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
-    flags = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 "
-             "--space-channels 6 --channels 8 --seconds 1 --batch 2 --group 2 --prompts 2 --judge none")
-    made = bench.bench_whole(flags, "torch", "cpu")
+    made = bench.bench_whole(f"{' '.join(SHAPE)} --group 2 --prompts 2 --judge none", "torch", "cpu")
     assert list(made)[2:] == ["ms per step", "ms per video", "ms per 8 videos", "ms per update"]

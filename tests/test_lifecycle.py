@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,54 +19,21 @@ import torch
 import extras.flags
 import sample
 import train
-from data import write_video
-from extras.files import MediaError
 from extras import session
-from extras.talkers import render_talker
-from model import load_generator
+from extras.files import MediaError
+from model import Generator, load_generator
 from test_endpoint import GOOD, serving
-from tiny import ALONE, POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
+from tiny import ALONE, POST, TINY, WHOLE, assert_same_bits, logged, state
 
 ROOT = Path(train.__file__).parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_cache(cache):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLOWPORTRAIT_CACHE", str(cache))
-        yield
-
-
-@pytest.fixture
-def taste(monkeypatch):
-    """A judge of known ratings, in the reward as it is."""
-    monkeypatch.setattr(train, "make_judge", lambda args: Taste())
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """Two folders of clips."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("some clips", "others")]
-    for folder, seed in zip(folders, (7, 8)):
-        for i in range(8):
-            clip = render_talker(i, seed, 32, 30)
-            write_video(folder / f"{i}.mp4", clip.frames, clip.audio)
-    return folders
-
-
 @pytest.fixture(scope="module")
 def filmed(videos, tmp_path_factory):
-    """A finished run of pretraining on the first of them."""
+    """A finished run of pretraining on a folder of videos."""
     folder = tmp_path_factory.mktemp("runs") / "filmed"
     train.main([*ALONE, "--data", str(videos[0]), "--crop", "none", "--steps", "2", "--out", str(folder)])
     return folder
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """Without what a run measures before and after it trains: it takes most of the time."""
-    monkeypatch.setattr(train, "describe", lambda *_: None)
-    monkeypatch.setattr(train, "conclude", lambda *_: None)
 
 
 def copy(run: Path, to: Path) -> Path:
@@ -89,18 +56,13 @@ def same_weights(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("flags, words", [
     ("--steps 0", "--steps must be at least 1"), ("--preset huge", "invalid choice"),
-    ("--crop 1,2", "want x,y,size"),
     ("--crop 0,0,0", "want x,y,size"), ("--crop 0,0,32", "--crop is of the clips of --data"),
-    ("--seconds 0.5", "--seconds must be from 1"), ("--seconds nan", "--seconds must"),
-    ("--grid 4", "grid 4 must be odd"),
+    ("--seconds nan", "--seconds must be from 1"), ("--grid 4", "grid 4 must be odd"),
     ("--seed 9999999999999999999", "--seed must be below"), ("--device gpu", "cannot be used"),
-    ("--ema 1", "--ema must be below 1"), ("--curate 1", "--curate must be below 1"),
-    ("--looks 0", "--looks must"),
-    ("--weights still", "want name=weight"), ("--group 1", "no one to compare with"),
-    ("--clip inf", "--clip must"),
-    ("--draws 5", "draws must be"), ("--control --updates 0", "give it --updates"),
-    ("--world real", "invalid choice"),
-    ("--width 1000000000", "width must be"), ("--out tests", "holds files, none of them a run's log.jsonl"),
+    ("--curate 1", "--curate must be below 1"), ("--weights still", "want name=weight"),
+    ("--group 1", "no one to compare with"), ("--clip inf", "--clip must"),
+    ("--control --updates 0", "give it --updates"), ("--width 1000000000", "width must be"),
+    ("--out tests", "holds files, none of them a run's log.jsonl"),
     ("--resume nowhere", "holds no run; one that stopped before its first checkpoint starts anew"),
     ("--resume RUN --steps 3", "--steps 3 is less than the run's 6"),
     ("--resume RUN --lr 1", "leave out --lr"),
@@ -139,9 +101,12 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_no
     with pytest.raises(MediaError, match="another run is at work there; wait for its end, or choose"):
         train.main([*ALONE, "--out", str(tmp_path)])
     first.kill(), first.wait()
+    for left in "pretrained/.model.safetensors.7", ".writing-x/video.mp4":      # by a run that was killed
+        (tmp_path / left).parent.mkdir()
+        (tmp_path / left).touch()
     with session.lock(tmp_path), pytest.raises(MediaError), session.lock(tmp_path):
         pass
-    assert not [*tmp_path.iterdir()]
+    assert [*tmp_path.rglob("*")] == [tmp_path / "pretrained"]
 
 
 # ---------------------------------------------------------------- stopped
@@ -195,16 +160,13 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, unmeasured, 
 
 
 @pytest.mark.parametrize("where, words", [("load_clips", "start it again: .* nothing was kept"),
-                                          ("control_arms", "go on with: python train.py --resume"),
                                           ("conclude", "go on with: python train.py --resume")])
-def test_ctrl_c_says_how_to_go_on_wherever_it_comes(
-        finished, taste, unmeasured, tmp_path, monkeypatch, where, words):
+def test_ctrl_c_says_how_to_go_on_wherever_it_comes(unmeasured, tmp_path, monkeypatch, where, words):
     def interrupt(*_):                          # a signal may be ignored where tests run in the background
         raise KeyboardInterrupt
     monkeypatch.setattr(train, where, interrupt)
     with pytest.raises(SystemExit, match=words):
-        train.main(["--pretrained", str(finished), *POST, "--updates", "1", "--control", "--out",
-                    str(tmp_path / "run")])
+        train.main([*ALONE, "--steps", "1", "--out", str(tmp_path / "run")])
 
 
 @contextmanager
@@ -232,7 +194,7 @@ def test_sigterm_while_a_remote_judge_is_waited_for_saves_and_ends_within_second
     def answer(k, body):
         time.sleep(60 if k >= rated else 0)
         return 200, {}, GOOD
-    judged = ["--judge-model", "m", "--out", str(out)]
+    judged = ["--curate", "0", "--judge-model", "stuck", "--out", str(out)]
     with serving(answer) as (url, seen), begun(*WHOLE, "--judge-url", url, *judged) as process:
         wait_for(lambda: len(seen) > rated, process)
         asked = time.monotonic()
@@ -255,6 +217,25 @@ def test_sigterm_while_data_are_prepared_is_one_line(tmp_path):
     assert said == "stopped; start it again: it was before the first checkpoint, so nothing was kept"
 
 
+def test_a_run_that_is_killed_leaves_no_worker(tmp_path):
+    """Two thousand talkers are being drawn by processes of its own."""
+    def workers(parent: int) -> list[Path]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):                     # it ends while it is looked at
+                state, of, *_ = path.read_text().rpartition(")")[2].split()
+                found += [path.parent] if of == f"{parent}" else []
+        return found
+
+    with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
+        wait_for(lambda: len(workers(process.pid)) > 1, process)
+        begun_by_it = workers(process.pid)
+    until = time.monotonic() + 120
+    while any(folder.exists() for folder in begun_by_it):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, monkeypatch):
     """Half of the state is written: one line names the file, and every byte that stood there still stands."""
     run = copy(finished, tmp_path / "run")
@@ -267,23 +248,26 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, monkeyp
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(MediaError, match="state.pt: cannot be written .No space left on device.; make room there"):
+    with pytest.raises(MediaError, match="state.pt: cannot be written .No space left on device.; make room"):
         session.save(stage, run)
     assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
 # ---------------------------------------------------------------- the log
 
-def test_a_log_that_was_cut_short_loses_its_last_line_and_the_steps_that_come_again(finished, tmp_path):
-    """A stage at step 4 of 6: what it logged of steps 5 and 6 goes, and what other stages and lines say
-    stays."""
+@pytest.mark.parametrize("look_is_due", [False, True])
+def test_a_log_that_was_cut_short_loses_its_last_line_and_what_comes_again(finished, tmp_path, look_is_due):
+    """Curation at step 2 of 3: what it logged of step 3 goes, and the look at step 2 if it will look again.
+    What other stages and lines say stays."""
     lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "log.jsonl").write_text("".join(lines) + '{"seconds": 3.1, "st')
-    stage = SimpleNamespace(name="pretraining", unit="step", step=4, look_is_due=False)
+    stage = SimpleNamespace(name="curation", unit="step", step=2, look_is_due=look_is_due)
     session.Log(tmp_path, 0.0).rewind(stage)
-    kept = [line for line in lines
-            if json.loads(line).get("stage") != "pretraining" or json.loads(line)["step"] <= 4]
-    assert (tmp_path / "log.jsonl").read_text() == "".join(kept) and len(kept) == len(lines) - 2
+    kept = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    gone = [entry for entry in map(json.loads, lines) if entry not in map(json.loads, kept)]
+    looks_and_steps = [("watched" in entry, entry["step"]) for entry in gone]
+    assert looks_and_steps == [(True, 2)] * look_is_due + [(False, 3), (True, 3)]
+    assert len(kept) == len(lines) - len(gone) and {entry["stage"] for entry in gone} == {"curation"}
 
 
 def test_the_log_is_json_that_every_reader_takes(tmp_path):
@@ -308,7 +292,6 @@ def test_tensorboard_gets_the_numbers_of_each_step_and_its_absence_is_one_line(t
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MediaError, match="--tensorboard: wants the package of this name; pip install"):
         session.Log(tmp_path, 0.0, tensorboard=True)
-    assert train.parse_arguments([*TINY, "--tensorboard"]).tensorboard
 
 
 # ---------------------------------------------------------------- moved
@@ -320,6 +303,7 @@ def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path
     assert train.parse_arguments(again).sampling_steps == 1
     for steps in 2, 3:                                # the default too, if it is asked for
         assert train.parse_arguments([*again, "--sampling-steps", f"{steps}"]).sampling_steps == steps
+    assert train.parse_arguments(["--out=-take"]).out == Path("-take").absolute()     # printed, it is no flag
 
 
 def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(
@@ -345,6 +329,16 @@ def test_no_path_of_the_checkout_is_kept_and_a_run_is_told_where_things_are_now(
     assert args.judge == "default" and args.judge_url is None
 
 
+def test_a_run_whose_clips_have_changed_says_so(tmp_path, capsys):
+    """It had five; there are six now."""
+    (tmp_path / "log.jsonl").write_text('{"seconds": 1, "config": {}, "clips": 5}\n')
+    args = train.parse_arguments(TINY)
+    clips, held_out, _ = train.load_clips(args)
+    train.describe(Generator(args.config), clips, held_out, args, session.Log(tmp_path, 0.0))
+    assert "had 5 training clips before, and has 6 now" in capsys.readouterr().out
+    assert logged(tmp_path)[-1]["clips"] == 6
+
+
 def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(finished, tmp_path):
     """Also where the command repeats the run's own flags."""
     run = copy(finished, tmp_path / "run")
@@ -356,19 +350,15 @@ def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(fin
 
 # ---------------------------------------------------------------- more of it, and built upon
 
-@pytest.mark.parametrize("more, anew", [("--steps 8", ["curation", "post-training"]),
-                                        ("--curate-steps 5", ["post-training"]), ("--updates 6", [])])
+@pytest.mark.parametrize("more, anew", [("--steps 8", ["curation", "post-training"]), ("--updates 6", [])])
 def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
         finished, taste, unmeasured, tmp_path, capsys, more, anew):
-    """Each stage goes on where it was, and its learning rate rises and falls again; looks are spread over all
-    of it."""
+    """Each stage goes on where it was; its learning rate rises and falls again; looks are spread over all of
+    it."""
     run, (flag, count) = copy(finished, tmp_path / "run"), more.split()
     rewrite(run, control=False)
     train.main(["--resume", str(run), flag, count])
     said = capsys.readouterr().out
-    kept = [state(folder, "curate.pt")["best"]["weights"] for folder in (finished, run)]
-    if flag == "--curate-steps" and all(torch.equal(v, kept[1][k]) for k, v in kept[0].items()):
-        anew = []                               # more of it found nothing better: what came after it stands
     assert [stage for stage in ("curation", "post-training") if f"{stage} is done anew" in said] == anew
     steps = {"--steps": state(run)["step"], "--curate-steps": state(run, "curate.pt")["step"],
              "--updates": state(run, "post.pt")["update"]}
@@ -395,8 +385,8 @@ def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, 
 
 def test_published_weights_are_curated_or_trained_further(
         finished, videos, taste, unmeasured, tmp_path, monkeypatch):
-    """config.json and model.safetensors alone, by a name on the hub: they are the pretrained ones, optimizers
-    are new."""
+    """config.json and model.safetensors alone, by a name on the hub: the pretrained ones, with new
+    optimizers."""
     published = tmp_path / "published"
     published.mkdir()
     for name in "config.json", "model.safetensors":
@@ -407,7 +397,6 @@ def test_published_weights_are_curated_or_trained_further(
     train.main([*name, *POST, "--updates", "0", "--out", str(tmp_path / "curated")])
     assert same_weights(published, tmp_path / "curated" / "pretrained")
     assert [e["stage"] for e in logged(tmp_path / "curated") if "loss" in e] == ["curation"] * 3
-    train.main(["--resume", str(tmp_path / "curated")])
     train.main([*name, "--data", str(videos[0]), "--crop", "none", "--steps", "2", "--curate", "0",
                 "--updates", "0", "--out", str(tmp_path / "further")])
     assert [e["step"] for e in logged(tmp_path / "further") if "loss" in e] == [1, 2]

@@ -13,13 +13,13 @@ import model as m
 import sample
 import train
 from data import hear, log_mel
-from extras.files import MediaError
-from extras.media import SAMPLES_PER_FRAME
 from extras import pretrained
+from extras.media import SAMPLES_PER_FRAME
 from extras.pretrained import SpeechEncoder, encoder_width, load_trunk, trunk_shape
 from kernels.attention import Layout
 from model import Config, Generator
 from test_model import SMALL as TRUNK
+from tiny import SHAPE
 
 SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
              conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
@@ -50,13 +50,6 @@ def encoders(tmp_path_factory):
         extractor = "WhisperFeatureExtractor" if kind == "whisper" else "Wav2Vec2FeatureExtractor"
         getattr(transformers, extractor)().save_pretrained(root / kind)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tmp_path_factory
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,9 +92,8 @@ def test_features_are_kept_per_clip_and_not_mixed_up(encoders, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4 and torch.equal(hear(sound, 10), log_mel(sound, 10))
 
 
-RUN = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 --channels 8 "
-       "--space-channels 6 --clips 6 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 --steps 2 "
-       "--judge none --curate 0 --updates 1 --prompts 2 --group 2 --parts 1 --watch-clips 1").split()
+RUN = [*SHAPE, *"--clips 6 --steps 2 --judge none --curate 0 --updates 1 --prompts 2 --group 2 --parts 1 "
+       "--looks 1 --watch-clips 1".split()]
 
 
 def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(encoders, tmp_path, monkeypatch,
@@ -122,19 +114,6 @@ def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(enco
     assert all(any(torch.equal(mel, feature) for feature in features) for mel in heard[0])
     sample.main("--checkpoint run --image run/portrait.png --audio run/speech.wav --out v.mp4".split())
     assert "all of the sound, which the speech encoder hears first" in capsys.readouterr().out
-
-
-def test_what_is_no_speech_encoder_is_named_with_the_reason(encoders, tmp_path):
-    """Another model, one with other strides, and one without the extractor that tells how it hears."""
-    transformers.BertConfig().save_pretrained(tmp_path / "bert")
-    fast = transformers.Wav2Vec2Config(**SMALL | {"conv_stride": (5, 2, 2, 2, 2, 2, 1)})
-    fast.save_pretrained(tmp_path / "fast")
-    transformers.HubertModel(KINDS["hubert"]).save_pretrained(tmp_path / "deaf")
-    for name, message in {"bert": "is a bert, not a speech encoder; use wav2vec2, hubert",
-                          "fast": "a feature of 160 samples",
-                          "deaf": "cannot be loaded as a speech encoder"}.items():
-        with pytest.raises(MediaError, match=message):
-            SpeechEncoder(str(tmp_path / name))
 
 
 # ---------------------------------------------------------------- a trunk that was a language model
@@ -163,9 +142,9 @@ def generator_from(folder) -> Generator:
 
 
 def test_the_trunk_under_a_causal_mask_is_the_language_model(tmp_path):
-    """One token a chunk and no sound make the mask causal; time, row and column are the token's index. Then hidden
-    states are transformers', and the gradients of a sum of them with respect to the tokens and to every weight of
-    the trunk, all to 1e-5 in fp32, whatever the noise level."""
+    """One token a chunk and no sound make the mask causal; time, row and column are the token's index. Then
+    hidden states are transformers', and the gradients of a sum of them with respect to the tokens and to
+    every weight of the trunk, all to 1e-5 in fp32, whatever the noise level."""
     language = language_model(tmp_path)
     model, length = generator_from(str(tmp_path)), 40
     tokens = torch.randn(2, length, QWEN3["hidden_size"])
@@ -190,27 +169,11 @@ def test_the_trunk_under_a_causal_mask_is_the_language_model(tmp_path):
         assert (ours.weight.grad - grad).abs().max() <= 1e-5 * grad.abs().max(), name
 
 
-def test_a_model_that_cannot_be_the_trunk_is_named_with_the_reason(tmp_path):
-    """Another model, one with biases, one with fewer layers than its config says, one of another shape."""
-    transformers.BertConfig().save_pretrained(tmp_path / "bert")
-    language_model(tmp_path / "bias", attention_bias=True)
-    language_model(tmp_path / "good")
-    language_model(tmp_path / "short", num_hidden_layers=2)
-    for name, message in {"bert": "is a bert, not a language model", "bias": "attention_bias True"}.items():
-        with pytest.raises(MediaError, match=message):
-            trunk_shape(str(tmp_path / name))
-    with pytest.raises(ValueError, match="width"):
-        load_trunk(Generator(Config(**TRUNK)), str(tmp_path / "good"))
-    shutil.copy(tmp_path / "short" / "model.safetensors", tmp_path / "good")
-    with pytest.raises(MediaError, match="lacks the weights layers.2"):
-        generator_from(str(tmp_path / "good"))
-
-
 FLAGS = ("--size 32 --space-channels 6 --channels 8 --clips 6 --seconds 1 --validate-clips 2 --batch 2 "
-         "--sampling-steps 1 --steps 2 --judge none --curate 0 --checkpointing").split()
+         "--sampling-steps 1 --steps 2 --looks 1 --judge none --curate 0 --checkpointing").split()
 
 
-def test_a_run_starts_from_the_language_model_and_goes_on_without_it(tmp_path, monkeypatch):
+def test_a_run_starts_from_the_language_model_and_goes_on_without_it(unmeasured, tmp_path, monkeypatch):
     """With learning rates of 0 and --checkpointing, the trunk that is saved is the language model's; its
     folder may go away afterwards. Every block of every step, of pretraining and of post-training, runs
     through checkpoint."""
@@ -230,11 +193,33 @@ def test_a_run_starts_from_the_language_model_and_goes_on_without_it(tmp_path, m
     train.main(["--resume", str(folder)])
 
 
-def test_flags_that_do_not_fit_it_end_with_a_usage_line(tmp_path, capsys):
-    language_model(tmp_path / "good")
-    language_model(tmp_path / "odd", head_dim=12)
-    for name, more, message in (("good", "--width 64", "--init-from fixes --width; leave it out"),
-                                ("odd", "--seed 1", "8 head_dim 12")):
-        with pytest.raises(SystemExit):
-            train.main(["--init-from", str(tmp_path / name), *more.split(), "--out", str(tmp_path / "run")])
-        assert message in capsys.readouterr().err.splitlines()[-1]
+# ---------------------------------------------------------------- refused
+
+def two_of_three_layers(folder):
+    language_model(folder)
+    config = (folder / "config.json").read_text()
+    language_model(folder, num_hidden_layers=2)
+    (folder / "config.json").write_text(config)
+
+
+@pytest.mark.parametrize("load, make, words", [
+    (SpeechEncoder, transformers.BertConfig().save_pretrained, "is a bert, not a speech encoder"),
+    (SpeechEncoder, transformers.Wav2Vec2Config(**SMALL, conv_stride=(5, 2, 2, 2, 2, 2, 1)).save_pretrained,
+     "a feature of 160 samples"),
+    (SpeechEncoder, transformers.HubertModel(KINDS["hubert"]).save_pretrained,     # without what it hears by
+     "cannot be loaded as a speech encoder"),
+    (trunk_shape, transformers.BertConfig().save_pretrained, "is a bert, not a language model"),
+    (trunk_shape, lambda to: language_model(to, attention_bias=True), "attention_bias True"),
+    (lambda name: load_trunk(Generator(Config(**TRUNK)), name), language_model, "width"),
+    (generator_from, two_of_three_layers, "lacks the weights layers.2")])
+def test_a_model_that_cannot_be_used_is_named_with_the_reason(tmp_path, load, make, words):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        load(str(tmp_path))
+
+
+def test_flags_that_do_not_fit_the_trunk_end_with_a_usage_line(tmp_path, capsys):
+    language_model(tmp_path)
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--init-from", str(tmp_path), "--width", "64", "--out", str(tmp_path / "run")])
+    assert "--init-from fixes --width; leave it out" in capsys.readouterr().err.splitlines()[-1]

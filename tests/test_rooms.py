@@ -1,6 +1,7 @@
 """Which room may import which: read off the source, so that an arrow is a fact and not a promise."""
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -19,7 +20,9 @@ ARROWS = {
     "model": {"data", "kernels"},
     "grpo": {"kernels", "model"},
     "reward": {"data", "model"},
-    "sample": {"data", "model", "reward", "extras.face", "extras.mouths", "extras.reward_flags"},
+    "sample": {"data", "model", "reward", "extras.arguments", "extras.face", "extras.mouths"},
+    "extras.arguments": set(),
+    "extras.score": {"data", "sample", "extras.arguments", "extras.reward_flags", "extras.talkers"},
     "train": MAIN | {"extras.flags", "extras.measuring", "extras.pretrained", "extras.processes", "extras.report",
                      "extras.reward_flags", "extras.session", "extras.talkers"},
     "kernels.bench": {"data", "kernels", "model", "grpo"},
@@ -28,7 +31,7 @@ ARROWS = {
     "extras.page": {"data"},
     "extras.report": {"data", "extras.page"},
     "extras.processes": set(),
-    "extras.flags": {"data", "model", "grpo", "sample", "extras.pretrained", "extras.processes",
+    "extras.flags": {"data", "model", "grpo", "extras.arguments", "extras.pretrained", "extras.processes",
                      "extras.reward_flags"},
     "extras.session": {"data", "model", "reward", "sample", "extras.flags", "extras.processes"},
     "extras.measuring": {"data", "model", "grpo", "reward", "sample", "extras.processes", "extras.report",
@@ -37,9 +40,9 @@ ARROWS = {
     "extras.endpoint": {"data", "reward"},
     "extras.reward_flags": {"data", "reward"},
     "extras.sync": {"data", "reward"},
-    "extras.people": {"data", "model", "reward", "sample", "extras.reward_flags", "extras.talkers"},
+    "extras.people": {"data", "model", "reward", "sample", "extras.arguments", "extras.reward_flags", "extras.talkers"},
     "extras.lessons": MAIN | {"extras.mouths"},
-    "extras.school": MAIN | {"extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
+    "extras.school": MAIN | {"extras.arguments", "extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
                              "extras.talkers"},
     "extras.face": {"data", "model"},
 }
@@ -49,11 +52,11 @@ ON_DEMAND = {
     ("data", "load_clip"): {"extras.face"},                     # --crop face
     ("data", "_decode_all"): {"extras.face"},
     ("extras.reward_flags", "make_judge"): {"extras.endpoint"},  # --judge-url
-    ("sample", "score_videos"): {"extras.talkers"},             # --score without --data
-    ("kernels.bench", "bench_whole"): {"train"},
+    ("kernels.bench", "bench_whole"): {"train", "extras.flags", "extras.reward_flags", "extras.talkers"},
 }
 
 
+@cache
 def files() -> dict[str, list[Path]]:
     """Room -> its files. The kernels are one room, their benchmark another."""
     rooms: dict[str, list[Path]] = {}
@@ -71,6 +74,7 @@ def room_of(name: str) -> str:
     return name
 
 
+@cache
 def imports(path: Path) -> list[tuple[str | None, str]]:
     """(function or None at the top, module) for each import in a file."""
     found = []

@@ -1,5 +1,6 @@
 """What school promises: lessons of known quality, a judge that learns, and an exam that can be failed."""
 
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -7,26 +8,25 @@ import torch
 import torch.nn.functional as nnf
 from scipy.stats import spearmanr
 
-from data import Clip, pixels, sounds
-from extras.files import MediaError
+from data import Clip
 from extras import school
+from extras.files import MediaError
 from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil,
                             true_mouths)
-from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, teach, tiny_judge,
-                           vision_loss)
+from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, spoilt_in_known_ways,
+                           teach, tiny_judge, vision_loss)
 from extras.talkers import render_talker
-from reward import ASPECTS, DEFAULT_JUDGE, Judge, rate_whole
+from reward import ASPECTS, DEFAULT_JUDGE, Judge
 
 
 @pytest.fixture(scope="module")
-def clips() -> list[Clip]:
-    """Sixteen talkers of a world that no judge was taught on, 64 frames of 64 pixels."""
-    return [render_talker(i, 31, 64, 64) for i in range(16)]
+def good(strangers) -> Material:
+    return good_material(strangers)
 
 
 @pytest.fixture(scope="module")
-def good(clips) -> Material:
-    return good_material(clips)
+def half(good) -> Material:
+    return Material(*[field[:8] for field in vars(good).values()])
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +87,6 @@ def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth():
         assert torch.corrcoef(torch.stack([true_mouths(parts, 64).flatten(), truth]))[0, 1] > 0.8
 
 
-def test_versions_of_a_group_share_window_sound_and_fault_and_differ_in_what_was_generated(good, generated):
-    lessons = draw_lessons(good, generated, 16, 5)
-    assert lessons.grouped == 4 and draw_lessons(good, None, 16, 5).grouped == 0
-    for field in (lessons.audio, lessons.mouth_heard, lessons.mouth_seen, lessons.quality):
-        assert (field[-4:] == field[-4:-3]).all()
-    assert len({frames.numpy().tobytes() for frames in lessons.frames[-4:]}) == 4
-
-
 def held(y):
     return (y.diff(dim=0) == 0).all((1, 2, 3)).float().mean()
 
@@ -131,13 +123,6 @@ def test_acting_with_gain_one_is_the_clip_and_with_gain_zero_its_first_frame(goo
 
 # ---------------------------------------------------------------- teaching
 
-@pytest.fixture
-def short_steps(monkeypatch):
-    """Steps of the towers that take a tenth of the time."""
-    monkeypatch.setattr(school, "TOWER_PAIRS", 8)
-    monkeypatch.setattr(school, "TOWER_FRAMES", 100)
-
-
 def test_rating_loss_is_the_cross_entropy_with_two_digits():
     logits = torch.randn(2, 3, 20, dtype=torch.float64)
     quality = torch.tensor([[1.0, 3.4, 5.0], [2.5, 4.75, 1.25]])
@@ -166,7 +151,9 @@ def test_the_loss_inside_groups_asks_for_differences_alone():
     assert loss(8) - loss(0) == pytest.approx(school.GROUP_WEIGHT * expected, abs=1e-5)
 
 
-def test_a_few_lessons_lower_the_loss_and_the_judge_survives_the_disk(good, short_steps, tmp_path):
+def test_a_few_lessons_lower_the_loss_and_the_judge_survives_the_disk(good, tmp_path, monkeypatch):
+    monkeypatch.setattr(school, "TOWER_PAIRS", 8)
+    monkeypatch.setattr(school, "TOWER_FRAMES", 100)
     judge, lessons = tiny_judge(), draw_lessons(good, None, 8, 0)
     loss = lambda: rating_loss(judge.logits(lessons.frames, lessons.audio), judge.digits, lessons).item()
     before = loss()
@@ -180,7 +167,7 @@ def test_a_few_lessons_lower_the_loss_and_the_judge_survives_the_disk(good, shor
     torch.testing.assert_close(*logits, atol=0.02, rtol=0)               # half precision on disk
 
 
-def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good, generated, short_steps, monkeypatch):
+def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good, generated, monkeypatch):
     """Sixty small steps without the language model: both mouths are read better, by the same readouts."""
     judge = tiny_judge()
     text, readouts = judge.model.model.layers[0].mlp.up_proj.weight.clone(), Hints(judge)
@@ -190,13 +177,21 @@ def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good, generated, shor
     def errors():
         hints, rng = Hints(judge), torch.Generator().manual_seed(7)
         hints.load_state_dict(readouts.state_dict())
-        losses = vision_loss(judge, hints, good, generated, rng), audio_loss(judge, hints, good, rng)
+        losses = vision_loss(judge, hints, good, None, rng), audio_loss(judge, hints, good, rng)
+        for hook in hints.hooks:
+            hook.remove()
+        readouts.answers.clear()                                          # they heard it, too
         return [loss.item() for loss in losses]
 
     before = errors()
-    teach(judge, good, generated, 0, tower_steps=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(school, "TOWER_PAIRS", 16)
+        patch.setattr(school, "TOWER_FRAMES", 300)
+        teach(judge, good, None, 0, tower_steps=60)
     assert all(after < 0.8 * first for first, after in zip(before, errors()))
     assert torch.equal(text, judge.model.model.layers[0].mlp.up_proj.weight)
+    of_generated = vision_loss(judge, Hints(judge), good, generated, torch.Generator().manual_seed(7))
+    assert of_generated.isfinite() and of_generated != before[0]
 
 
 # ---------------------------------------------------------------- the embedded judge
@@ -207,30 +202,22 @@ def test_the_embedded_judge_is_small_and_carries_its_card():
 
 
 def test_the_embedded_judge_agrees_with_the_quality_of_fresh_lessons(embedded, good):
-    result = exam(embedded, good, 64)                                     # as many as its card says
+    result = exam(embedded, good, 24)                                     # its card says as much, of 64 clips
     for aspect, least in zip(ASPECTS, (0.93, 0.80, 0.70)):
         (rank, *_), (pairs, *_) = result[aspect]
         assert rank > least and pairs > 0.80, (aspect, rank, pairs)
 
 
-def test_the_embedded_judge_finds_three_frames_of_offset(embedded):
-    """Of sixty talkers that it never met, flawless but that the lips of each fourth are three frames late,
-    and of each fourth as early: the AUC, the share of pairs in which it rates lips in sync higher."""
-    talkers = [render_talker(i, 71, 64, 48, {"offset": (0, 3, 0, -3)[i % 4]}) for i in range(60)]
-    score, _ = rate_whole(embedded, pixels(talkers, 48), sounds(talkers, 48), [c.name for c in talkers])
-    rating = score[:, 0]
-    for late_or_early in rating[1::4], rating[3::4]:
-        assert (rating[0::2, None] > late_or_early).float().mean() > 0.9
-
-
-def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, good):
-    verdict, shares = battery(embedded, good), {}
+def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, half, monkeypatch):
+    verdict, shares = battery(embedded, half), {}
     for line in verdict.splitlines()[1:-3]:
         shares.setdefault(line.split()[0], []).append(float(line.split("[")[0].split()[-1]))
     assert [len(shares[aspect]) for aspect in ASPECTS] == [5, 3, 14]
     assert all(sum(some) / len(some) > 0.8 for some in shares.values()), verdict
+
+    monkeypatch.setattr(school, "spoilt_in_known_ways", lambda good: islice(spoilt_in_known_ways(good), 6))
     deaf = SimpleNamespace(rate=lambda x, audio, names: embedded.rate(x, audio[:1].expand_as(audio), names))
-    assert "lip_sync: do not trust it" in battery(deaf, good)
+    assert "lip_sync: do not trust it" in battery(deaf, half)
 
 
 # ---------------------------------------------------------------- the command line
@@ -243,8 +230,8 @@ def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, go
     ("teach --tower-steps -1", "--tower-steps must be at least 0"),
     ("sync --steps 0", "--steps must be at least 1"),
 ])
-def test_what_cannot_be_done_is_one_line(command, said, clips, monkeypatch, capsys):
-    monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: clips)
+def test_what_cannot_be_done_is_one_line(command, said, strangers, monkeypatch, capsys):
+    monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: strangers)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((MediaError, SystemExit)) as end:
         school.main(command.split())

@@ -1,9 +1,10 @@
-"""What train.py teaches, and by what: the loss, the clips that are picked, the updates of GRPO, looks and
+"""What train.py teaches, and by what: the loss, the clips that are picked, updates of GRPO, looks and
 controls."""
 
 import json
 import math
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import pytest
@@ -13,48 +14,32 @@ from PIL import Image
 import grpo
 import sample
 import train
-from data import Clip, Clips, write_video
+from data import Clip, Clips
 from extras.files import MediaError, fitting
 from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
-from model import load_generator
+from model import Generator, load_generator
 from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
-from tiny import ALONE, POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
+from tiny import POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_cache(cache):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLOWPORTRAIT_CACHE", str(cache))
-        yield
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """A folder of twelve drawn talkers as videos."""
-    folder = tmp_path_factory.mktemp("clips")
-    for i in range(12):
-        clip = render_talker(i, 7, 32, 30)
-        write_video(folder / f"{i}.mp4", clip.frames, clip.audio)
-    return folder
-
-
 # ---------------------------------------------------------------- flow matching
+
+def random_latents() -> train.Latents:
+    return train.Latents(torch.zeros(5, 3, 32, 32).byte(), torch.zeros(5, 12, 4), torch.randn(5, 3, 10, 8))
+
 
 def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
     """Against a stand-in that predicts no velocity, the loss is a weighted mean square that a loop can
     compute."""
-    args = train.parse_arguments([*TINY, "--context-noise", "0"])
-    portrait, mel, clean = torch.zeros(5, 3, 32, 32).byte(), torch.zeros(5, 12, 4), torch.randn(5, 3, 10, 8)
-    data = train.Latents(portrait, mel, clean)
-    seen = {}
+    args, seen = train.parse_arguments([*TINY, "--context-noise", "0"]), {}
 
     def velocity(portrait, mel, context, noisy, sigma, heard):
         seen.update(noisy=noisy, sigma=sigma, clean=context)
         return torch.zeros_like(noisy)
-    error, level = train.flow_matching_loss(velocity, train.draw_batch(data, args, step=7))
+    error, level = train.flow_matching_loss(velocity, train.draw_batch(random_latents(), args, step=7))
     bins = train.by_noise_level(error, level)
     total, by_bin = [], [[] for _ in bins]
     for b in range(2):
@@ -68,11 +53,13 @@ def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
         assert value == (pytest.approx(sum(members) / len(members), abs=1e-4) if members else None)
 
 
-def test_the_seed_changes_the_run(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "conclude", lambda *_: None)
-    train.main([*ALONE, "--seed", "1", "--out", str(tmp_path)])
-    one, other = (state(folder)["model"]["no_audio"] for folder in (finished, tmp_path))
-    assert not torch.equal(one, other)
+def test_seed_and_step_draw_the_batch():
+    data = random_latents()
+
+    def noise(seed, step):
+        return train.draw_batch(data, train.parse_arguments([*TINY, "--seed", f"{seed}"]), step)[4]
+    assert torch.equal(noise(0, 3), noise(0, 3))
+    assert not torch.equal(noise(0, 3), noise(1, 3)) and not torch.equal(noise(0, 3), noise(0, 4))
 
 
 # ---------------------------------------------------------------- clips, and what the judge picks
@@ -84,8 +71,6 @@ def test_what_chooses_the_checkpoint_is_not_reported_and_neither_has_faults():
     clips, reported, watched = ({clip.name for clip in clips} for clips in parts)
     assert len(clips) == 6 and len(reported) == 3 and len(watched) == 2
     assert not clips & reported and not clips & watched and not reported & watched
-    flawless = train.load_clips(train.parse_arguments([*TINY, "--world", "flawless"]))[0]
-    assert not any(name.startswith("fault") for clip in flawless for name in clip.truth)
 
 
 class Other(Clips):
@@ -98,9 +83,9 @@ class Other(Clips):
 
 
 def picks(judge, *flags, change=lambda clips: clips):
-    args, entries = train.parse_arguments([*TINY, "--curate", "0.5", *flags]), []
+    args = train.parse_arguments([*TINY, "--curate", "0.5", *flags])
     clips = change(train.load_clips(args)[0])
-    return train.pick_clips(judge, clips, args, lambda **entry: entries.append(entry)), clips, entries
+    return train.pick_clips(judge, clips, args), clips
 
 
 def numbers(clips) -> list[int]:
@@ -123,10 +108,10 @@ def test_the_judge_picks_by_its_ratings_alone(monkeypatch):
     monkeypatch.setattr(train, "RATED_AT_ONCE", 4)
     judge = judge_of("once")
     for change in (lambda clips: clips, lambda clips: clips[::-1], lambda clips: Other(clips.folder)):
-        picked, clips, entries = picks(judge, change=change)
+        picked, clips = picks(judge, change=change)
         assert numbers(clips[i] for i in picked.curated) == [0, 2, 4]
         assert numbers(picked.lively) == [0, 3] and numbers(picked.smooth) == [0, 2]
-        assert picked.cpu_seconds > 0 and [row["fault"] for row in entries[0]["funnel"]] == list(FAULTS)
+        assert picked.cpu_seconds > 0
     assert len(judge.asked) == 12                                      # once in either order
     assert len(picks(judge, "--curate", "0")[0].curated) == 0          # no curation, but exemplars
 
@@ -135,7 +120,7 @@ def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_
     """Also where fewer clips are rated than are wanted: of six with two sums, three shall be picked."""
     def silence(known):
         known[[0, 2, 4], 0], known[3] = math.nan, math.nan
-    picked, *_ = picks(judge_of("silent", silence))
+    picked, _ = picks(judge_of("silent", silence))
     assert picked.curated.tolist() == [1, 5]
     assert numbers(picked.lively) == numbers(picked.smooth) == [0, 1, 2, 4, 5]
     with pytest.raises(JudgeError, match="the judge: rates none of the 6 training clips; use an"):
@@ -161,48 +146,39 @@ def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
 
 
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos):
-    picked, clips, entries = picks(None, "--data", str(videos), "--crop", "none", "--reward-sync",
-                                   str(REWARD_SYNC))
+    data = ["--data", str(videos[0]), "--crop", "none"]
+    picked, clips = picks(None, *data, "--reward-sync", str(REWARD_SYNC))
     confidence = sample.sync_metrics(load_sync(REWARD_SYNC), train.pixels(clips, 24),
                                      train.sounds(clips, 24))["sync_confidence"]
-    assert sorted(picked.curated.tolist()) == sorted(confidence.argsort()[-(len(clips) // 2):].tolist())
-    assert [c.name for c in picked.lively] == [c.name for c in picked.smooth] and not entries
+    best = confidence.argsort()[len(clips) - round(len(clips) / 2):]
+    assert sorted(picked.curated.tolist()) == sorted(best.tolist())
+    assert [c.name for c in picked.lively] == [c.name for c in picked.smooth]
 
 
 def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_path, capsys):
     """--data with neither a judge nor a sync network: one line says so, and the run is one of pretraining,
     with the metrics of real clips. It can be resumed, and with a sync network it does the rest."""
     folder = tmp_path / "run"
-    train.main([*WHOLE, "--data", str(videos), "--crop", "0,0,32", "--steps", "1", "--out", str(folder)])
+    few = "--steps 1 --curate-steps 1 --updates 1 --crop 0,0,32".split()
+    train.main([*WHOLE, *few, "--data", str(videos[0]), "--crop", "none", "--out", str(folder)])
     said = capsys.readouterr().out
     assert said.count("no curation and no post-training: neither a judge nor a sync network knows") == 1
     arm, = (e for e in logged(folder) if "held_out" in e)
     assert arm["arm"] == "pretrained"
     assert {"lip_correlation", "late_correlation", "over_late", "amplitude", "offset"} <= set(arm["held_out"])
     train.main(["--resume", str(folder), "--reward-sync", str(REWARD_SYNC)])
-    assert len(logged(folder, "curation")) == 3 and len(logged(folder, "post-training")) == 4
+    assert len(logged(folder, "curation")) == len(logged(folder, "post-training")) == 1
 
 
-def test_exemplars_are_the_lively_and_the_smooth_clips_or_those_of_a_folder(
-        finished, videos, tmp_path, monkeypatch):
-    """What the reward is made of, where the run is stopped; a folder's clips are both, and are so when it
-    goes on."""
-    monkeypatch.setattr(train, "EXEMPLARS", 2)
-    monkeypatch.setattr(train, "make_judge", lambda args: Taste())
-    seen, flags = [], ["--pretrained", str(finished), *POST, "--curate", "0"]
-
-    def stop(args, judge, lively, smooth, *_):
-        seen.append((lively, smooth))
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "make_reward", stop)
-    for command in ([*flags, "--out", str(tmp_path / "a")], [*flags, "--exemplars", str(videos), "--out",
-                    str(tmp_path / "b")], ["--resume", str(tmp_path / "b")]):
-        with pytest.raises(SystemExit, match="stopped; go on with"):
-            train.main(command)
-    assert [numbers(clips) for clips in seen[0]] == [[0, 3], [0, 2]]
-    for lively, smooth in seen[1:]:
-        assert all(".mp4" in clip.name for clip in [*lively, *smooth])
-        assert [c.name for c in lively] == [c.name for c in smooth] == [c.name for c in seen[1][0]]
+def test_exemplars_are_the_picks_or_the_clips_of_a_folder(videos):
+    picked = train.Picks(torch.arange(2), ["lively"], ["smooth"])
+    for flags in [], ["--exemplars", str(videos[0])]:
+        run = train.Run(train.parse_arguments([*TINY, *flags]), None, None, [], None, picked)
+        lively, smooth = train.exemplars(run)
+        if flags:
+            assert lively == smooth and {clip.name for clip in lively} == {f"{i}.mp4#0" for i in range(8)}
+        else:
+            assert (lively, smooth) == (["lively"], ["smooth"])
 
 
 def test_flags_choose_the_reward():
@@ -221,7 +197,7 @@ def test_a_run_leaves_everything_it_names_and_logs_every_step(finished):
     """What was taught before in folders of their own, the best policy on top; each arm measured twice."""
     assert {p.name for p in finished.iterdir()} >= {
         "config.json", "model.safetensors", "state.pt", "curate.pt", "post.pt", "log.jsonl", "sheet.png",
-        "sample.mp4", "portrait.png", "speech.wav", "held_out.json", "report.md", "pretrained", "curated",
+        "clip-1.mp4", "portrait.png", "speech.wav", "held_out.json", "report.md", "pretrained", "curated",
         "control"}
     assert Image.open(finished / "sheet.png").size == (12 * 32, 2 * 7 * 32)
     entries = logged(finished)
@@ -240,37 +216,35 @@ def test_a_run_leaves_everything_it_names_and_logs_every_step(finished):
         assert first["grad_norm"] > 0 and entry["sigma"] == pytest.approx(2 / 3)
     assert sorted((e["arm"], e["sampler"]) for e in entries if "arm" in e) == sorted(
         (arm, sampler) for arm in ARMS for sampler in ("ode", "cps"))
+    funnel, = (e["funnel"] for e in entries if "funnel" in e)
+    assert [row["fault"] for row in funnel] == list(FAULTS)
     assert "rewarded" in entries[-1] and len(json.loads((finished / "held_out.json").read_text())["cps"]) == 6
     for folder in finished, finished / "pretrained", finished / "curated", *(finished / "control").iterdir():
         load_generator(folder)
 
 
+class Garbled(Clips):
+    """Clips with the record of another's faults, or with nonsense."""
+
+    def __getitem__(self, i):
+        clip = super().__getitem__(i)
+        if isinstance(i, int):
+            other = super().__getitem__((i + 1) % len(self)).truth
+            faults = {k: v for k, v in other.items() if k.startswith("fault")}
+            clip.truth |= faults if i else dict.fromkeys(faults, torch.tensor(math.nan))
+        return clip
+
+
 @pytest.mark.parametrize("way", ["with garbled faults", "from the pretrained run"])
-def test_the_stages_end_with_the_same_bits(finished, tmp_path, monkeypatch, way):
-    """With every clip's record of faults exchanged for another's, or for nonsense; and where a finished run
-    is curated and post-trained anew. Nothing that trains, judges or picks reads the record."""
-    monkeypatch.setattr(train, "conclude", lambda *_: None)
-    load, flags = train.load_clips, [*WHOLE]
-
-    def exchanged(args, watch):
-        clips, *others = load(args, watch)
-        faults = [{k: v for k, v in clip.truth.items() if k.startswith("fault")} for clip in clips]
-        assert any(faults[0].values()) and len(faults[0]) == len(FAULTS)
-        faults = faults[1:] + [dict.fromkeys(faults[0], torch.tensor(math.nan))]
-
-        class Garbled(Clips):
-            def __getitem__(self, i):
-                clip = super().__getitem__(i)
-                if isinstance(i, int):
-                    clip.truth |= faults[i]
-                return clip
-        return Garbled(clips.folder, clips.rows, clips.index), *others
+def test_the_stages_end_with_the_same_bits(finished, taste, unmeasured, tmp_path, monkeypatch, way):
+    """Nothing that trains, judges or picks reads what was done to a clip; and where a finished run is curated
+    and post-trained anew, all is as it was."""
+    flags, load = ["--pretrained", str(finished), *POST], train.load_clips
     if way == "with garbled faults":
-        monkeypatch.setattr(train, "load_clips", exchanged)
+        flags = [*WHOLE]
         monkeypatch.setattr(train, "make_judge", lambda args: judge_of("garbled"))
-    else:
-        flags = ["--pretrained", str(finished), *POST]
-        monkeypatch.setattr(train, "make_judge", lambda args: Taste())
+        monkeypatch.setattr(train, "load_clips", lambda args, watch: (
+            Garbled((found := load(args, watch))[0].folder, found[0].rows), *found[1:]))
     train.main([*flags, "--out", str(tmp_path)])
     assert_same_bits(finished, tmp_path, "state.pt", "curate.pt", "post.pt")
     one, other = (logged(folder, "post-training") for folder in (finished, tmp_path))
@@ -282,14 +256,16 @@ def test_the_stages_end_with_the_same_bits(finished, tmp_path, monkeypatch, way)
 # ---------------------------------------------------------------- looks
 
 def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_too_little():
-    """By hand: lip_correlation less .1 |log| of amplitude and motion; a head costs .05 log where it goes too far
-    alone."""
-    score = lambda **metrics: train.held_out_score({k: torch.tensor(v) for k, v in metrics.items()})
-    right = dict(amplitude=[1.0, 1.0], frame_change=[0.5, 1.5], head=[0.9, 0.5])
-    assert score(lip_correlation=[0.9, 0.7], **right) == pytest.approx(0.8)
-    assert score(lip_correlation=[0.6], **right | {"amplitude": [0.5]}) == pytest.approx(0.6 - 0.1 * math.log(2))
-    assert score(lip_correlation=[0.6], **right | {"frame_change": [2.0]}) == pytest.approx(0.6 - 0.1 * math.log(2))
-    assert score(lip_correlation=[0.6], **right | {"head": [2.0, 2.0]}) == pytest.approx(0.6 - 0.05 * math.log(2))
+    """By hand: lip_correlation less .1 |log| of amplitude and motion; a head costs .05 log where it goes too
+    far."""
+    def score(lips, **metrics):
+        right = dict(lip_correlation=lips, amplitude=[1.0, 1.0], frame_change=[0.5, 1.5], head=[0.9, 0.5])
+        return train.held_out_score({k: torch.tensor(v) for k, v in (right | metrics).items()})
+    half = math.log(2)
+    assert score([0.9, 0.7]) == pytest.approx(0.8)
+    assert score([0.6], amplitude=[0.5]) == pytest.approx(0.6 - 0.1 * half)
+    assert score([0.6], frame_change=[2.0]) == pytest.approx(0.6 - 0.1 * half)
+    assert score([0.6], head=[2.0, 2.0]) == pytest.approx(0.6 - 0.05 * half)
 
 
 def a_still_one(clip: Clip) -> Clip:
@@ -301,41 +277,47 @@ def a_still_one(clip: Clip) -> Clip:
     return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
 
 
-@pytest.mark.parametrize("drawn", [True, False])
-def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(drawn):
+def test_clips_in_which_nothing_moves_are_refused():
+    args = train.parse_arguments(TINY)
+    clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
+    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
+        train.fit_codec(Generator(args.config), clips, args)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(known):
     """By hand, for clips that move: a value divided by that of the true clip."""
     clips = [render_talker(i, 7, 32, 32) for i in range(4)]
-    clips = clips if drawn else [Clip(c.name, c.frames, c.audio) for c in clips]
+    clips = clips if known else [Clip(c.name, c.frames, c.audio) for c in clips]
     shown = torch.stack([c.frames for c in clips]).roll(1, 1) / 255
     alone = sample.evaluate(shown, clips, 4)
+    mixed = sample.evaluate(torch.cat([shown, shown[:1]]), [*clips, a_still_one(clips[0])], 4)
+    assert all(values.isfinite().all() for values in mixed.values())
     for name, measure in (("frame_change", sample.frame_change), ("jerk_ratio", sample.jerk)):
         want = [measure(v).item() / measure(c.frames / 255).item() for v, c in zip(shown, clips)]
         assert alone[name].tolist() == pytest.approx(want, rel=1e-3)
-    mixed = sample.evaluate(torch.cat([shown, shown[:1]]), [*clips, a_still_one(clips[0])], 4)
-    for name, values in mixed.items():
-        assert values.isfinite().all(), name
+        assert mixed[name][:4].tolist() == pytest.approx(want, rel=1e-3)
     for name in "frame_change", "jerk_ratio", "amplitude":
         assert mixed[name].max() < 8 and mixed[name].mean() < 3, name
-    for name in "frame_change", "jerk_ratio":
-        assert mixed[name][:4].tolist() == pytest.approx(alone[name].tolist(), rel=1e-3)
     assert abs(train.held_out_score(mixed) - train.held_out_score(alone)) < 0.5
     stills = [a_still_one(clip) for clip in clips]
     nothing = sample.evaluate(torch.stack([c.frames for c in stills]) / 255, stills, 4)
-    assert all(values.isfinite().all() for values in nothing.values()) and nothing["frame_change"].abs().max() == 0
+    assert all(values.isfinite().all() for values in nothing.values())
+    assert nothing["frame_change"].abs().max() == 0
 
 
 def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(finished, bright, tmp_path, monkeypatch):
-    """Held-out scores .5, .9, .8, .7, .6 at updates 0 .. 4: the average of update 1 it is."""
-    scores, seen, look = iter([0.5, 0.9, 0.8, 0.7, 0.6]), [], train.Stage.look
+    """Held-out scores .5, .9, .8 at updates 0 .. 2: the average of update 1 it is."""
+    scores, seen, look = iter([0.5, 0.9, 0.8]), [], train.Stage.look
     monkeypatch.setattr(train, "held_out_score", lambda metrics: next(scores))
 
     def noting(self, clips):
         seen.append({k: v.clone() for k, v in self.average.items()})
         return look(self, clips)
     monkeypatch.setattr(train.Stage, "look", noting)
-    train.main(["--pretrained", str(finished), "--out", str(tmp_path), *POST, "--looks", "4"])
+    train.main(["--pretrained", str(finished), "--out", str(tmp_path), *POST, "--updates", "2"])
     post = state(tmp_path, "post.pt")
-    assert (post["update"], post["best"]["step"], post["best"]["score"]) == (4, 1, 0.9) and len(seen) == 5
+    assert (post["update"], post["best"]["step"], post["best"]["score"]) == (2, 1, 0.9) and len(seen) == 3
     assert all(torch.equal(v, seen[1][k]) for k, v in load_generator(tmp_path).state_dict().items())
 
 
@@ -353,7 +335,7 @@ def test_sampling_with_noise_is_paired_and_reproducible(finished):
 
 def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
     """More curation that of post-training, more pretraining that of GRPO without curation: to within a step,
-    by the times of their own folders; and what the rating took is charged to curation."""
+    by the times of their own folders."""
     spent = {e["control"]: e for e in logged(finished) if "control" in e}
     budget = {"more curation": state(finished, "post.pt")["cpu_seconds"],
               "more pretraining": spent["GRPO without curation"]["cpu_seconds"]}
@@ -365,11 +347,9 @@ def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
     assert spent["GRPO without curation"]["steps"] == 4
 
 
-def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, tmp_path, monkeypatch):
+def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste, unmeasured, tmp_path):
     """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation
     took."""
-    monkeypatch.setattr(train, "make_judge", lambda args: Taste())
-    monkeypatch.setattr(train, "conclude", lambda *_: None)
     folder = shutil.copytree(finished, tmp_path / "run")
     name, other = "more pretraining", folder / "control" / "GRPO-without-curation" / "state.pt"
     shutil.rmtree(folder / "control" / "more-pretraining")
@@ -395,7 +375,7 @@ class Brightness:
         assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
         assert portrait.shape == (len(frames), *frames.shape[2:]) and 0 <= frames.min() and frames.max() <= 1
         assert not frames.requires_grad
-        self.asked.append(names)
+        self.asked.append(tuple(names))
         components = {"bright": frames.mean((1, 2, 3, 4)), "end": frames[:, -1].mean((1, 2, 3))}
         chunks = {"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {}
         return SimpleNamespace(total=components["bright"] + 0.5 * components["end"], components=components,
@@ -403,11 +383,10 @@ class Brightness:
 
 
 @pytest.fixture
-def bright(monkeypatch):
+def bright(unmeasured, monkeypatch):
     """Instead of the reward, and of a judge: nothing is curated."""
     reward = Brightness()
     monkeypatch.setattr(train, "make_reward", lambda *args: reward)
-    monkeypatch.setattr(train, "conclude", lambda *_: None)
     monkeypatch.setattr(train, "pick_clips", lambda judge, clips, *_: train.Picks(
         torch.empty(0).long(), clips, clips))
     return reward
@@ -418,13 +397,6 @@ def first_updates(run, folder, *more):
     return [e for e in logged(folder) if "parts" in e]
 
 
-@pytest.mark.parametrize("more", ["--credit chunk --parts 2", "--credit video --group-noise different",
-                                  "--sampler flow-sde --kl-weight 0"])
-def test_every_choice_of_the_algorithm_runs(finished, bright, tmp_path, more):
-    assert len(first_updates(finished, tmp_path, "--updates", "1", *more.split())) == 1
-    assert len(bright.asked) == 1 and len(bright.asked[0]) == 6
-
-
 def test_a_rollout_that_cannot_be_rescored_stops_the_run_at_once(finished, bright, tmp_path, monkeypatch):
     rescore = grpo.rescore
     monkeypatch.setattr(grpo, "rescore", lambda *args: [part + 1e-4 for part in rescore(*args)])
@@ -432,50 +404,53 @@ def test_a_rollout_that_cannot_be_rescored_stops_the_run_at_once(finished, brigh
         first_updates(finished, tmp_path)
 
 
-def test_micro_batches_save_memory_and_change_nothing_else(finished, bright, tmp_path):
-    """Six rollouts at once, or as 4 + 2: the same loss, gradient and statistics."""
-    whole, split = (first_updates(finished, tmp_path / n, "--updates", "1", "--micro-batch", n)[0]["parts"][0]
-                    for n in ("6", "4"))
+@pytest.mark.parametrize("more", [
+    "", "--credit chunk --group-noise different --sampler flow-sde --kl-weight 0"])
+def test_micro_batches_save_memory_and_change_nothing_else(finished, bright, tmp_path, more):
+    """Six rollouts at once, or as 4 + 2: the same loss, gradient and statistics, whatever the choices."""
+    made = [first_updates(finished, tmp_path / n, "--updates", "1", "--micro-batch", n, *more.split())
+            for n in ("6", "4")]
+    whole, split = (entries[0]["parts"][0] for entries in made)
     for name, value in whole.items():
         assert split[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    assert whole["grad_norm"] > 1e-4
+    assert whole["grad_norm"] > 1e-4 and [len(names) for names in bright.asked] == [6, 6]
 
 
 def test_every_update_has_prompts_and_noise_of_its_own(finished, bright, tmp_path):
-    first_updates(finished, tmp_path / "a")
-    asked, bright.asked = bright.asked, []
-    assert len({tuple(names) for names in asked}) > 1
-    norms = [e["parts"][0]["grad_norm"] for e in first_updates(finished, tmp_path / "b", "--post-lr", "0")]
-    assert bright.asked == asked and len(set(norms)) == 4
+    """With a learning rate of 0, so that nothing else tells them apart."""
+    norms = [e["parts"][0]["grad_norm"] for e in first_updates(finished, tmp_path, "--post-lr", "0")]
+    assert len(set(bright.asked)) > 1 and len(set(norms)) == 4
 
 
 # ---------------------------------------------------------------- too little memory
 
 FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
-                     "you tried to allocate 8000000000 bytes.\nError code 12")]
+                     "you tried to allocate 8000000000 bytes.\nError code 12"),
+        BrokenProcessPool("A process in the process pool was terminated abruptly")]
 
 
-@pytest.mark.parametrize("owner, name, words, full", [
-    (train.FlowMatching, "take_step", "pretraining: does not fit into memory; lower --batch", FULL[0]),
-    (train.PostTraining, "take_step", "post-training: does not fit into memory; lower --micro", FULL[2]),
-    (train, "conclude", "measuring: does not fit into memory; lower --validate-clips", FULL[1])])
+@pytest.mark.parametrize("owner, name, words", [
+    (train.FlowMatching, "take_step", "pretraining: does not fit into memory; lower --batch"),
+    (train.PostTraining, "take_step", "post-training: does not fit into memory; lower --micro"),
+    (train, "conclude", "measuring: does not fit into memory; lower --validate-clips")])
 def test_too_little_memory_is_one_line_that_says_what_to_lower(
-        tmp_path, monkeypatch, owner, name, words, full):
+        unmeasured, tmp_path, monkeypatch, owner, name, words):
     def fail(*_):
-        raise full
+        raise FULL[0]
     monkeypatch.setattr(owner, name, fail)
+    updates = "1" if owner is train.PostTraining else "0"
     with pytest.raises(MediaError, match=words) as error:
-        train.main([*WHOLE, "--steps", "1", "--curate", "0", "--updates", "1", "--out", str(tmp_path)])
+        train.main([*WHOLE, "--steps", "1", "--curate", "0", "--updates", updates, "--out", str(tmp_path)])
     assert "\n" not in str(error.value)
 
 
-def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are():
-    for full in FULL:
-        def fail(*_):
-            raise full
-        with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
-            rate_whole(SimpleNamespace(window=None, rate=fail), torch.zeros(1, 8, 3, 32, 32),
-                       torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
+@pytest.mark.parametrize("full", FULL, ids=["cuda", "python", "cpu", "worker"])
+def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are(full):
+    def fail(*_):
+        raise full
+    with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
+        rate_whole(SimpleNamespace(window=None, rate=fail), torch.zeros(1, 8, 3, 32, 32),
+                   torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
     with pytest.raises(RuntimeError, match="shapes"), fitting("this", "that"):
         raise RuntimeError("shapes do not match")

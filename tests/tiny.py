@@ -11,6 +11,8 @@ from reward import Ratings
 SHAPE = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 "
          "--space-channels 6 --channels 8 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 "
          "--warmup 2 --device cpu").split()
+CONFIG = dict(size=32, width=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_width=32, space_channels=6,
+              channels=8)                                              # as SHAPE has it
 TINY = [*SHAPE, *"--clips 6 --steps 6 --judge none".split()]
 ALONE = [*TINY, *"--curate 0 --updates 0".split()]                     # pretraining alone
 POST = ("--curate 0.5 --curate-steps 3 --updates 4 --prompts 2 --group 3 --rollout-steps 3 --draws 1 "
