@@ -152,8 +152,8 @@ def test_a_dissolve_is_left_out_and_each_scene_has_its_own_square(monkeypatch):
 
 
 def test_a_head_that_drifts_has_a_square_for_each_half(monkeypatch):
-    """Twelve looks of 10 pixels each: too far for one square of 111, not for two."""
-    found = [[box(100 + 10 * i, 80, 60)] for i in range(12)]
+    """Twelve looks of 7 pixels each: too far for one square of 111, not for two."""
+    found = [[box(100 + 7 * i, 80, 60)] for i in range(12)]
     seen = face.Seen(found, 640, 360, [])
     assert [part[:2] for part in face.steady(seen, 0, 144, 25, "me.mp4")] == [(0, 72), (72, 144)]
 

@@ -56,7 +56,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("flags, words", [
     ("--steps 0", "--steps must be at least 1"), ("--preset huge", "invalid choice"),
-    ("--crop 0,0,0", "want x,y,size"), ("--crop 0,0,32", "--crop is of the clips of --data"),
+    ("--crop 0,0,0", "x,y,size"), ("--crop 0,0,32", "--crop is of the clips of --data"),
     ("--seconds nan", "--seconds must be from 1"), ("--grid 4", "grid 4 must be odd"),
     ("--seed 9999999999999999999", "--seed must be below"), ("--device gpu", "cannot be used"),
     ("--curate 1", "--curate must be below 1"), ("--weights still", "want name=weight"),

@@ -169,7 +169,7 @@ def test_metrics_are_those_of_a_float64_loop_over_shifts_and_windows():
     """D_k = mean_i |v_i - a_(i+k)| over the i with both; least, median - least, -argmin and D_0."""
     torch.manual_seed(0)
     v, a = nnf.normalize(torch.randn(2, 3, 24, 8), dim=-1)
-    found = sync_metrics(fabricated(v, a), None, None)
+    found = sync_metrics(fabricated(v, a), torch.zeros(1), torch.zeros(1))
     for b in range(3):
         curve = {}
         for k in range(-15, 16):
@@ -178,7 +178,7 @@ def test_metrics_are_those_of_a_float64_loop_over_shifts_and_windows():
             curve[k] = sum(distances) / len(both)
         least, middle = min(curve.values()), sorted(curve.values())[15]
         expected = {"sync_distance": least, "sync_confidence": middle - least, "sync_own": curve[0],
-                    "lip_offset": -min(curve, key=curve.get)}
+                    "sync_offset": -min(curve, key=curve.get)}
         for name, value in expected.items():
             assert found[name][b].item() == pytest.approx(value, abs=1e-5), name
 
@@ -188,8 +188,8 @@ def test_offset_is_positive_when_the_picture_comes_after_its_sound(late):
     """What is heard in window i is seen in i + late. D is 0 there and sqrt 2 elsewhere."""
     moments = torch.eye(80)[None]
     seen, heard = moments[:, 20 - late : 50 - late], moments[:, 20:50]
-    found = {name: value.item() for name, value in sync_metrics(fabricated(seen, heard), None, None).items()}
-    assert found == {"lip_offset": late, "sync_distance": 0, "sync_confidence": pytest.approx(math.sqrt(2)),
+    found = {name: value.item() for name, value in sync_metrics(fabricated(seen, heard), torch.zeros(1), torch.zeros(1)).items()}
+    assert found == {"sync_offset": late, "sync_distance": 0, "sync_confidence": pytest.approx(math.sqrt(2)),
                      "sync_own": pytest.approx(math.sqrt(2) if late else 0)}
 
 
