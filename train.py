@@ -488,15 +488,16 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: Log) -> 
             stage.model.load_state_dict(load_generator(args.pretrained).state_dict())
             stage.restart()
             stage.step = 0 if args.further else args.steps
-        save(stage, args.out)
-    else:
-        if args.init_from:
-            load_trunk(stage.model, args.init_from)
+    elif args.init_from:
+        load_trunk(stage.model, args.init_from)
+    if args.refit_codec or not (args.resume or args.pretrained):
         if not rank():
             fit_codec(stage.model, clips, args)
         codec = stage.model.codec
         codec.load_state_dict(all_gather({k: v.cpu() for k, v in codec.state_dict().items()})[0])
         stage.restart()
+    if args.pretrained:
+        save(stage, args.out)
     return stage
 
 

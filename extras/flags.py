@@ -68,7 +68,8 @@ LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judg
 PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}
 GROW = {"steps", "curate_steps", "updates", "control"}
 # What is no part of a run.
-SESSION = {"config", "settings", "command", "resume", "pretrained", "further", "overwrite", "out", "device"}
+SESSION = {"config", "settings", "command", "resume", "pretrained", "further", "refit_codec", "overwrite",
+           "out", "device"}
 
 
 def flag(name: str) -> str:
@@ -93,6 +94,7 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
                    "--steps, --curate-steps or --updates, a finished one; other flags stay")
     g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew to "
                    "--out: a folder or a name on the hub; with --data, first train it for --steps on them")
+    g.add_argument("--refit-codec", action="store_true", help="to the clips of --data, with --pretrained")
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and defaults (%(default)s)")
     g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
@@ -199,6 +201,8 @@ def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -
             p.error("--pretrained wants an --out of its own")
         shape = {f.name for f in fields(Config)}
         fixed = (changed & shape if args.further else changed - LOADS) - {"audio_encoder"}
+    if args.refit_codec and not args.further:
+        p.error("--refit-codec wants --pretrained RUN and other clips, --data")
     for name in sorted(fixed):
         p.error(f"{'--resume' if args.resume else '--pretrained'} goes on with the flags the run had; "
                 f"leave out {flag(name)}")
@@ -244,6 +248,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 "name a folder of the run's own")
     if args.data and not Path(args.data).exists():
         p.error(f"{args.data} is not there; say where the clips are with --data")
+    if args.refit_codec and not args.pretrained:
+        p.error("--refit-codec wants --pretrained RUN and other clips, --data")
     if args.crop == "face" and not args.data:
         args.crop = None                                         # that is the default
     if args.crop and not args.data:

@@ -373,10 +373,13 @@ def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
 
 
 def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, tmp_path):
-    train.main(["--pretrained", str(filmed), "--data", str(videos[1]), "--crop", "none", "--steps", "3",
-                "--curate", "0", "--updates", "0", "--out", str(tmp_path / "run")])
+    other_clips = ["--pretrained", str(filmed), "--data", str(videos[1]), "--crop", "none", "--steps", "3",
+                   "--curate", "0", "--updates", "0", "--out"]
+    train.main([*other_clips, str(tmp_path / "run")])
+    train.main([*other_clips, str(tmp_path / "refitted"), "--refit-codec"])
     one, other = state(filmed)["model"], state(tmp_path / "run")["model"]
     assert torch.equal(one["codec.space"], other["codec.space"])
+    assert not torch.equal(one["codec.space"], state(tmp_path / "refitted")["model"]["codec.space"])
     assert not torch.equal(one["no_audio"], other["no_audio"])
     assert [e["step"] for e in logged(tmp_path / "run") if "loss" in e] == [1, 2, 3]
     train.main(["--resume", str(tmp_path / "run")])                      # what it goes on with is its own
