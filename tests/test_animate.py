@@ -65,7 +65,7 @@ def test_what_is_read_is_never_overwritten_not_even_by_a_link(given, flag, tmp_p
     ("--track 1", "is silent"), ("--track 3", "track 1 with 2 channels, track 2 with 2 channels"),
     ("--track x", "want TRACK or TRACK:CHANNEL"), ("--out no/a.mp4", "in none that can be written"),
     (f"--out {'x' * 256}.mp4", "name too long"),
-    ("--crop 1,2", "want x,y,size"), ("--seed 9999999999999999999", "--seed must be below")])
+    ("--crop 1,2", "want face, none, or x,y,size"), ("--seed 9999999999999999999", "--seed must be below")])
 def test_what_cannot_be_done_is_said_and_leaves_nothing(given, flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((data.MediaError, OSError, SystemExit)) as caught:

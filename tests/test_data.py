@@ -125,7 +125,7 @@ def sound(*arguments):
     (data.load_speech, "missing.wav", None, "does not exist"),
     (clip, "cut.mp4", cut, "is cut off"), (clip, "sound.mp4", sound(SPEECH), "no video track"),
     (clip, "short.mp4", video(seconds=0.2), "a clip needs 25"),
-    (folder, "nowhere", None, "is not a folder"), (folder, "texts", texts, "none of its 1 videos")])
+    (folder, "nowhere", None, "is not there"), (folder, "texts", texts, "none of its 1 videos")])
 def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, name, make, words):
     path = tmp_path / name
     if isinstance(make, bytes):
