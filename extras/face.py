@@ -38,6 +38,7 @@ SCALES = 5                       # boxes come in sizes 6/5 apart; looks at 5 sca
 ALIKE = 0.7                      # a second face of this share of the first one's size is a rival
 WANDER = 0.2                     # of the square's side, that a head may move from where it usually is
 JUMP = 0.35                      # of a box: more from one look to the next is another scene
+FADE = 2                         # looks in which a face may be half there, before and after those without
 PAUSE = 2 * FPS                  # frames of silence that belong to speech
 CUT = 10                         # of 100: ffmpeg's default score for a change of scene
 LOOK = FPS // 2                  # frames from one look at a video to the next
@@ -227,6 +228,7 @@ def marks(seen: Seen, heard: np.ndarray) -> list[tuple[int, str]]:
         for i in range(1, len(said) - 1):            # a look that differs from both its neighbours is a slip
             if said[i - 1] == said[i + 1]:
                 said[i] = said[i - 1]
+        said = [next(filter(None, said[max(0, i - FADE) : i + FADE + 1]), "") for i in range(len(said))]
         for frame in range(start, stop):
             face = said[min(max(first, frame // LOOK), end - 1) - first] if said else "too short"
             why.append(face or ("" if heard[frame] else "no speech"))

@@ -151,6 +151,14 @@ def test_a_dissolve_is_left_out_and_each_scene_has_its_own_square(monkeypatch):
     assert kept[0][2][2] == round(1.85 * 60) and kept[1][2][2] == round(1.85 * 90)
 
 
+def test_a_face_that_fades_in_or_out_is_left_out_while_it_is_half_there(monkeypatch):
+    """A scene that begins without a face, or with two: two looks more, as a portrait may not be a ghost."""
+    for other in ([], [box(100, 80, 60), box(300, 80, 60)]):
+        found = [other] * 4 + [[box(100, 80, 60)]] * 8 + [other] * 4
+        kept = face.marks(face.Seen(found, 640, 360, []), np.ones(16 * face.LOOK, bool))
+        assert [i for i, (_, why) in enumerate(kept) if not why] == list(range(72, 120))
+
+
 def test_a_head_that_drifts_has_a_square_for_each_half(monkeypatch):
     """Twelve looks of 7 pixels each: too far for one square of 111, not for two."""
     found = [[box(100 + 7 * i, 80, 60)] for i in range(12)]
