@@ -82,6 +82,11 @@ def sounds(clips: Sequence[Clip], frames: int) -> Tensor:
     return torch.stack([clip.audio[:frames * SAMPLES_PER_FRAME] for clip in clips])
 
 
+def to_bytes(frames: Tensor) -> Tensor:
+    """[0, 1] float -> uint8."""
+    return (frames.clamp(0, 1) * 255).round().byte()
+
+
 def with_interval(values: Tensor) -> str:
     """Write the mean of (B,) values ± its 95% confidence interval, nan of a single value."""
     half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -296,8 +301,6 @@ def cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None]
 def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: Crop,
                 parts: Path, skipped: dict[str, str]) -> Iterator[tuple]:
     """Decode files side by side (ffmpeg works, threads wait); cut them, in order, into clips of `length`."""
-    from extras import face                          # here: it reads sounds by this file
-
     def attempt(i: int) -> tuple:
         try:
             squares, spans = crop, [(0, math.inf)]
@@ -310,6 +313,7 @@ def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: Cr
 
     shown = []
     if crop == "face":
+        from extras import face                      # here: only a crop by face needs it
         face.detector()                              # where there is none, it is said once
     parts.mkdir()
     pool = ThreadPoolExecutor(cores())

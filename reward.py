@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import LOOK_AHEAD, LOOK_BACK, MELS, Clip, log_mel
+from data import LOOK_AHEAD, LOOK_BACK, MELS, Clip, log_mel, to_bytes
 from extras.files import MediaError, fitting, loading, reading_weights, whole_model
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 
@@ -77,11 +77,6 @@ THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
 MIN_MASS = 0.5                                       # below it, most of the answer is not a rating
 NO_JUDGE = ("use an instruction-tuned model that answers at once, in a dtype it was made for, and, behind an "
             "endpoint, a server that supports logprobs")
-
-
-def to_bytes(frames: Tensor) -> Tensor:
-    """[0, 1] float -> uint8."""
-    return (frames.clamp(0, 1) * 255).round().byte()
 
 
 def prompt(aspect: str, rubric: dict = RUBRIC) -> str:

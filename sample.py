@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (LATENCY, Clip, LogMel, hear, load_portrait, pixels, read_speech, sounds, with_interval,
-                  write_video)
+from data import (LATENCY, Clip, LogMel, hear, load_portrait, pixels, read_speech, sounds, to_bytes,
+                  with_interval, write_video)
 from extras.arguments import check_numbers, crop_argument, device_argument, track_argument
 from extras.face import photo_square
 from extras.files import MediaError, one_line
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras.mouths import high_pass, head_pose, mouth_axis, mouth_box, mouth_opening_from_pixels
-from model import SAMPLING_STEPS, Generator, load_generator, ode_step
+from model import SAMPLING_STEPS, Generator, hub_folder, load_generator, ode_step
 from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork
 
 
@@ -75,7 +75,7 @@ def animate(model: Generator, portrait: Tensor, speech: Tensor, steps: int, guid
         mel = LogMel(speech, whole, device)
     noise = seeded_noise(seed, [0], (c.video_tokens, c.channels), device)
     for _, chunk in model.generate(portrait[None].to(device) / 255, mel, noise, steps, guidance):
-        yield from (chunk[0, :left] * 255).round().byte().cpu()
+        yield from to_bytes(chunk[0, :left]).cpu()
         left -= chunk.shape[1]
 
 
@@ -309,8 +309,9 @@ def main(argv: list[str] | None = None) -> None:
         raise MediaError(out, "is a folder, or in none that can be written; choose another --out")
     if out.exists() and any(out.samefile(given) for given in (args.image, args.audio)):
         raise MediaError(out, "is read and would be overwritten; choose another --out")
-    model = load_generator(args.checkpoint).to(args.device).eval()
-    square = photo_square(args.image, args.crop, args.checkpoint)
+    run = hub_folder(args.checkpoint)
+    model = load_generator(run).to(args.device).eval()
+    square = photo_square(args.image, args.crop, run)
     portrait = load_portrait(args.image, model.config.size, square)
     speech, track = read_speech(args.audio, args.max_seconds, args.track)
     if note := track.note():

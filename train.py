@@ -196,10 +196,10 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
     Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with
     the highest sum tremble as all clips do. With neither a judge nor a network, nothing is curated.
     """
-    count, most, sync = round(args.curate * len(clips)), min(EXEMPLARS, len(clips)), reward_sync(args)
+    count, most = round(args.curate * len(clips)), min(EXEMPLARS, len(clips))
     if judge is not None:
         ratings, spent = rate_clips(judge, clips, args)
-    elif sync is not None:
+    elif (sync := reward_sync(args)) is not None:
         start = time.process_time()
         measured = [sync_metrics(sync, pixels([clip], args.frames), sounds([clip], args.frames))
                     for clip in tqdm(clips, "rating", leave=False)]

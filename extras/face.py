@@ -30,7 +30,6 @@ from PIL import Image, ImageDraw
 from data import Crop, load_speech
 from extras.files import MediaError, first_line, one_line, printable
 from extras.media import ACTIVE_RMS, FFMPEG, FPS, SAMPLES_PER_FRAME, read_picture
-from model import hub_folder
 
 HEAD, UP = 1.85, 0.21            # the square's side, and its centre's height above the box's, in boxes
 WORK = 480                       # pixels of the shorter side in which faces of 80 pixels and more are found
@@ -127,11 +126,11 @@ def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Sq
     return square_of(found, width, height, name)
 
 
-def photo_square(path: str | Path, crop: Crop | tuple[()], run: str | Path) -> Square | None:
+def photo_square(path: str | Path, crop: Crop | tuple[()], run: Path) -> Square | None:
     """Find the square of a photo by `crop`; where that is (), as the clips of the run were cut. A square that
     was named for clips says nothing of a photo: its head is looked for, if dlib is there."""
     if crop == ():
-        crop = json.loads((hub_folder(run) / "config.json").read_text()).get("training", {}).get("crop")
+        crop = json.loads((run / "config.json").read_text()).get("training", {}).get("crop")
         if crop not in (None, "face"):
             crop = "face" if find_spec("dlib") else None
     if crop != "face":
@@ -308,8 +307,6 @@ def frame_at(path: Path, second: float) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(done.stdout)).convert("RGB"))
 
 
-
-
 def reasons(left_out: Sequence) -> str:
     """Say why parts of a video are left out: seconds and how many, by reason."""
     seconds, times = Counter(), Counter()
@@ -340,7 +337,7 @@ def main() -> None:
             print(told(kept, left_out))
             return
         show(picture, frame_of([picture], file)).save(file.with_suffix(".frame.png"))
-        square = ",".join(map(str, photo_square(file, "face", "")))
+        square = ",".join(map(str, photo_square(file, "face", Path())))
         print(f"--crop {square}; see {file.with_suffix('.frame.png')}")
 
 

@@ -201,8 +201,6 @@ def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -
             p.error("--pretrained wants an --out of its own")
         shape = {f.name for f in fields(Config)}
         fixed = (changed & shape if args.further else changed - LOADS) - {"audio_encoder"}
-    if args.refit_codec and not args.further:
-        p.error("--refit-codec wants --pretrained RUN and other clips, --data")
     for name in sorted(fixed):
         p.error(f"{'--resume' if args.resume else '--pretrained'} goes on with the flags the run had; "
                 f"leave out {flag(name)}")
@@ -248,7 +246,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 "name a folder of the run's own")
     if args.data and not Path(args.data).exists():
         p.error(f"{args.data} is not there; say where the clips are with --data")
-    if args.refit_codec and not args.pretrained:
+    if args.refit_codec and not (args.pretrained and args.further):
         p.error("--refit-codec wants --pretrained RUN and other clips, --data")
     if args.crop == "face" and not args.data:
         args.crop = None                                         # that is the default

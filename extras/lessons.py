@@ -25,13 +25,12 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-from data import Clip, pixels, sounds
+from data import Clip, pixels, sounds, to_bytes
 from extras.files import MediaError
 from extras.media import FPS, normalise_loudness
 from extras.mouths import mouth_axis, mouth_boxes, mouth_opening_from_pixels
 from grpo import Settings, drawing_step, stochastic_steps
 from model import estimate_pose, load_generator, pixel_grid, unwarp, warp
-from reward import to_bytes
 from sample import evaluate, imitate, seeded_noise
 
 MATERIAL_FRAMES = 64                # of a clip; lessons are windows of it, so sound can be shifted

@@ -18,14 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 import grpo
-from data import Clip, pixels, sounds, write_speech
+from data import Clip, pixels, sounds, to_bytes, write_speech
 from extras.files import replacing
 from extras.processes import world
 from extras.report import hardware, paired, write_clips, write_report
 from extras.reward_flags import measuring_sync, table
 from extras.session import Log, means, plain_json
 from model import Generator, ode_step
-from reward import Reward, to_bytes
+from reward import Reward
 from sample import evaluate, frechet, imitate, seeded_noise, summary
 
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech

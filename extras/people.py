@@ -24,7 +24,7 @@ import torch
 from scipy import optimize, stats
 from tqdm import tqdm
 
-from data import Clip, folder_clips, load_clip, sounds, video_uri
+from data import Clip, folder_clips, load_clip, sounds, to_bytes, video_uri
 from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, replacing, writing
 from extras.media import FPS
@@ -32,7 +32,7 @@ from extras import reward_flags
 from extras.reward_flags import read_json
 from extras.talkers import synthetic_clips
 from model import Generator, load_generator
-from reward import ASPECTS, rate_whole, to_bytes
+from reward import ASPECTS, rate_whole
 from sample import imitate
 
 # ---------------------------------------------------------------- agreement with people
@@ -172,7 +172,7 @@ def align_judge(args: argparse.Namespace) -> None:
 
 STUDY_PAGE = Path(__file__).parents[1] / "assets" / "study.html"
 CHOICES = ("left", "right", "tie")                   # of a rater, for each of ASPECTS and "overall"
-HELD_OUT_SEED = 2_000_000           # drawn talkers of studies and exams: other people and speech
+STUDY_SEED = 2_000_000           # drawn talkers of studies and exams: other people and speech
 STUDY_SECONDS = 3.0                 # of a clip, unless --max-seconds says otherwise
 STUDY_SIDE = 256                    # pixels that small pictures are enlarged to, at least half of it
 
@@ -189,7 +189,7 @@ def study_clips(args: argparse.Namespace, models: Sequence[Generator],
     if args.data:
         clips = folder_clips(args.data, one.size, args.max_seconds, args.crop, frames=frames)[1]
     else:
-        clips = synthetic_clips(args.clips, one.size, args.max_seconds, HELD_OUT_SEED + args.seed)
+        clips = synthetic_clips(args.clips, one.size, args.max_seconds, STUDY_SEED + args.seed)
     if not clips or not frames:
         raise MediaError(args.data or "--max-seconds", f"gives no held-out clip of {frames or chunk} frames")
     return [clips[i] for i in torch.randperm(len(clips), generator=rng)[:args.clips].tolist()], frames
@@ -306,7 +306,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     studies.add_argument("--seed", type=int, default=0, help="of clips, noise and sides (%(default)s)")
     studies.add_argument("--max-seconds", type=float, default=STUDY_SECONDS, help="of a clip (%(default)s)")
     for c in aligns, studies:
-        c.add_argument("--crop", type=crop_argument, default="face" if c is studies else None, help=CROP_HELP)
+        c.add_argument("--crop", type=crop_argument, default="face" if c is studies else "none", help=CROP_HELP)
         c.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
         reward_flags.judge_flags(c)
     args = p.parse_args(argv)

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from data import Clip, pixels, with_interval, write_video
+from data import Clip, pixels, to_bytes, with_interval, write_video
 from extras.media import SAMPLES_PER_FRAME
 from extras.page import Part, code, curves, heading, picture, table, text, videos, write_page
 
@@ -29,7 +29,7 @@ PAIRS = [  # an arm, and what it is compared with: what it started from, or the 
     (CURATED, PRETRAINED), (POST_TRAINED, CURATED), (POST_TRAINED, PRETRAINED), (POST_TRAINED, MORE_CURATION),
     (UNCURATED, MORE_PRETRAINING), (POST_TRAINED, MORE_PRETRAINING)]
 ENDS = {  # what a line of the log without a stage of training ends
-    "codec_step": "the codec", "config": "preparation", "funnel": "rating", "control": "measuring",
+    "config": "preparation", "funnel": "rating", "control": "measuring",
     "held_out": "measuring", "rewarded": "measuring"}
 GROUPS = {  # how independent of the reward a metric is
     "no part of the reward contains or resembles them": (
@@ -74,9 +74,8 @@ def write_clips(folder: Path, names: Sequence[str], arms: Sequence[Tensor], clip
     for i, clip in enumerate(clips[:SHOWN]):
         faces = torch.cat([pixels([clip], frames)[0], *(arm[i] for arm in arms)], -1)
         faces = nnf.interpolate(faces, (PANEL, labels.shape[-1]), mode="bicubic", antialias=True)
-        faces = (faces.clamp(0, 1) * 255).round().byte()
-        sound = clip.audio[: frames * SAMPLES_PER_FRAME]
-        write_video(folder / f"clip-{i + 1}.mp4", (torch.cat([face, labels], 1) for face in faces), sound)
+        labelled = (torch.cat([face, labels], 1) for face in to_bytes(faces))
+        write_video(folder / f"clip-{i + 1}.mp4", labelled, clip.audio[: frames * SAMPLES_PER_FRAME])
 
 
 def label_strip(names: Sequence[str], width: int) -> Tensor:

@@ -36,7 +36,7 @@ from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras import reward_flags
 from extras.lessons import (FAULTS, GROUP, LESSON_FRAMES, MATERIAL_FRAMES, VERSIONS, Lessons, Material, act,
                             draw_lessons, generated_material, good_material, spoil, whole)
-from extras.people import HELD_OUT_SEED, bootstrap, pairwise_accuracy, spearman
+from extras.people import STUDY_SEED, bootstrap, pairwise_accuracy, spearman
 from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
 from reward import ASPECTS, Judge
@@ -360,7 +360,7 @@ def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Seq
     if args.data:
         return folder_clips(args.data, SIDE, 3.0, args.crop)
     return tuple(synthetic_clips(n, SIDE, MATERIAL_FRAMES / FPS, seed + args.seed)
-                 for n, seed in ((count, 0), (EXAM_CLIPS, HELD_OUT_SEED)))
+                 for n, seed in ((count, 0), (EXAM_CLIPS, STUDY_SEED)))
 
 
 def train_judge(args: argparse.Namespace) -> None:

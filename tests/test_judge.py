@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 
 import reward
 from extras import score
-from data import Clip
+from data import Clip, to_bytes
 from extras.files import MediaError
 from extras.lessons import FAULTS, blur, spoil
 from extras.media import FPS
 from extras.reward_flags import make_judge
 from extras.school import save_judge, tiny_judge
 from reward import (COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, Ratings, Reward, beyond, likeness,
-                    spans, straying, temporal, to_bytes)
+                    spans, straying, temporal)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ ARROWS = {
     "extras.lessons": MAIN | {"extras.mouths"},
     "extras.school": MAIN | {"extras.arguments", "extras.lessons", "extras.people", "extras.reward_flags", "extras.sync",
                              "extras.talkers"},
-    "extras.face": {"data", "model"},
+    "extras.face": {"data"},
 }
 # The functions that import an extra when a run asks for it, so that nobody else needs it; no other function may.
 ON_DEMAND = {
