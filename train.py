@@ -66,7 +66,7 @@ from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, jo
 from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED,
                            funnel)
 from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_sync
-from extras.session import (Log, at_once, carry_out, clear, continues, fingerprint, keep_arm, load, lock,
+from extras.session import (Log, carry_out, clear, continues, fingerprint, keep_arm, load, lock,
                             resumable, save)
 from extras.talkers import FAULTS, synthetic_clips
 from model import Generator, load_generator
@@ -311,7 +311,7 @@ class Stage:
     def advance(self) -> dict:
         """Take a step and charge its CPU time. Returns: what to log.
 
-        Raises: JudgeError or KeyboardInterrupt before anything has changed; MediaError where the loss is nan.
+        Raises: JudgeError before anything has changed; MediaError where the loss is nan.
         """
         start = time.process_time()
         entry = self.take_step()
@@ -326,8 +326,7 @@ class Stage:
 
     def look(self, watched: list[Clip]) -> dict[str, Tensor]:
         """Measure the moving average on the watched clips, always from the same noise; keep the best."""
-        with at_once():
-            metrics = None if rank() else validate(loaded(self.average, self.args), watched, self.args)[0]
+        metrics = None if rank() else validate(loaded(self.average, self.args), watched, self.args)[0]
         metrics = all_gather(metrics)[0]
         score = held_out_score(metrics)
         self.looks += 1
@@ -400,14 +399,13 @@ class PostTraining(Stage):
         prompts = self.data[rows]
 
         # Roll out: a group of videos of each prompt. Then score. Neither changes anything yet.
-        with at_once():
-            rollout = grpo.roll_out(self.model, (prompts.portrait / 255).to(args.device),
-                                    prompts.mel.to(args.device), self.settings, steps, rng, shard())
-            if not self.checked:                                   # once a run
-                grpo.check_rescoring(self.model, rollout, self.settings)
-                self.checked = True
-            clock.append(time.perf_counter())
-            scores = self.score(rollout, [self.clips[i] for i in rows[shard()]])
+        rollout = grpo.roll_out(self.model, (prompts.portrait / 255).to(args.device),
+                                prompts.mel.to(args.device), self.settings, steps, rng, shard())
+        if not self.checked:                                   # once a run
+            grpo.check_rescoring(self.model, rollout, self.settings)
+            self.checked = True
+        clock.append(time.perf_counter())
+        scores = self.score(rollout, [self.clips[i] for i in rows[shard()]])
 
         # Advantage: how much better than its group each video is. Then those of this process's videos.
         advantage, components = grpo.advantages(scores, self.reward.weights, self.settings,

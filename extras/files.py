@@ -6,7 +6,6 @@ Nothing is half-written: a file gets its name when it is whole. Weights are safe
 import json
 import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -162,38 +161,35 @@ def find_videos(folder: Path) -> tuple[list[tuple[str, int, int]], dict[str, str
 
     Returns: (name, size, time of change) of each, and what was left out with the reason.
     """
+    if folder.is_file():
+        status = folder.stat()
+        return [(folder.name, status.st_size, status.st_mtime_ns)], {}
     found, left_out, seen = [], {}, set()
 
     def leave_out(error: OSError) -> None:
         name = printable(os.path.relpath(error.filename, folder))
         left_out[name] = f"cannot be read ({error.strerror.lower()})"
 
-    def is_new(status: os.stat_result) -> bool:
+    def is_new(path: str | Path) -> bool:
         known = len(seen)
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(os.path.realpath(path))
         return len(seen) > known
 
-    if folder.is_file():
-        status = folder.stat()
-        return [(folder.name, status.st_size, status.st_mtime_ns)], {}
     for here, folders, files in os.walk(folder, onerror=leave_out, followlinks=True):
         is_run = "log.jsonl" in files
         if is_run:
             left_out[printable(os.path.relpath(here, folder))] = "is the folder of a run; keep runs elsewhere"
-        if is_run or not is_new(os.stat(here)):
+        if is_run or not is_new(here):
             folders.clear()                          # os.walk goes no deeper here
             continue
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for path in (Path(here, name) for name in sorted(files) if name[0] != "."):
-            if path.suffix[1:].lower() not in VIDEOS.split(", "):
-                continue
-            try:
-                status = path.stat()
-            except OSError as error:
-                leave_out(error)
-                continue
-            if stat.S_ISREG(status.st_mode) and is_new(status):
-                found.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+            if path.suffix[1:].lower() in VIDEOS.split(", ") and is_new(path):
+                try:
+                    status = path.stat()
+                    found.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+                except OSError as error:
+                    leave_out(error)
     return sorted(found), left_out
 
 

@@ -7,12 +7,9 @@ cannot be meant ends with one clear line before anything is done.
 import argparse
 import json
 import math
-import os
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-
-import torch
 
 import grpo
 from extras.media import FPS
@@ -62,9 +59,8 @@ VALIDATION = [
 
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"      # of Config: they follow from flags of their own
 LOCAL = "data", "exemplars", "judge", "sync", "reward_sync", "calibration", "init_from"
-# What may differ from a run of before: how much at once, how long to wait, where things are, and more steps.
-LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judge_batch", "judge_timeout",
-         "judge_patience"}
+# What may differ from a run of before: how much at once, how long to wait, where things are, and steps.
+LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judge_batch", "judge_patience"}
 PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}
 GROW = {"steps", "curate_steps", "updates", "control"}
 # What is no part of a run.
@@ -187,23 +183,16 @@ def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -
     if args.resume:
         if args.pretrained or args.out not in (None, args.resume):
             p.error("--resume goes on in the folder of the run; leave out --out and --pretrained")
-        args.out = args.resume
-        for name in changed & GROW:
-            if getattr(args, name) < saved[name]:
-                p.error(f"{flag(name)} {getattr(args, name)} is less than the run's {saved[name]}, "
-                        "and what is learned stays learned; give more")
-        if "judge" in changed and "judge_url" not in changed:
-            args.judge_url = None                                # the one that was named last
+        args.out, way = args.resume, "--resume"
         had_none = {name for name in ("data", "audio_encoder", "init_from") if not saved.get(name)}
         fixed = changed - LOADS - GROW - (PLACES - had_none)
     else:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
-        shape = {f.name for f in fields(Config)}
+        shape, way = {f.name for f in fields(Config)}, "--pretrained"
         fixed = (changed & shape if args.further else changed - LOADS) - {"audio_encoder"}
-    for name in sorted(fixed):
-        p.error(f"{'--resume' if args.resume else '--pretrained'} goes on with the flags the run had; "
-                f"leave out {flag(name)}")
+    if fixed:
+        p.error(f"{way} goes on with the flags the run had; leave out {', '.join(map(flag, sorted(fixed)))}")
 
 
 # ---------------------------------------------------------------- what is left open, and what cannot be
@@ -248,10 +237,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"{args.data} is not there; say where the clips are with --data")
     if args.refit_codec and not (args.pretrained and args.further):
         p.error("--refit-codec wants --pretrained RUN and other clips, --data")
-    if args.crop == "face" and not args.data:
-        args.crop = None                                         # that is the default
-    if args.crop and not args.data:
-        p.error("--crop is of the clips of --data; drawn talkers need none")
+    args.crop = args.crop if args.data else None                 # drawn talkers need none
     least = {name: low for name, _, _, low, _ in PRETRAINING + POST_TRAINING + VALIDATION}
     check_numbers(p, args, **least, **{f.name: 0 for f in fields(grpo.Settings) if f.type in (int, float)})
     for name in ("ema", "curate"):
@@ -267,6 +253,3 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, size in shares.items():
         if size % world():
             p.error(f"{name} must divide by the {world()} processes, got {size}")
-    if args.device.startswith("cuda") and world() > 1 and (
-            args.device != "cuda" or int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()):
-        p.error(f"{world()} processes on --device {args.device} want a GPU each, or cpu")

@@ -5,7 +5,6 @@ The metrics themselves, none of which a reward contains, are in sample.py. repor
 
 import argparse
 import math
-import re
 import shlex
 import shutil
 import time
@@ -13,12 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 import grpo
-from data import Clip, pixels, sounds, to_bytes, write_speech
+from data import Clip, pixels, sounds, write_speech
 from extras.files import replacing
 from extras.processes import world
 from extras.report import hardware, paired, write_clips, write_report
@@ -81,9 +79,6 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
         videos.append(model.codec.decode(true[:, 0], model.codec.encode(true)).cpu())
     codec = evaluate(torch.cat(videos), held_out, args.config.chunk_frames, measuring_sync(args))
     parameters = sum(p.numel() for p in model.parameters())
-    before = re.findall(r'"clips": (\d+)', log.path.read_text()) if log.path.exists() else []
-    if before and before[-1] != f"{len(clips)}":
-        print(f"note: this run had {before[-1]} training clips before, and has {len(clips)} now")
     log(config=asdict(args.config), seed=args.seed, parameters=parameters, clips=len(clips),
         codec=means(codec), hardware=hardware(args.device, world()),
         command=shlex.join(["python", "train.py", *args.command]))
@@ -135,26 +130,13 @@ def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
         for name, videos in (arms | {"truth": true}).items()})
 
 
-def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6,
-                   columns: int = 12) -> None:
-    """Write sheet.png, some frames of a few clips, truth above what each arm generated; and the portrait and
-    the speech of the first clip, to try sample.py with."""
-    frames = arms[0].shape[1]
-    videos = [pixels(clips[:rows], frames)] + [arm[:rows] for arm in arms]
-    at = torch.linspace(0, frames - 1, columns).long()
-    sheet = rearrange([to_bytes(video[:, at]) for video in videos],
-                      "arm b column c y x -> (b arm y) (column x) c")
-    for name, picture in ("sheet", sheet), ("portrait", clips[0].frames[0].permute(1, 2, 0)):
-        with replacing(folder / f"{name}.png") as path:
-            Image.fromarray(picture.numpy()).save(path, format="png")
-    write_speech(folder / "speech.wav", clips[0].audio)
-
-
 def conclude(arms: dict[str, dict[str, Tensor]], clips: list[Clip], reward: Reward | None,
              args: argparse.Namespace, log: Log) -> None:
     """Measure, draw and report what a run has come to, and say what to try next."""
     videos = measure(arms, clips, args, log)
-    write_pictures(args.out, list(videos.values()), clips)
+    with replacing(args.out / "portrait.png") as path:                     # to try sample.py with
+        Image.fromarray(clips[0].frames[0].permute(1, 2, 0).numpy()).save(path, format="png")
+    write_speech(args.out / "speech.wav", clips[0].audio)
     write_clips(args.out, list(videos), list(videos.values()), clips)
     if reward:
         log(rewarded=(said := rewarded(reward, videos, clips)))
@@ -164,5 +146,4 @@ def conclude(arms: dict[str, dict[str, Tensor]], clips: list[Clip], reward: Rewa
     tried = shlex.join(["python", "sample.py", "--checkpoint", folder, "--image", f"{folder}/portrait.png",
                         "--audio", f"{folder}/speech.wav", "--out", "video.mp4"])
     print(f"{(time.perf_counter() - log.start) / 60:.1f} minutes in all\nto try next:\n  {tried}\n"
-          f"{folder}/report.html: clips, metrics and curves; report.md: the same in text; sheet.png (truth "
-          f"above {', '.join(arms)}); log.jsonl")
+          f"{folder}/report.html: clips, metrics and curves; report.md: the same in text; log.jsonl")

@@ -4,7 +4,6 @@ The HTML is one file to send: pictures and videos are embedded. Tables scroll si
 """
 
 import base64
-import io
 import math
 from collections.abc import Sequence
 from html import escape
@@ -12,11 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from extras.files import replacing
-
-LARGE = 1_000_000                                    # bytes of a picture; above, it is embedded as a JPEG
 
 STYLE = """
 body { margin: auto; padding: 0 1em 4em; max-width: 76rem; color: #222; font: 1em/1.5 system-ui, sans-serif }
@@ -41,9 +37,6 @@ ONE_SOUNDS = "if (!muted) for (const v of document.querySelectorAll('video')) v.
 class Part(NamedTuple):
     markdown: str
     html: str
-
-    def __str__(self) -> str:
-        return self.markdown
 
 
 def heading(words: str, level: int = 2) -> Part:
@@ -72,17 +65,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Part:
     return Part(markdown, f'<div class="wide"><table>\n{html}</tbody></table></div>')
 
 
-def picture(path: Path, words: str) -> Part:
-    kind, data = "png", path.read_bytes()
-    if len(data) > LARGE:
-        kind, file, image = "jpeg", io.BytesIO(), Image.open(path).convert("RGB")
-        image.thumbnail((1600, 8000))
-        image.save(file, kind, quality=90)
-        data = file.getvalue()
-    source = data_uri(f"image/{kind}", data)
-    return Part(f"![{words}]({path.name})\n", f'<img alt="{escape(words)}" src="{source}">')
-
-
 def curves(path: Path, words: str, panels: dict[str, list[tuple]], unit: str, scale: str = "linear") -> Part:
     """Draw title -> curves (x, y, deviation, label), three panels a row; the deviation, or 0, is shaded."""
     from matplotlib.figure import Figure             # here: it takes a second, and only a page draws
@@ -99,7 +81,8 @@ def curves(path: Path, words: str, panels: dict[str, list[tuple]], unit: str, sc
             axes.legend(fontsize=7)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-    return picture(path, words)
+    source = data_uri("image/png", path.read_bytes())
+    return Part(f"![{words}]({path.name})\n", f'<img alt="{escape(words)}" src="{source}">')
 
 
 def videos(paths: Sequence[Path], width: str) -> Part:

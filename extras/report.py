@@ -5,10 +5,8 @@ Made of log.jsonl, held_out.json and the pictures beside them, so a resumed run 
 
 import json
 import math
-import platform
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,16 +19,13 @@ from torch import Tensor
 
 from data import Clip, pixels, to_bytes, with_interval, write_video
 from extras.media import SAMPLES_PER_FRAME
-from extras.page import Part, code, curves, heading, picture, table, text, videos, write_page
+from extras.page import Part, code, curves, heading, table, text, videos, write_page
 
 PRETRAINED, CURATED, POST_TRAINED = "pretrained", "curated", "post-trained"          # the arms
 MORE_PRETRAINING, MORE_CURATION, UNCURATED = "more pretraining", "more curation", "GRPO without curation"
 PAIRS = [  # an arm, and what it is compared with: what it started from, or the same CPU time spent otherwise
     (CURATED, PRETRAINED), (POST_TRAINED, CURATED), (POST_TRAINED, PRETRAINED), (POST_TRAINED, MORE_CURATION),
     (UNCURATED, MORE_PRETRAINING), (POST_TRAINED, MORE_PRETRAINING)]
-ENDS = {  # what a line of the log without a stage of training ends
-    "config": "preparation", "funnel": "rating", "control": "measuring",
-    "held_out": "measuring", "rewarded": "measuring"}
 GROUPS = {  # how independent of the reward a metric is
     "no part of the reward contains or resembles them": (
         "lip_correlation", "late_correlation", "other_correlation", "over_late", "over_other", "offset",
@@ -46,11 +41,8 @@ PANEL = 192                                          # pixels per side of a face
 
 def hardware(device: str, processes: int) -> str:
     """Name the GPU, or the CPU, and the threads of each process."""
-    info, name = Path("/proc/cpuinfo"), platform.machine()
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    elif info.exists() and (found := re.search(r"^model name\s*: (.+)", info.read_text(), re.M)):
-        name = found[1]
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else found and found[1] or "a CPU"
     each = f" in each of {processes} processes" if processes > 1 else ""
     return f"{name}, {torch.get_num_threads()} CPU threads{each}"
 
@@ -132,15 +124,10 @@ def funnel_table(rows: list[dict]) -> Part:
 
 # ---------------------------------------------------------------- what the log tells
 
-def parse_json(line: str):
-    """Parse JSON in which null stands for nan."""
-    def with_nan(value):
-        if isinstance(value, dict):
-            return {key: with_nan(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [with_nan(part) for part in value]
-        return math.nan if value is None else value
-    return with_nan(json.loads(line))
+def parse_json(text: str):
+    """Parse JSON in which null stands for nan. (In lists NumPy makes it nan.)"""
+    return json.loads(text, object_hook=lambda entry: {
+        key: math.nan if value is None else value for key, value in entry.items()})
 
 
 def with_key(log: list[dict], key: str) -> list[dict]:
@@ -148,26 +135,21 @@ def with_key(log: list[dict], key: str) -> list[dict]:
 
 
 def watched_parts(folder: Path, log: list[dict]) -> list[Part]:
-    """Draw the watched metrics of every stage, and tabulate which step was kept, and the last."""
+    """Draw the watched metrics of every stage."""
     stages = {}
     for entry in with_key(log, "watched"):
-        at = entry["step"] if "step" in entry else entry["update"]
-        stages.setdefault(entry["stage"], []).append((at, entry["watched"], entry["best"]))
+        stages.setdefault(entry["stage"], []).append(entry)
     if not stages:
         return []
-    panels, rows = {}, []
+    panels = {}
     for stage, looks in stages.items():
-        last, values, best = looks[-1]
-        for name in values:
-            x, y = zip(*((at / max(last, 1), watched[name]) for at, watched, _ in looks))
-            panels.setdefault(name, []).append((x, y, 0, stage))
-        kept = next(watched for at, watched, _ in looks if at == best)
-        rows += [[stage, f"{what}, {at}", *(f"{value:.3f}" for value in watched.values())]
-                 for what, at, watched in (("kept", best, kept), ("last", last, values))]
+        at = np.array([entry.get("step", entry.get("update")) for entry in looks])
+        for name in looks[0]["watched"]:
+            y = [entry["watched"][name] for entry in looks]
+            panels.setdefault(name, []).append((at / max(at[-1], 1), y, 0, f"{stage}, {looks[-1]['best']} kept"))
     return [heading("On the way"),
             text("Metrics of the moving average on the watched clips. They choose which step is kept."),
-            curves(folder / "watched.png", "watched metrics", panels, "share of the stage"),
-            table(("stage", "step", *panels), rows)]
+            curves(folder / "watched.png", "watched metrics", panels, "share of the stage")]
 
 
 def reward_parts(folder: Path, log: list[dict]) -> list[Part]:
@@ -195,12 +177,10 @@ def pretraining_parts(folder: Path, log: list[dict]) -> list[Part]:
     with np.errstate(invalid="ignore"):              # a level that a short run never drew stays nan
         x, *levels = np.stack([np.nansum(b, 0) / np.isfinite(b).sum(0) for b in blocks], 1)
     edges = np.linspace(0, 1, len(levels) + 1)
-    labels = [f"sigma {a:.1f} to {b:.1f}" for a, b in zip(edges, edges[1:])]
-    panels = {"velocity loss": [(x, y, 0, label) for y, label in zip(levels, labels)]}
-    return [heading("Pretraining"),
-            text("The weighted error of the velocity by noise level; in the table, over the last hundredth."),
-            curves(folder / "pretraining.png", "loss by noise level", panels, "step", "log"),
-            table(("", *labels), [["loss", *(f"{y[-1]:.4f}" for y in levels)]])]
+    panels = {"velocity loss": [(x, y, 0, f"sigma {low:.1f} to {high:.1f}")
+                                for y, low, high in zip(levels, edges, edges[1:])]}
+    return [heading("Pretraining"), text("The weighted error of the velocity by noise level."),
+            curves(folder / "pretraining.png", "loss by noise level", panels, "step", "log")]
 
 
 def grouped_table(columns: dict[str, dict[str, str]]) -> Part:
@@ -220,7 +200,8 @@ def held_out_parts(values: dict[str, dict], log: list[dict]) -> list[Part]:
 
     parts, codec = [], with_key(log, "codec")[-1]["codec"]
     for sampler, arms in values.items():
-        made = {arm: {name: torch.tensor(v) for name, v in metrics.items()} for arm, metrics in arms.items()}
+        made = {arm: {name: torch.from_numpy(np.array(v, float)) for name, v in metrics.items()}
+                for arm, metrics in arms.items()}
         columns = {arm: cells(metrics) for arm, metrics in made.items()}
         for entry in with_key(log, "mouth_distance"):        # of all clips together; the last one counts
             if entry["sampler"] == sampler and entry["arm"] in columns:
@@ -236,25 +217,18 @@ def held_out_parts(values: dict[str, dict], log: list[dict]) -> list[Part]:
 
 
 def how_it_was_made(log: list[dict]) -> list[Part]:
-    """List commands, hardware, seed, and where the time went."""
-    sessions, updates = with_key(log, "config"), with_key(log, "parts")
-    spent, before = Counter(), 0
-    for entry in log:                                # seconds count from the start of each session
-        stage = entry.get("stage") or next(name for key, name in ENDS.items() if key in entry)
-        spent[stage] += entry["seconds"] - (before if entry["seconds"] >= before else 0)
-        before = entry["seconds"]
-    run, machines = sessions[-1], {entry["hardware"]: 0 for entry in with_key(sessions, "hardware")}
-    rows = {"hardware": " / ".join(machines), "seed": f"{run['seed']}",
-            "generator": f"{run['parameters'] / 1e6:.2f} M parameters, {run['config']['size']} pixels",
-            "minutes": f"{sum(spent.values()) / 60:.1f}"}
-    rows |= {f"minutes of {stage}": f"{seconds / 60:.1f}" for stage, seconds in spent.items()}
-    if updates:
-        rows |= {f"seconds an update, {stage}": f"{np.mean([e['seconds_for'][stage] for e in updates]):.2f}"
-                 for stage in updates[0]["seconds_for"]}
+    """List commands, hardware, seed and time."""
+    sessions = with_key(log, "config")
+    seconds = [entry["seconds"] for entry in log]                    # they count from the start of each session
+    minutes = sum(now for now, after in zip(seconds, [*seconds[1:], 0]) if after < now) / 60
+    run = sessions[-1]
+    rows = {"hardware": run["hardware"], "seed": f"{run['seed']}", "minutes": f"{minutes:.1f}",
+            "generator": f"{run['parameters'] / 1e6:.2f} M parameters, {run['config']['size']} pixels"}
+    if updates := with_key(log, "parts"):
         rows["unrated videos"] = f"{sum(entry['components']['total']['unrated'] for entry in updates)}"
     rows |= {entry["control"]: f"{entry['steps']} steps in {entry['cpu_seconds']:.0f} CPU-seconds"
              for entry in with_key(log, "control")}
-    commands = "\n".join(entry["command"] for entry in with_key(sessions, "command"))
+    commands = "\n".join(entry["command"] for entry in sessions)
     return [heading("How it was made"), code(commands), table(("", ""), list(rows.items()))]
 
 
@@ -277,7 +251,4 @@ def write_report(folder: Path) -> None:
                   text("Nothing that trains, judges or picks reads what faults a clip has. But the embedded "
                        "judge was taught faults of these kinds, compression excepted, on flawless talkers."),
                   funnel_table(entry["funnel"])]
-    if (sheet := folder / "sheet.png").exists():
-        parts += [heading("Stills"), text(f"From top to bottom: {', '.join(arms)}."),
-                  picture(sheet, "stills of the same frames")]
     write_page(folder / "report", title, parts + how_it_was_made(log))

@@ -1,8 +1,7 @@
 """How a run lives and ends: one at a time in a folder, its log, its checkpoints, and how it is stopped and
 goes on.
 
-A run can be stopped at any time. A gradient step is finished first; rollouts, rewards and looks, which change
-nothing, end at once.
+A run can be stopped or killed at any time. It goes on from its last checkpoint, which is minutes old at most.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import os
 import pickle
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from tqdm import tqdm
 
 from extras.files import MediaError, first_line, replacing, writing
 from extras.flags import flags
-from extras.processes import all_gather, rank, world
+from extras.processes import all_gather, rank
 from model import save_generator
 from reward import JudgeError
 from sample import summary
@@ -40,25 +38,15 @@ CHECKPOINTS = {"pretraining": "state.pt", "curation": "curate.pt", "post-trainin
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. The lock is the system's: it ends with the process, by kill -9 too."""
-    if rank():
-        yield
-        return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.rglob(".*.[0-9]*"):       # half-written by a run that was killed, see `replacing`
-            left.unlink()
-        for left in folder.glob(".writing-*"):       # see `write_video`
-            shutil.rmtree(left)
-    except BlockingIOError:
-        raise MediaError(folder, "another run is at work there; wait for its end, or choose another "
-                                 "--out") from None
-    except OSError:                                  # a file system without locks
-        pass
-    try:
+        if not rank():
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise MediaError(folder, "another run is at work there; wait, or choose another --out") from None
     finally:
         os.close(held)
 
@@ -209,44 +197,12 @@ def continues(stage, folder: Path) -> bool:
 # ---------------------------------------------------------------- stopped
 
 @contextmanager
-def signals(handler) -> Iterator[None]:
-    """Have a handler answer Ctrl-C and SIGTERM in a block. Not under torchrun, which ends all processes."""
-    stops = (signal.SIGINT, signal.SIGTERM) if world() == 1 else ()
-    before = {number: signal.signal(number, handler) for number in stops}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def at_once():
-    """Let Ctrl-C and SIGTERM end a block at once, by KeyboardInterrupt."""
-    return signals(signal.default_int_handler)
-
-
-@contextmanager
-def after_the_step() -> Iterator[list]:
-    """Let Ctrl-C and SIGTERM wait: the list that is yielded is then no longer empty. A second one ends the
-    run in the middle of a step, and what that tore is not saved."""
-    asked = []
-
-    def note(*signal_and_frame):
-        if asked:
-            sys.exit("stopped in the middle of a step; --resume goes on from the last checkpoint, if any")
-        asked.append(True)
-    with signals(note):
-        yield asked
-
-
-@contextmanager
 def resumable(args: argparse.Namespace, start: float) -> Iterator[None]:
     """End at Ctrl-C or SIGTERM, or where the judge is away, with a line that says how to go on: from a
     checkpoint, if this run has left one."""
     began, state = time.time() - (time.perf_counter() - start), args.out / "state.pt"
     try:
-        with at_once():
-            yield
+        yield
     except (JudgeError, KeyboardInterrupt) as error:
         said = f"error: {error}; then" if isinstance(error, JudgeError) else "stopped;"
         kept = args.resume or state.exists() and state.stat().st_mtime >= began
@@ -268,38 +224,31 @@ def carry_out(stage, watched: list, log: Log) -> dict[str, torch.Tensor]:
     """
     args, saved, first = stage.args, time.monotonic(), stage.step
     log.rewind(stage)
-    bar = tqdm(None, stage.name, initial=stage.step, total=stage.total or None, unit=stage.unit)
-
-    with after_the_step() as asked, bar:
-        try:
-            while True:
-                if watched and stage.look_is_due:
-                    metrics = stage.look(watched)
-                    log(stage=stage.name, **{stage.unit: stage.step}, watched=means(metrics),
-                        best=stage.best["step"])
-                    bar.write(f"{stage.name}, {stage.unit} {stage.step}, {len(watched)} watched clips:\n"
-                              f"{summary(metrics)}")
-                if stage.progress >= 1:
-                    break
+    with tqdm(None, stage.name, initial=stage.step, total=stage.total or None, unit=stage.unit) as bar:
+        while True:
+            if watched and stage.look_is_due:
+                metrics = stage.look(watched)
+                log(stage=stage.name, **{stage.unit: stage.step}, watched=means(metrics),
+                    best=stage.best["step"])
+                bar.write(f"{stage.name}, {stage.unit} {stage.step}, {len(watched)} watched clips:\n"
+                          f"{summary(metrics)}")
+            if stage.progress >= 1:
+                break
+            try:
                 entry = stage.advance()
-                log(stage=stage.name, **{stage.unit: stage.step}, **entry)
-                bar.update()
-                shown = "reward" if "reward" in entry else "loss"
-                bar.set_postfix({shown: f"{entry[shown]:.3f}"})
-                if asked:
-                    raise KeyboardInterrupt
-                if time.monotonic() - saved > 60 * SAVE_MINUTES:
-                    save(stage, args.out)
-                    saved = time.monotonic()
-        except JudgeError:                                 # it is away, say: what was reached is kept
-            save(stage, args.out)
-            raise
-        except KeyboardInterrupt:
-            save(stage, args.out)
-            sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: {go_on(args)}")
-        if stage.name not in CHECKPOINTS and stage.step > first:
-            log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
-        save(stage, args.out)
+            except JudgeError:                             # it is away, say: what was reached is kept
+                save(stage, args.out)
+                raise
+            log(stage=stage.name, **{stage.unit: stage.step}, **entry)
+            bar.update()
+            shown = "reward" if "reward" in entry else "loss"
+            bar.set_postfix({shown: f"{entry[shown]:.3f}"})
+            if time.monotonic() - saved > 60 * SAVE_MINUTES:
+                save(stage, args.out)
+                saved = time.monotonic()
+    if stage.name not in CHECKPOINTS and stage.step > first:
+        log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
+    save(stage, args.out)
     if watched:
         print(f"{stage.name}: kept {stage.unit} {stage.best['step']} of {stage.step}; "
               f"{stage.cpu_seconds:.0f} s of CPU time")

@@ -31,7 +31,7 @@ import grpo                                                                     
 import model                                                                        # noqa: E402
 from kernels import triton                                                          # noqa: E402
 from kernels.attention import Layout, attention, chunk_causal_mask, coordinates, may_see      # noqa: E402
-from kernels.flow_step import flow_step, step_coefficients, stochastic_step         # noqa: E402
+from kernels.flow_step import step_coefficients, stochastic_step                    # noqa: E402
 
 FLOW_SHAPES = {"full": (64, 327_680), "small": (8, 6400)}     # rows, N C; one chunk of 8 videos
 ATTENTION_SHAPES = {                                          # B, H, H_kv, D and the sequence
@@ -91,25 +91,21 @@ def agree(task: str, one: Tensor, other: Tensor, tolerance: float) -> None:
 
 def bench_flow(name: str, shape: tuple[int, int], ceiling: float, device: str = "cuda",
                compiled: bool = True) -> list[dict]:
-    """A CPS draw with its log-probability; PyTorch's noise is torch.randn's, the kernel's its own."""
+    """A CPS draw with its log-probability."""
     (count, n), results = shape, []
-    x, velocity = torch.randn(2, count, 1, n, device=device)
-    seed = torch.tensor([1, 0], device=device)
+    x, velocity, noise = torch.randn(3, count, 1, n, device=device)
     coefficients = step_coefficients("cps", 0.75, 0.5, 0.8)
 
-    def eager(x, v):
-        return stochastic_step(x, v, coefficients, noise=torch.randn_like(x), with_mean=False, impl="torch")
+    def draw(x, v, impl):
+        return stochastic_step(x, v, coefficients, noise=noise, impl=impl)
     for dtype in (torch.float32, torch.bfloat16):
         v = velocity.to(dtype)
-        kernel = partial(stochastic_step, x, v, coefficients, seed=seed, with_mean=False, impl="triton")
-        twin = stochastic_step(x, v, coefficients, seed=seed, impl="torch")
-        agree(f"flow {name}", kernel()[0], twin[0], 1e-4)
-        agree(f"flow {name}, log-probability", kernel()[1], twin[1], 1e-4)
-        runs = {"eager": partial(eager, x, v)}
+        runs = {"eager": partial(draw, x, v, "torch"), "triton": partial(draw, x, v, "triton")}
         if compiled:
-            runs["compile"] = partial(torch.compile(eager), x, v)
-        runs["triton"] = kernel
-        moved = x.numel() * (4 + v.itemsize + 4)              # x and velocity in, x' out; no noise is read
+            runs["compile"] = partial(torch.compile(draw), x, v, "torch")
+        for part, kernel, twin in zip(("x'", "log-probability"), runs["triton"](), runs["eager"]()):
+            agree(f"flow {name}, {part}", kernel, twin, 1e-4)
+        moved = x.numel() * (4 + v.itemsize + 12)             # x, velocity, noise in; x' and mean out
         results += rows(f"flow {name}, {str(dtype)[6:]}", moved, ceiling, runs, device)
     return results
 
@@ -164,8 +160,6 @@ def bench_attention(name: str, shape: tuple, ceiling: float, device: str = "cuda
 def using(impl: str):
     """Let the generator and GRPO call the kernels, or their twins, whatever "auto" would choose."""
     with (patch.object(model, "attention", partial(attention, impl=impl)),
-          patch.object(model, "flow_step", partial(flow_step, impl=impl)),
-          patch.object(grpo, "flow_step", partial(flow_step, impl=impl)),
           patch.object(grpo, "stochastic_step", partial(stochastic_step, impl=impl))):
         yield
 
