@@ -9,7 +9,6 @@ import shlex
 import shutil
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from PIL import Image

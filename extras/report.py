@@ -146,7 +146,8 @@ def watched_parts(folder: Path, log: list[dict]) -> list[Part]:
         at = np.array([entry.get("step", entry.get("update")) for entry in looks])
         for name in looks[0]["watched"]:
             y = [entry["watched"][name] for entry in looks]
-            panels.setdefault(name, []).append((at / max(at[-1], 1), y, 0, f"{stage}, {looks[-1]['best']} kept"))
+            label = f"{stage}, {looks[-1]['best']} kept"
+            panels.setdefault(name, []).append((at / max(at[-1], 1), y, 0, label))
     return [heading("On the way"),
             text("Metrics of the moving average on the watched clips. They choose which step is kept."),
             curves(folder / "watched.png", "watched metrics", panels, "share of the stage")]
@@ -219,7 +220,7 @@ def held_out_parts(values: dict[str, dict], log: list[dict]) -> list[Part]:
 def how_it_was_made(log: list[dict]) -> list[Part]:
     """List commands, hardware, seed and time."""
     sessions = with_key(log, "config")
-    seconds = [entry["seconds"] for entry in log]                    # they count from the start of each session
+    seconds = [entry["seconds"] for entry in log]                    # from the start of each session
     minutes = sum(now for now, after in zip(seconds, [*seconds[1:], 0]) if after < now) / 60
     run = sessions[-1]
     rows = {"hardware": run["hardware"], "seed": f"{run['seed']}", "minutes": f"{minutes:.1f}",

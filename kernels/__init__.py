@@ -18,7 +18,7 @@ except ImportError:
 
 
 def use_triton(impl: str, x: Tensor, problem: str | None) -> bool:
-    """Decide for the kernel or for plain PyTorch. `problem` is why the kernel cannot take these inputs, if so.
+    """Decide for the kernel or for plain PyTorch. Args: problem: why the kernel cannot take these inputs.
 
     Raises: ValueError where impl is "triton" and the kernel cannot run, with the reason.
     """

@@ -82,9 +82,8 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
 
 
 def flow_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """Carry a latent (B, N, C) one step down the flow by the ODE (Euler's rule), without fresh noise. Its fp32
-    stays fp32 whatever the velocity's dtype. There is nothing to fuse: a kernel would only be launched later.
-    """
+    """Carry a latent (B, N, C) one step down the flow by the ODE (Euler's rule), without fresh noise, in fp32
+    whatever the velocity's dtype. There is too little to fuse: launching a kernel would take longer."""
     c_x, c_v, _ = step_coefficients("ode", sigma, next_sigma)
     return c_x * x.float() + c_v * velocity.float()
 
@@ -181,7 +180,8 @@ def unsuitable(x: Tensor, velocity: Tensor, given: Tensor, draws: bool) -> str |
         return f"x, and noise or x', must be fp32, got {x.dtype} and {given.dtype}"
     if not x.shape == velocity.shape == given.shape or not x.numel():
         return f"the shapes must be one and not empty, got {[tuple(t.shape) for t in (x, velocity, given)]}"
-    if torch.is_grad_enabled() and (x.requires_grad or given.requires_grad or draws and velocity.requires_grad):
+    taught = x.requires_grad or given.requires_grad or draws and velocity.requires_grad
+    if taught and torch.is_grad_enabled():
         return "it has a gradient for the velocity alone, when rescoring"
     return None
 

@@ -24,8 +24,7 @@ from kernels.attention import Layout                               # noqa: E402
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", int: "i32", float: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHAPES = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)),
-          "stated": (64, Layout(8, 128, 128, 2)), "wide heads": (128, Layout(8, 128, 128)),
-          "decode": (64, None)}
+          "stated": (64, Layout(8, 128, 128, 2)), "wide heads": (128, Layout(8, 128, 128))}
 
 
 class Recorder:
@@ -97,14 +96,12 @@ def main(architectures: list[int]) -> list[dict]:
         flow_step.fused_step_backward(x, x.to(dtype), x, log_prob, x, 0.9, 0.1, 0.5)
     for dtype in (torch.bfloat16, torch.float32):
         for name, (d, layout) in SHAPES.items():
-            if dtype == torch.float32 and name in ("tiny", "stated", "decode"):        # as small
+            if dtype == torch.float32 and name in ("tiny", "stated"):                  # as small
                 continue
             begin(f"{name}, {TYPES[dtype]}")
-            q = torch.zeros(1, 2, layout.length if layout else 50, d, dtype=dtype)
-            k, bounds = (q, layout.bounds) if layout else (torch.zeros(1, 2, 432, d, dtype=dtype), [])
-            out, lse = attention.fused_attention(q, k, k, bounds)
-            if layout:
-                attention.fused_backward(q, k, k, out, lse, out, bounds)
+            q = torch.zeros(1, 2, layout.length, d, dtype=dtype)
+            out, lse = attention.fused_attention(q, q, q, layout.bounds)
+            attention.fused_backward(q, q, q, out, lse, out, layout.bounds)
     return results
 
 
