@@ -105,7 +105,7 @@ def bench_flow(name: str, shape: tuple[int, int], ceiling: float, device: str = 
             runs["compile"] = partial(torch.compile(draw), x, v, "torch")
         for part, kernel, twin in zip(("x'", "log-probability"), runs["triton"](), runs["eager"]()):
             agree(f"flow {name}, {part}", kernel, twin, 1e-4)
-        moved = x.numel() * (4 + v.itemsize + 12)             # x, velocity, noise in; x' and mean out
+        moved = x.numel() * (4 + v.itemsize + 8)              # x, velocity, noise in; x' out
         results += rows(f"flow {name}, {str(dtype)[6:]}", moved, ceiling, runs, device)
     return results
 

@@ -21,8 +21,8 @@ velocity,
     precise    as cps, with as much fresh noise as the SDE of flow-sde has on the way (arXiv 2605.23522):
                step_std = next_sigma sqrt(1 - r^(a^2)),  r = next_sigma (1 - sigma) / (sigma (1 - next_sigma))
 
-The arithmetic is nothing, the memory everything. Fused, a draw reads x, velocity and noise and writes x' and
-its mean, 20 bytes an element in fp32; PyTorch, operation by operation, moves about 116.
+The arithmetic is nothing, the memory everything. Fused, a draw reads x, velocity and noise and writes x', 16
+bytes an element in fp32; PyTorch, operation by operation, moves about 116.
 
     row r of x     |<-- BLOCK -->|<-- BLOCK -->|<-- .. |      one program a block, its elements in registers:
     velocity       |             |             |       |      mean, x' and z = (x' - mean) / step_std
@@ -90,7 +90,7 @@ def flow_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> T
 
 def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, float, float],
                     noise: Tensor | None = None, next_x: Tensor | None = None,
-                    impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+                    impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Take a step with fresh noise, or rescore one that was taken: one code path, and both agree to the bit.
 
     The log-probability is that of the stored x', which must stay fp32: rounded to bf16 it would move by more
@@ -102,7 +102,7 @@ def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, floa
         noise: (..., N, C) of unit variance: draws x'.    next_x: (..., N, C): rescores this x'. Give one.
         impl: "auto", "torch" or "triton"; the kernel takes fp32 x, and rescores with a gradient for velocity.
 
-    Returns: x' (..., N, C) fp32; its log-probability (...); the mean (..., N, C).
+    Returns: x' (..., N, C) fp32; its log-probability (...).
 
     Raises: ValueError where there is no noise to have a probability, or the kernel cannot run.
     """
@@ -115,13 +115,13 @@ def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, floa
     draws = next_x is None
     given = noise if draws else next_x
     if use_triton(impl, x, unsuitable(x, velocity, given, draws)):
-        drawn, log_prob, mean = fused_step(x, velocity, given, draws, c_x, c_v, step_std)
-        return drawn if draws else next_x, log_prob, mean
+        drawn, log_prob = fused_step(x, velocity, given, draws, c_x, c_v, step_std)
+        return drawn if draws else next_x, log_prob
     mean = c_x * x.float() + c_v * velocity.float()
     if draws:
         next_x = mean + step_std * noise
     per_element = ((next_x - mean) / step_std).square() / 2
-    return next_x, -per_element.flatten(-2).mean(-1) - log_normaliser(step_std), mean
+    return next_x, -per_element.flatten(-2).mean(-1) - log_normaliser(step_std)
 
 
 def log_normaliser(step_std: float) -> float:
@@ -131,7 +131,7 @@ def log_normaliser(step_std: float) -> float:
 # ---------------------------------------------------------------- the kernels
 
 @jit
-def step_kernel(x_ptr, velocity_ptr, given_ptr, next_ptr, mean_ptr, sum_ptr, n, blocks,
+def step_kernel(x_ptr, velocity_ptr, given_ptr, next_ptr, sum_ptr, n, blocks,
                 c_x, c_v, step_std, inverse_std, DRAWS: tl.constexpr, BLOCK: tl.constexpr):
     """One program: one block of one row. `given` is the noise to draw with, or the x' to rescore."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -144,7 +144,6 @@ def step_kernel(x_ptr, velocity_ptr, given_ptr, next_ptr, mean_ptr, sum_ptr, n, 
     if DRAWS:
         next_x = mean + step_std * next_x
         tl.store(next_ptr + at, next_x, mask=seen)
-    tl.store(mean_ptr + at, mean, mask=seen)
     z = tl.where(seen, (next_x - mean) * inverse_std, 0.0)
     tl.store(sum_ptr + tl.program_id(0), tl.sum(z * z))
 
@@ -158,9 +157,9 @@ def log_prob_kernel(sum_ptr, log_prob_ptr, n, blocks, log_normaliser, BLOCKS: tl
 
 
 @jit
-def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean_ptr, dvelocity_ptr,
+def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dvelocity_ptr,
                              n, blocks, c_x, c_v, inverse_variance, BLOCK: tl.constexpr):
-    """dvelocity = c_v (dlog_prob (x' - mean) / (step_std^2 n) + dmean), the mean computed anew."""
+    """dvelocity = c_v dlog_prob (x' - mean) / (step_std^2 n), the mean computed anew."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     inside = block * BLOCK + tl.arange(0, BLOCK)
     at, seen = row * n + inside, inside < n
@@ -168,7 +167,6 @@ def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean
     mean = tl.fma(velocity, c_v, tl.load(x_ptr + at, mask=seen, other=0.0) * c_x)
     next_x = tl.load(next_ptr + at, mask=seen, other=0.0)
     gradient = tl.load(dlog_prob_ptr + row) * inverse_variance / n * (next_x - mean)
-    gradient += tl.load(dmean_ptr + at, mask=seen, other=0.0)
     tl.store(dvelocity_ptr + at, (c_v * gradient).to(dvelocity_ptr.dtype.element_ty), mask=seen)
 
 
@@ -194,34 +192,34 @@ def blocking(n: int) -> tuple[int, int]:
 
 @torch.library.custom_op("flowportrait::step", mutates_args=())
 def fused_step(x: Tensor, velocity: Tensor, given: Tensor, draws: bool,
-               c_x: float, c_v: float, step_std: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x', empty where it is given to be rescored, log-probability and mean."""
+               c_x: float, c_v: float, step_std: float) -> tuple[Tensor, Tensor]:
+    """Return x', empty where it is given to be rescored, and its log-probability."""
     x, velocity, given = x.contiguous(), velocity.contiguous(), given.contiguous()
-    next_x, log_prob, mean = empty_outputs(x, draws)
+    next_x, log_prob = empty_outputs(x, draws)
     rows, n = x.shape[:-2].numel(), x.shape[-2:].numel()
     block, blocks = blocking(n)
     sums = x.new_empty(rows * blocks)
-    step_kernel[rows * blocks,](x, velocity, given, next_x, mean, sums, n, blocks,
+    step_kernel[rows * blocks,](x, velocity, given, next_x, sums, n, blocks,
                                 c_x, c_v, step_std, 1 / step_std,
                                 DRAWS=draws, BLOCK=block, num_warps=8, enable_fp_fusion=False)
     log_prob_kernel[rows,](sums, log_prob, n, blocks, log_normaliser(step_std),
                            BLOCKS=triton.next_power_of_2(blocks))
-    return next_x, log_prob, mean
+    return next_x, log_prob
 
 
-def empty_outputs(x: Tensor, draws: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape if draws else 0), x.new_empty(x.shape[:-2]), x.new_empty(x.shape)
+def empty_outputs(x: Tensor, draws: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if draws else 0), x.new_empty(x.shape[:-2])
 
 
 @torch.library.custom_op("flowportrait::step_backward", mutates_args=())
-def fused_step_backward(x: Tensor, velocity: Tensor, next_x: Tensor, dlog_prob: Tensor, dmean: Tensor,
+def fused_step_backward(x: Tensor, velocity: Tensor, next_x: Tensor, dlog_prob: Tensor,
                         c_x: float, c_v: float, step_std: float) -> Tensor:
     """Return dvelocity (..., N, C)."""
-    x, velocity, next_x, dlog_prob, dmean = (t.contiguous() for t in (x, velocity, next_x, dlog_prob, dmean))
+    x, velocity, next_x, dlog_prob = (t.contiguous() for t in (x, velocity, next_x, dlog_prob))
     dvelocity = torch.empty_like(velocity)
     rows, n = x.shape[:-2].numel(), x.shape[-2:].numel()
     block, blocks = blocking(n)
-    velocity_gradient_kernel[rows * blocks,](x, velocity, next_x, dlog_prob, dmean, dvelocity, n, blocks,
+    velocity_gradient_kernel[rows * blocks,](x, velocity, next_x, dlog_prob, dvelocity, n, blocks,
                                              c_x, c_v, step_std ** -2, BLOCK=block, num_warps=8)
     return dvelocity
 
@@ -232,7 +230,7 @@ def _(x, velocity, given, draws, c_x, c_v, step_std):
 
 
 @fused_step_backward.register_fake
-def _(x, velocity, next_x, dlog_prob, dmean, c_x, c_v, step_std):
+def _(x, velocity, next_x, dlog_prob, c_x, c_v, step_std):
     return torch.empty_like(velocity, memory_format=torch.contiguous_format)
 
 
@@ -241,10 +239,10 @@ def keep_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x, velocity, next_x)
 
 
-def backward(ctx, _, dlog_prob, dmean):
+def backward(ctx, _, dlog_prob):
     if ctx.draws:
         raise RuntimeError("the flow step's kernel has a gradient in rescoring alone; draw under no_grad()")
-    return None, fused_step_backward(*ctx.saved_tensors, dlog_prob, dmean, *ctx.coefficients), *[None] * 5
+    return None, fused_step_backward(*ctx.saved_tensors, dlog_prob, *ctx.coefficients), *[None] * 5
 
 
 fused_step.register_autograd(backward, setup_context=keep_for_backward)

@@ -93,7 +93,7 @@ def main(architectures: list[int]) -> list[dict]:
         x, log_prob = torch.zeros(2, 1, n), torch.zeros(2)
         for draws in True, False:
             flow_step.fused_step(x, x.to(dtype), x, draws, 0.9, 0.1, 0.5)
-        flow_step.fused_step_backward(x, x.to(dtype), x, log_prob, x, 0.9, 0.1, 0.5)
+        flow_step.fused_step_backward(x, x.to(dtype), x, log_prob, 0.9, 0.1, 0.5)
     for dtype in (torch.bfloat16, torch.float32):
         for name, (d, layout) in SHAPES.items():
             if dtype == torch.float32 and name in ("tiny", "stated"):                  # as small
