@@ -86,12 +86,6 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
           f"parameters on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
 
 
-def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> float:
-    """Return the Frechet distance between generated and true mouths in windows of five frames."""
-    net = measuring_sync(args)
-    return frechet(*(net.visual(v).flatten(0, 1) for v in (videos, pixels(clips, videos.shape[1])))).item()
-
-
 def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argparse.Namespace,
             log: Log) -> dict[str, Tensor]:
     """Measure every arm's weights on the same held-out clips from the same noise, and compare them.
@@ -108,8 +102,9 @@ def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argpars
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
             together = {}
-            if measuring_sync(args):
-                together["mouth_distance"] = mouth_distance(videos, clips, args)
+            if net := measuring_sync(args):                # of mouths, in windows of five frames
+                mouths = (net.visual(v).flatten(0, 1) for v in (videos, pixels(clips, args.frames)))
+                together["mouth_distance"] = frechet(*mouths).item()
                 print(f"  all clips together   Frechet distance of mouths {together['mouth_distance']:.3f}")
             log(arm=name, sampler=sampler, held_out=means(made[name]), **together)
         for title, difference in paired(made).items():

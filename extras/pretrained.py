@@ -6,7 +6,6 @@ of the encoder in config.json, and the features of a clip in the cache.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -49,10 +48,7 @@ PIECE, AROUND = 16 * FPS, 2 * FPS                    # frames heard at once, and
 
 def encoder_width(name: str) -> int:
     """Read how many numbers `features` gives per frame. Raises: MediaError for what is no speech encoder."""
-    c = pretrained_config(name, ENCODERS, "a speech encoder")
-    if math.prod(getattr(c, "conv_stride", [ENCODER_HOP])) != ENCODER_HOP:
-        raise MediaError(name, f"makes a feature of {math.prod(c.conv_stride)} samples, not of {ENCODER_HOP}")
-    return 2 * c.hidden_size
+    return 2 * pretrained_config(name, ENCODERS, "a speech encoder").hidden_size
 
 
 class SpeechEncoder:
@@ -128,19 +124,13 @@ QWEN3_LAYER = {"attention_norm": "input_layernorm", "q": "self_attn.q_proj", "k"
 def trunk_shape(name: str) -> dict:
     """Read the fields of Config that a Qwen3 model fixes. Raises: MediaError for any other model."""
     c = pretrained_config(name, ["qwen3"], "a language model")
-    if c.attention_bias or c.hidden_act != "silu" or c.rope_parameters["rope_type"] != "default":
-        raise MediaError(name, f"has attention_bias {c.attention_bias}, hidden_act {c.hidden_act}, rope_type "
-                               f"{c.rope_parameters['rope_type']}; the trunk has no bias, silu, default rope")
     return {ours: getattr(c, theirs) for ours, theirs in QWEN3_SHAPE.items()} | {
         "rope_base": float(c.rope_parameters["rope_theta"])}
 
 
 @torch.no_grad()
 def load_trunk(model: Generator, name: str) -> None:
-    """Give a generator a Qwen3 model's layers and last norm. Raises: ValueError where its shape differs."""
-    wrong = {k: v for k, v in trunk_shape(name).items() if getattr(model.config, k) != v}
-    if wrong:
-        raise ValueError(f"{name} has {wrong}, which the generator has not")
+    """Give a generator of its shape a Qwen3 model's layers and last norm."""
     weights = pretrained(name, ["qwen3"], "a language model").state_dict()
     model.norm.weight.copy_(weights["norm.weight"])
     for i, block in enumerate(model.blocks):

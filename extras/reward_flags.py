@@ -36,8 +36,6 @@ def judge_flags(p: argparse.ArgumentParser) -> list[str]:
         g.add_argument("--judge-patience", type=float, default=180.0, metavar="SECONDS", help="for which an "
                        "endpoint that is down or busy is waited for; then the run is saved and stops "
                        "(%(default)g)"),
-        g.add_argument("--judge-dtype", choices=("float32", "bfloat16", "float16"), help="(its own, else "
-                       "float32 on a CPU and bfloat16 elsewhere)"),
         g.add_argument("--judge-size", type=int, metavar="S", help="pixels per side at which it sees frames "
                        "(its own)"),
         g.add_argument("--judge-batch", type=int, default=8, help="clips at once, or requests under way "
@@ -66,8 +64,7 @@ def make_judge(args: argparse.Namespace):
         return None
     name = DEFAULT_JUDGE if args.judge == "default" else args.judge
     size = {"side": args.judge_size} if args.judge_size else {}
-    return Judge.load(name, args.judge_dtype, batch=args.judge_batch, device=args.device,
-                      offload=args.judge_offload, **size)
+    return Judge.load(name, device=args.device, batch=args.judge_batch, offload=args.judge_offload, **size)
 
 
 # ---------------------------------------------------------------- the reward

@@ -15,10 +15,8 @@ B clips, F frames.
 
 import argparse
 import json
-import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -250,16 +248,12 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
 def save_judge(judge: Judge, folder: Path, card: str) -> None:
     """Write the judge as transformers does; beside it judge.json (rubric, pixels, window, dtype: what counts
     are differences that bf16 would round away) and the card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        judge.model.half().save_pretrained(temporary)
-        judge.model.float()
-        judge.processor.save_pretrained(temporary)
-        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
-        Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
-        Path(temporary, "README.md").write_text(card, "utf-8", "backslashreplace")
-        for path in Path(temporary).iterdir():
-            os.replace(path, folder / path.name)
+    judge.model.half().save_pretrained(folder)
+    judge.model.float()
+    judge.processor.save_pretrained(folder)
+    own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
+    (folder / "judge.json").write_text(json.dumps(own, indent=1) + "\n")
+    (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------- is a judge to be trusted?
