@@ -156,41 +156,28 @@ def printable(name: str) -> str:
 
 
 def find_videos(folder: Path) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
-    """List each video under a folder once, or the one that is named. Links are followed; what is hidden is
-    left out, and so is the folder of a run, which holds generated videos.
+    """List the videos under a folder, or the one that is named. What is hidden is left out, and so is the
+    folder of a run, which holds generated videos. Links to files are followed, those to folders are not.
 
     Returns: (name, size, time of change) of each, and what was left out with the reason.
     """
+    def entry(path: Path, name: str) -> tuple[str, int, int]:
+        return name, path.stat().st_size, path.stat().st_mtime_ns
+
     if folder.is_file():
-        status = folder.stat()
-        return [(folder.name, status.st_size, status.st_mtime_ns)], {}
-    found, left_out, seen = [], {}, set()
-
-    def leave_out(error: OSError) -> None:
-        name = printable(os.path.relpath(error.filename, folder))
-        left_out[name] = f"cannot be read ({error.strerror.lower()})"
-
-    def is_new(path: str | Path) -> bool:
-        known = len(seen)
-        seen.add(os.path.realpath(path))
-        return len(seen) > known
-
-    for here, folders, files in os.walk(folder, onerror=leave_out, followlinks=True):
-        is_run = "log.jsonl" in files
-        if is_run:
-            left_out[printable(os.path.relpath(here, folder))] = "is the folder of a run; keep runs elsewhere"
-        if is_run or not is_new(here):
-            folders.clear()                          # os.walk goes no deeper here
-            continue
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for path in (Path(here, name) for name in sorted(files) if name[0] != "."):
-            if path.suffix[1:].lower() in VIDEOS.split(", ") and is_new(path):
-                try:
-                    status = path.stat()
-                    found.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
-                except OSError as error:
-                    leave_out(error)
-    return sorted(found), left_out
+        return [entry(folder, folder.name)], {}
+    runs = [log.parent for log in folder.rglob("log.jsonl")]
+    left_out = {printable(f"{run.relative_to(folder)}"): "is the folder of a run; keep runs elsewhere"
+                for run in runs}
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name, video = path.relative_to(folder).as_posix(), path.suffix[1:].lower() in VIDEOS.split(", ")
+        if video and "/." not in f"/{name}" and not any(run in path.parents for run in runs):
+            if path.is_file():
+                found.append(entry(path, name))
+            else:
+                left_out[printable(name)] = "is no file, or a link to none"
+    return found, left_out
 
 
 def cores() -> int:

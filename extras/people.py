@@ -236,7 +236,7 @@ def tally(paths: Sequence[Path], key_path: Path) -> str:
     of one rater the last counts. Returns: the table. Raises: MediaError for what is not of this study.
     """
     key = read_json(key_path, "the key of a study", lambda k: k["pairs"] and k["a"] and k["b"])
-    raters, votes = {}, {aspect: [] for aspect in (*ASPECTS, "overall")}     # (a, b or tie; the judge's a or b)
+    raters, votes = {}, {aspect: [] for aspect in (*ASPECTS, "overall")}         # (a, b or tie; the judge's)
     for path in paths:
         read = read_json(path, "a file of votes on this study", lambda v: (
             v["rater"] and v["study"] == key["study"] and v["votes"].keys() <= key["pairs"].keys()))

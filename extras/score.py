@@ -7,7 +7,7 @@ import argparse
 
 from data import folder_clips, load_clip, load_portrait
 from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
-from extras.files import MediaError, one_line
+from extras.files import one_line
 from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_flags, table
 from extras.talkers import synthetic_clips
 from sample import identity_cosine, sync_metrics
@@ -31,14 +31,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, clips, broken = parse_arguments(argv), [], []
-    for path in args.videos:
-        try:
-            clips.append(load_clip(path, args.size, args.crop))
-        except MediaError as error:
-            broken.append(str(error))
-    if not clips:
-        raise MediaError("; ".join(broken))
+    args = parse_arguments(argv)
+    clips = [load_clip(path, args.size, args.crop) for path in args.videos]
     if args.data:
         good, _ = folder_clips(args.data, args.size, 3.0, args.crop)
     else:
@@ -55,8 +49,6 @@ def main(argv: list[str] | None = None) -> None:
             held_out["identity_cosine"] = identity_cosine(sync, frames, portrait).mean(1)
             print("held out, no part of the reward:  "
                   + "  ".join(f"{name} {value.item():.3f}" for name, value in held_out.items()))
-    if broken:
-        raise MediaError(f"{len(broken)} of {len(args.videos)} videos could not be scored", "; ".join(broken))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shlex
 import shutil
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from extras.files import MediaError, first_line, replacing, writing
+from extras.files import MediaError, replacing, writing
 from extras.flags import flags
 from extras.processes import all_gather, rank
 from model import save_generator
@@ -165,27 +164,23 @@ def load(stage, path: Path, anew: bool = False) -> bool:
     """Take up what `save` wrote; `anew` begins a stage there: its steps count from 0, and nothing is best
     yet.
 
-    Returns: False where the state is of another recipe. Raises: MediaError where it is missing or broken.
+    Returns: False where the state is of another recipe.
     """
     all_gather(None)                                   # the first process may still be writing it
-    try:
-        state = torch.load(path, map_location=stage.args.device, weights_only=True)
-        if not anew and state["recipe"] != stage.recipe:
-            print(f"{stage.name} is done anew: {path} went on from other weights, or is of other clips")
-            return False
-        stage.average = state["average"]
-        stage.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(stage.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        if anew:
-            stage.best = {"step": 0, "score": -math.inf, "weights": stage.average}
-        else:
-            stage.step, stage.best, stage.cpu_seconds = state[stage.unit], state["best"], state["cpu_seconds"]
-            due = math.floor(stage.args.looks * stage.progress + 1e-9) + 1
-            stage.looks = min(state["looks"], due)     # fewer where the stage has been given more steps
-    except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise MediaError(path, f"cannot be resumed from ({first_line(error)}); "
-                               "start the run anew without --resume") from None
+    state = torch.load(path, map_location=stage.args.device, weights_only=True)
+    if not anew and state["recipe"] != stage.recipe:
+        print(f"{stage.name} is done anew: {path} went on from other weights, or is of other clips")
+        return False
+    stage.average = state["average"]
+    stage.model.load_state_dict(state["model"])
+    for optimizer, saved in zip(stage.optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    if anew:
+        stage.best = {"step": 0, "score": -math.inf, "weights": stage.average}
+    else:
+        stage.step, stage.best, stage.cpu_seconds = state[stage.unit], state["best"], state["cpu_seconds"]
+        due = math.floor(stage.args.looks * stage.progress + 1e-9) + 1
+        stage.looks = min(state["looks"], due)         # fewer where the stage has been given more steps
     return True
 
 

@@ -56,7 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import INTERPRETED, jit, tl, triton, use_triton
+from kernels import jit, tl, triton, use_triton
 
 
 @dataclass(frozen=True)
@@ -250,25 +250,24 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stride, k_stride, v_
     b, h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     index, segment, first, last = locate(tl.program_id(1), shape, BLOCK_Q, True)
     if first < last:
-        float_type: tl.constexpr = lse_ptr.dtype.element_ty        # fp32; fp64 for fp64 inputs, in tests
         rows = first + tl.arange(0, BLOCK_Q)
         q = load_rows(q_ptr, q_stride, b, h, rows, rows < last, D)
-        peak = tl.full([BLOCK_Q], float("-inf"), float_type)
-        total = tl.zeros([BLOCK_Q], float_type)
-        acc = tl.zeros([BLOCK_Q, D], float_type)
+        peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        acc = tl.zeros([BLOCK_Q, D], tl.float32)
         runs = key_runs(index, segment, shape)
         for t in range(0, key_tiles(runs, BLOCK_K)):
             keys, seen = key_tile(t, runs, BLOCK_K)
             k = load_rows(k_ptr, k_stride, b, h // groups, keys, seen, D)
             v = load_rows(v_ptr, v_stride, b, h // groups, keys, seen, D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=float_type) * SCALE
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
             s += tl.where(seen, 0.0, float("-inf"))[None, :]       # after the scale: one fused multiply-add
             new_peak = tl.maximum(peak, tl.max(s, 1))              # finite: every tile of a run has a key
             p = tl.exp2(s - new_peak[:, None])
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=float_type)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             peak = new_peak
         store_rows(out_ptr, out_stride, b, h, rows, rows < last, acc / total[:, None], D)
         tl.store(lse_ptr + (b * heads + h) * length + rows, peak + tl.log2(total), mask=rows < last)
@@ -283,7 +282,6 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr
     b, h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     index, segment, first, last = locate(tl.program_id(1), shape, BLOCK_Q, True)
     if first < last:
-        float_type: tl.constexpr = lse_ptr.dtype.element_ty
         rows = first + tl.arange(0, BLOCK_Q)
         seen_rows = rows < last
         q = load_rows(q_ptr, q_stride, b, h, rows, seen_rows, D)
@@ -291,19 +289,19 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr
         dout = load_rows(dout_ptr, dout_stride, b, h, rows, seen_rows, D)
         at = (b * heads + h) * length + rows
         lse = tl.load(lse_ptr + at, mask=seen_rows, other=float("inf"))
-        delta = tl.sum(out.to(float_type) * dout.to(float_type), 1)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
         tl.store(delta_ptr + at, delta, mask=seen_rows)
-        dq = tl.zeros([BLOCK_Q, D], float_type)
+        dq = tl.zeros([BLOCK_Q, D], tl.float32)
         runs = key_runs(index, segment, shape)
         for t in range(0, key_tiles(runs, BLOCK_K)):
             keys, seen = key_tile(t, runs, BLOCK_K)
             k = load_rows(k_ptr, k_stride, b, h // groups, keys, seen, D)
             v = load_rows(v_ptr, v_stride, b, h // groups, keys, seen, D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=float_type) * SCALE
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
             p = tl.exp2(s + tl.where(seen, 0.0, float("-inf"))[None, :] - lse[:, None])
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=float_type)
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             ds = (p * (dp - delta[:, None])).to(k.dtype)
-            dq = tl.dot(ds, k, dq, input_precision=PRECISION, out_dtype=float_type)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         store_rows(dq_ptr, dq_stride, b, h, rows, seen_rows, dq * (D ** -0.5), D)
 
 
@@ -316,12 +314,11 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
     b, h = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     index, segment, begin, end = locate(tl.program_id(1), shape, BLOCK_K, False)
     if begin < end:
-        float_type: tl.constexpr = lse_ptr.dtype.element_ty
         keys = begin + tl.arange(0, BLOCK_K)
         k = load_rows(k_ptr, k_stride, b, h, keys, keys < end, D)
         v = load_rows(v_ptr, v_stride, b, h, keys, keys < end, D)
-        dk = tl.zeros([BLOCK_K, D], float_type)
-        dv = tl.zeros([BLOCK_K, D], float_type)
+        dk = tl.zeros([BLOCK_K, D], tl.float32)
+        dv = tl.zeros([BLOCK_K, D], tl.float32)
         first, last, noisy, count = query_runs(index, segment, shape, length)
         tiles, per_segment = tl.cdiv(last - first, BLOCK_Q), tl.cdiv(count, BLOCK_Q)
         per_head = tiles + shape[4] * per_segment
@@ -337,12 +334,12 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
             at = (b * kv_heads * groups + q_head) * length + rows
             lse = tl.load(lse_ptr + at, mask=seen, other=float("inf"))       # p = 0 where there is no query
             delta = tl.load(delta_ptr + at, mask=seen, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=float_type) * SCALE
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE
             p = tl.exp2(s - lse[None, :])
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=float_type)
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=float_type)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             ds = (p * (dp - delta[None, :])).to(q.dtype)
-            dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=float_type)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         store_rows(dk_ptr, dk_stride, b, h, keys, keys < end, dk * (D ** -0.5), D)
         store_rows(dv_ptr, dv_stride, b, h, keys, keys < end, dv, D)
 
@@ -351,8 +348,7 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
 
 def unsuitable(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Say why the kernels cannot take these inputs; None: they can."""
-    types = [torch.bfloat16, torch.float16, torch.float32] + [torch.float64] * INTERPRETED
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in types:
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q, k, v must share one dtype of bf16, fp16 or fp32, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[-1] not in (32, 64, 128):
         return f"head dim must be 32, 64 or 128, got {q.shape[-1]}"
@@ -370,14 +366,14 @@ def tiling(bounds: list[int], head_dim: int, dtype: torch.dtype, backward: bool)
     """
     filled = bounds[1] % 128 == bounds[2] % 128 == 0
     own = 128 if filled else min(64, max(16, triton.next_power_of_2(bounds[2])))
-    if dtype.itemsize >= 4:
+    if dtype == torch.float32:
         passing, warps = (16, 4) if head_dim == 128 else (32, 8)
         own = min(own, passing)
     elif backward and head_dim == 128:
         own, passing, warps = min(own, 64), 32, 8
     else:
         passing, warps = 32 if backward and own == 64 else 64, 8 if own == 128 else 4
-    stages = 2 if backward and dtype.itemsize >= 4 else 3
+    stages = 2 if backward and dtype == torch.float32 else 3
     return own, passing, {"SCALE": LOG2E * head_dim ** -0.5, "D": head_dim, "num_warps": warps,
                           "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "num_stages": stages}
 
@@ -399,7 +395,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple
     """Return attention (B, H, L, D) and the log-sum-exp of its scores (B, H, L), in units of log 2."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (b, h, length, d), out = q.shape, like_tokens(q)
-    lse = q.new_empty(b, h, length, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(b, h, length, dtype=torch.float32)
     own, passing, options = tiling(bounds, d, q.dtype, backward=False)
     forward_kernel[b * h, programs(bounds, own)](
         q, k, v, out, lse, *(x.stride()[:3] for x in (q, k, v, out)),
@@ -427,7 +423,7 @@ def fused_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do
 
 @fused_attention.register_fake
 def _(q, k, v, bounds):
-    return like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @fused_backward.register_fake

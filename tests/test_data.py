@@ -268,9 +268,9 @@ def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, decode, ca
         decode(tmp_path, frames=100)
 
 
-def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, decode, capsys,
-                                                                           monkeypatch):
-    """A loop ends, a second way to a file gives no second clip, a generated sample is no training clip."""
+def test_links_to_files_are_followed_odd_names_are_names_and_runs_are_left_out(tmp_path, decode, capsys,
+                                                                               monkeypatch):
+    """A link to a folder is not followed, so no loop; a generated sample is no training clip."""
     folder, elsewhere = tmp_path / "12:30", tmp_path / "elsewhere"
     for place in (folder / "run", folder / ".hidden", elsewhere):
         place.mkdir(parents=True)
@@ -280,15 +280,15 @@ def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_p
     (folder / "run" / "log.jsonl").touch()
     (folder / "loop").symlink_to(folder)
     (folder / "far").symlink_to(elsewhere)
-    (folder / "again.mp4").symlink_to(folder / "-dash.mp4")
+    (folder / "again.mp4").symlink_to(plain)
     (folder / "broken.mp4").symlink_to(folder / "nowhere")
     monkeypatch.chdir(tmp_path)
     train, held_out = decode("12:30")
-    assert sorted(train.names + held_out.names) == ["-dash.mp4#0", "a: b 50%d.MP4#0", "caf\\xe9.mp4#0",
-                                                    "far/linked.mp4#0"]
+    assert sorted(train.names + held_out.names) == ["-dash.mp4#0", "a: b 50%d.MP4#0", "again.mp4#0",
+                                                    "caf\\xe9.mp4#0"]
     said = capsys.readouterr().out
     assert "skipped run: is the folder of a run" in said
-    assert "skipped broken.mp4: cannot be read (no such file" in said
+    assert "skipped broken.mp4: is no file, or a link to none" in said
 
 
 def test_adding_files_never_moves_one_from_training_to_held_out():
