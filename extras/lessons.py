@@ -33,7 +33,7 @@ from grpo import Settings, drawing_step, stochastic_steps
 from model import estimate_pose, load_generator, pixel_grid, unwarp, warp
 from sample import evaluate, imitate, seeded_noise
 
-MATERIAL_FRAMES = 64                # of a clip; lessons are windows of it, so sound can be shifted
+MATERIAL_FRAMES = 64                # of a clip; lessons are parts of it, so sound can be shifted
 LESSON_FRAMES = 16, 48              # shortest and longest lesson
 SHIFT = 6                           # frames by which sound is moved at most
 REST = 0.3                          # deviation of a mouth; one that moves less is at rest
@@ -231,7 +231,7 @@ class Lessons:
 
 def choose_sound(material: Material, voices: Material, row: int, start: int, frames: int,
                  rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Choose the sound of a window: mostly its own, or early or late, or mixed with another's, or another's.
+    """Choose the sound of a part: mostly its own, or early or late, or mixed with another's, or another's.
 
     Returns: sound (F * 640,), and the mouth that it calls for (F,).
     """
@@ -251,17 +251,17 @@ def choose_sound(material: Material, voices: Material, row: int, start: int, fra
 
 
 def make_lesson(material: Material, voices: Material, row: int, frames: int, rng: torch.Generator) -> tuple:
-    """Make one clip of known quality: which window, how lively, which sound, which fault.
+    """Make one clip of known quality: which part, how lively, which sound, which fault.
 
     Args: voices: whose sound may be heard instead. Returns: the fields of Lessons, for one clip.
     """
     start = whole(rng, 0, material.frames.shape[1] - frames + 1)
-    window = row, slice(start, start + frames)
-    x, seen = material.frames[window] / 255, material.mouth_seen[window]
+    part = row, slice(start, start + frames)
+    x, seen = material.frames[part] / 255, material.mouth_seen[part]
     lively, fault = material.lively[row].item(), material.fault[row].item()
     if material.face is not None and uniform(rng) < 0.6:         # act it, with less or more expression
         mouth, rest = uniform(rng, 0, 1.25), uniform(rng, 0, 1.25)
-        x = act(material.face[window] / 255, material.pose[window], mouth, rest)
+        x = act(material.face[part] / 255, material.pose[part], mouth, rest)
         seen = seen[0] + mouth * (seen - seen[0])
         lively = MOUTH_SHARE * min(mouth, 1) + (1 - MOUTH_SHARE) * min(rest, 1)
     if uniform(rng) < 0.1:                           # splice: for a while it does what it did at another time
@@ -286,7 +286,7 @@ def draw_lessons(good: Material, generated: Material | None, batch: int, seed: i
                  rows: Sequence[int] | None = None) -> Lessons:
     """Draw a batch of one length: of good clips, or given rows of them, and, last, three eighths in groups.
 
-    A group is of GROUP versions of one clip with one window, sound and fault: they differ in what was
+    A group is of GROUP versions of one clip with one part, sound and fault: they differ in what was
     generated, as those differ that GRPO compares. A seed gives the same lessons always.
     """
     rng = torch.Generator().manual_seed(seed)

@@ -131,7 +131,7 @@ def conclude(arms: dict[str, dict[str, Tensor]], clips: list[Clip], reward: Rewa
     with replacing(args.out / "portrait.png") as path:                     # to try sample.py with
         Image.fromarray(clips[0].frames[0].permute(1, 2, 0).numpy()).save(path, format="png")
     write_speech(args.out / "speech.wav", clips[0].audio)
-    write_clips(args.out, list(videos), list(videos.values()), clips)
+    write_clips(args.out, list(videos.values()), clips)
     if reward:
         log(rewarded=(said := rewarded(reward, videos, clips)))
         print(said)

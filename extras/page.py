@@ -28,8 +28,6 @@ th, td { padding: 0.25rem 0.75rem; border-bottom: 1px solid #ddd; text-align: ri
 thead th { max-width: 9em }
 tbody th, td { white-space: nowrap }
 th:first-child { position: sticky; left: 0; background: white; text-align: left; font-weight: 400 }
-th.title { position: static; padding-top: 1rem; color: #666 }
-th.title span { position: sticky; left: 0.75rem }
 """
 ONE_SOUNDS = "if (!muted) for (const v of document.querySelectorAll('video')) v.muted ||= v != this"
 
@@ -52,15 +50,11 @@ def code(words: str) -> Part:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Part:
-    """A row of a single cell is a title of the rows below it."""
     def html_row(row: Sequence[str], tag: str) -> str:
-        if len(row) == 1:
-            return f'<tr><th class="title" colspan="{len(head)}"><span>{escape(row[0])}</span></th></tr>\n'
         cells = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row[1:])
         return f"<tr><th>{escape(row[0])}</th>{cells}</tr>\n"
 
-    wide = [row if len(row) > 1 else [f"*{row[0]}*", *[""] * (len(head) - 1)] for row in rows]
-    markdown = "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *wide))
+    markdown = "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
     html = f"<thead>{html_row(head, 'th')}</thead>\n<tbody>" + "".join(html_row(row, "td") for row in rows)
     return Part(markdown, f'<div class="wide"><table>\n{html}</tbody></table></div>')
 

@@ -6,14 +6,12 @@ Made of log.jsonl, held_out.json and the pictures beside them, so a resumed run 
 import json
 import math
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
@@ -27,12 +25,12 @@ PAIRS = [  # an arm, and what it is compared with: what it started from, or the 
     (CURATED, PRETRAINED), (POST_TRAINED, CURATED), (POST_TRAINED, PRETRAINED), (POST_TRAINED, MORE_CURATION),
     (UNCURATED, MORE_PRETRAINING), (POST_TRAINED, MORE_PRETRAINING)]
 GROUPS = {  # how independent of the reward a metric is
-    "no part of the reward contains or resembles them": (
+    "No part of the reward contains or resembles them": (
         "lip_correlation", "late_correlation", "other_correlation", "over_late", "over_other", "offset",
         "mouth_psnr", "psnr"),
-    "measured by another network of the same make as the reward's": (
+    "Measured by another network of the same make as the reward's": (
         "sync_confidence", "sync_own", "mouth_distance", "identity_cosine"),
-    "resembled by a part of the reward": (
+    "Resembled by a part of the reward": (
         "amplitude", "head", "frame_change", "jerk_ratio", "jerk", "seam_ratio", "still_psnr")}
 ASPECTS = "lip-sync", "expressiveness", "motion"     # of the judge's ratings
 SHOWN = 4                                            # held-out clips that play in the report
@@ -55,30 +53,18 @@ def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
 
 # ---------------------------------------------------------------- clips
 
-def write_clips(folder: Path, names: Sequence[str], arms: Sequence[Tensor], clips: Sequence[Clip]) -> None:
-    """Write clip-1.mp4 and so on: the truth and what each arm generated side by side, with sound and labels.
+def write_clips(folder: Path, arms: Sequence[Tensor], clips: Sequence[Clip]) -> None:
+    """Write clip-1.mp4 and so on: the truth and what each arm generated side by side, with sound.
 
-    Args: names of the arms; their videos (B, F, 3, S, S) in [0, 1]; the B true clips.
+    Args: the arms' videos (B, F, 3, S, S) in [0, 1]; the B true clips.
     """
-    frames, labels = arms[0].shape[1], label_strip(["truth", *names], PANEL)
     for old in folder.glob("clip-*.mp4"):
         old.unlink()
     for i, clip in enumerate(clips[:SHOWN]):
-        faces = torch.cat([pixels([clip], frames)[0], *(arm[i] for arm in arms)], -1)
-        faces = nnf.interpolate(faces, (PANEL, labels.shape[-1]), mode="bicubic", antialias=True)
-        labelled = (torch.cat([face, labels], 1) for face in to_bytes(faces))
-        write_video(folder / f"clip-{i + 1}.mp4", labelled, clip.audio[: frames * SAMPLES_PER_FRAME])
-
-
-def label_strip(names: Sequence[str], width: int) -> Tensor:
-    """Draw names side by side, each in the middle of `width` pixels. Returns: (3, H, N * width) uint8."""
-    names = [textwrap.fill(name, 14) for name in names]
-    lines = 1 + max(name.count("\n") for name in names)
-    strip = Image.new("RGB", (width * len(names), width * lines // 7 + width // 16), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(width / 8)
-    for i, name in enumerate(names):
-        draw.text(((i + 0.5) * width, width / 32), name, "black", font, anchor="ma", align="center")
-    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+        faces = torch.cat([pixels([clip], arms[0].shape[1])[0], *(arm[i] for arm in arms)], -1)
+        faces = nnf.interpolate(faces, (PANEL, PANEL * (1 + len(arms))), mode="bicubic", antialias=True)
+        sound = clip.audio[: len(faces) * SAMPLES_PER_FRAME]
+        write_video(folder / f"clip-{i + 1}.mp4", to_bytes(faces), sound)
 
 
 # ---------------------------------------------------------------- the funnel: what was found, what was picked
@@ -184,14 +170,14 @@ def pretraining_parts(folder: Path, log: list[dict]) -> list[Part]:
             curves(folder / "pretraining.png", "loss by noise level", panels, "step", "log")]
 
 
-def grouped_table(columns: dict[str, dict[str, str]]) -> Part:
+def grouped_tables(columns: dict[str, dict[str, str]]) -> list[Part]:
     """Tabulate title -> metric -> cell, grouped by how independent of the reward the metrics are."""
-    rows = []
+    parts = []
     for title, names in GROUPS.items():
-        rows.append([title])
-        rows += [[name, *(column.get(name, "") for column in columns.values())]
-                 for name in names if any(name in column for column in columns.values())]
-    return table(("", *columns), rows)
+        rows = [[name, *(column.get(name, "") for column in columns.values())]
+                for name in names if any(name in column for column in columns.values())]
+        parts += [text(f"{title}:"), table(("", *columns), rows)] if rows else []
+    return parts
 
 
 def held_out_parts(values: dict[str, dict], log: list[dict]) -> list[Part]:
@@ -211,9 +197,9 @@ def held_out_parts(values: dict[str, dict], log: list[dict]) -> list[Part]:
         count = len(next(iter(made.values()))["psnr"])
         parts += [heading(f"Held-out clips, {sampler}"),
                   text(f"{count} clips, generated from portrait and sound; mean ± 95% interval."),
-                  grouped_table(alone | columns)]
+                  *grouped_tables(alone | columns)]
         if differences := {title: cells(metrics) for title, metrics in paired(made).items()}:
-            parts += [text("Differences, clip by clip:"), grouped_table(differences)]
+            parts += [heading("Differences, clip by clip", 3), *grouped_tables(differences)]
     return parts
 
 

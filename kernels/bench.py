@@ -3,9 +3,10 @@
     python kernels/bench.py                       # prints the tables, writes runs/bench.json
     python kernels/bench.py --only attention      # or flow, or whole
 
-Every kernel is first held against its PyTorch twin, then timed beside
-    eager      PyTorch, operation by operation       sdpa    scaled_dot_product_attention with the dense mask
-    compile    torch.compile of the same             flex    FlexAttention, compiled; its mask is made before
+Every kernel is first held against its PyTorch twin, then timed beside what PyTorch offers: for the flow step
+eager operations and torch.compile, for attention scaled_dot_product_attention with the dense mask (sdpa) and
+FlexAttention, compiled (flex; its mask is made before).
+
 A rate counts what the task needs, whoever does more: FLOPs of the allowed pairs (4 D forward, 10 D backward),
 bytes of the tensors that go in and come out. The ceiling is what this GPU can do: a bf16 matmul, or a copy.
 Times are medians of triton.testing.do_bench, of random data, in ms.
@@ -13,7 +14,6 @@ Times are medians of triton.testing.do_bench, of random data, in ms.
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -112,12 +112,7 @@ def bench_flow(name: str, shape: tuple[int, int], ceiling: float, device: str = 
 
 def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bool) -> dict[str, Callable]:
     """Return provider -> function of nothing, the kernel last."""
-    mask, groups = chunk_causal_mask(layout, q.device), q.shape[1] // k.shape[1]
-
-    def eager(q, k, v):
-        score = q @ k.repeat_interleave(groups, 1).mT * q.shape[-1] ** -0.5
-        return score.masked_fill(~mask, -math.inf).softmax(-1) @ v.repeat_interleave(groups, 1)
-    runs = {"eager": partial(eager, q, k, v)}
+    runs = {"sdpa": partial(attention, q, k, v, layout, impl="torch")}
     if compiled:
         index, segment = coordinates(layout, q.device)
 
@@ -125,10 +120,9 @@ def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bo
             return may_see(index[i], segment[i], index[j], segment[j], layout.window)
         blocks = create_block_mask(rule, None, None, layout.length, layout.length, device=q.device)
         torch._functorch.config.donated_buffer = False        # a backward pass that is timed runs again
-        flex = partial(torch.compile(flex_attention), block_mask=blocks, enable_gqa=groups > 1)
-        runs |= {"compile": partial(torch.compile(eager), q, k, v), "flex": partial(flex, q, k, v)}
-    return runs | {"sdpa": partial(attention, q, k, v, layout, impl="torch"),
-                   "triton": partial(attention, q, k, v, layout, impl="triton")}
+        gqa = q.shape[1] > k.shape[1]
+        runs["flex"] = partial(torch.compile(flex_attention), q, k, v, block_mask=blocks, enable_gqa=gqa)
+    return runs | {"triton": partial(attention, q, k, v, layout, impl="triton")}
 
 
 def bench_attention(name: str, shape: tuple, ceiling: float, device: str = "cuda",

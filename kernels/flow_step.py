@@ -109,7 +109,7 @@ def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, floa
     c_x, c_v, step_std = coefficients
     if not step_std > 0:
         raise ValueError("a step without noise has no log-probability; "
-                         "keep the window off sigma = 1 and the last step")
+                         "the first step and the last one do not draw")
     if (noise is None) == (next_x is None):
         raise ValueError("give either noise, to draw a step, or next_x, to rescore one")
     draws = next_x is None

@@ -91,7 +91,7 @@ def shown(tmp_path_factory):
     tone = 0.1 * torch.sin(torch.arange(30 * 640) * 0.1)
     clips = [Clip(str(i), (red * 255).byte(), tone) for i in range(5)]
     (folder / "clip-9.mp4").write_text("of an earlier run")
-    write_clips(folder, ["pretrained"], [blue.expand(5, -1, -1, -1, -1)], clips)
+    write_clips(folder, [blue.expand(5, -1, -1, -1, -1)], clips)
     run = {"seconds": 1, "config": {"size": 32}, "seed": 0, "parameters": 9, "codec": {"psnr": 31.25},
            "command": "python train.py --data 'a<b'", "hardware": "a CPU"}
     (folder / "log.jsonl").write_text(json.dumps(run) + "\n")
@@ -101,16 +101,14 @@ def shown(tmp_path_factory):
     return folder
 
 
-def test_clips_play_the_truth_beside_each_arm_above_their_names_with_sound(shown):
+def test_clips_play_the_truth_beside_each_arm_with_sound(shown):
     assert sorted(path.name for path in shown.glob("*.mp4")) == [f"clip-{i}.mp4" for i in (1, 2, 3, 4)]
     reader = imageio_ffmpeg.read_frames(str(shown / "clip-1.mp4"))
     width, height = next(reader)["size"]
     frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(int) for frame in reader]
-    assert len(frames) == 26 and width == 2 * 192 and height > 192
+    assert len(frames) == 26 and (width, height) == (2 * 192, 192)
     for frame in frames[0], frames[-1]:
         assert abs(frame[96, 96] - [255, 0, 0]).max() < 12 and abs(frame[96, 288] - [0, 0, 255]).max() < 12
-        for names in frame[194:, :192], frame[194:, 192:]:                           # dark letters on white
-            assert names.min() < 80 and np.median(names) > 240
     assert abs(len(load_speech(shown / "clip-1.mp4")) - 26 * 640) < 1600
 
 
