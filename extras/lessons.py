@@ -282,9 +282,9 @@ def make_lesson(material: Material, voices: Material, row: int, frames: int, rng
 
 
 @torch.no_grad()
-def draw_lessons(good: Material, generated: Material | None, batch: int, seed: int, frames: int | None = None,
-                 rows: Sequence[int] | None = None) -> Lessons:
-    """Draw a batch of one length: of good clips, or given rows of them, and, last, three eighths in groups.
+def draw_lessons(good: Material, generated: Material | None, batch: int, seed: int,
+                 frames: int | None = None) -> Lessons:
+    """Draw a batch of one length: of good clips, and, last, three eighths in groups.
 
     A group is of GROUP versions of one clip with one part, sound and fault: they differ in what was
     generated, as those differ that GRPO compares. A seed gives the same lessons always.
@@ -292,10 +292,7 @@ def draw_lessons(good: Material, generated: Material | None, batch: int, seed: i
     rng = torch.Generator().manual_seed(seed)
     frames = frames or 2 * whole(rng, LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1)
     grouped = 0 if generated is None else batch * 3 // 8 // GROUP * GROUP
-    made = []
-    for i in range(batch - grouped):
-        row = whole(rng, 0, len(good)) if rows is None else rows[i]
-        made.append(make_lesson(good, good, row, frames, rng))
+    made = [make_lesson(good, good, whole(rng, 0, len(good)), frames, rng) for _ in range(batch - grouped)]
     while len(made) < batch:
         clip, same = whole(rng, 0, len(generated) // VERSIONS), whole(rng, 0, 2 ** 31)
         for version in torch.randperm(VERSIONS, generator=rng)[:GROUP].tolist():

@@ -65,20 +65,9 @@ def spearman(a, b) -> float:
     return float(stats.spearmanr(a, b).statistic)
 
 
-def pairwise_accuracy(judge, truth, groups=None, least: float = 0.0) -> float:
-    """Share of the pairs that differ in the truth, by `least` or more, that the judge ranks alike.
-
-    A tie is half right. Args: judge, truth (n,); groups (n,): only pairs inside a group count, as in GRPO.
-    Returns: 0..1, nan without a pair.
-    """
-    judge, truth = np.asarray(judge, float), np.asarray(truth, float)
-    by_judge = judge[:, None] - judge                       # (n, n): item i against item j
-    by_truth = truth[:, None] - truth
-    counts = (by_truth != 0) & (np.abs(by_truth) >= least)
-    if groups is not None:
-        counts &= np.equal.outer(np.asarray(groups), np.asarray(groups))
-    right = (1 + np.sign(by_judge) * np.sign(by_truth)) / 2
-    return float(right[counts].mean()) if counts.any() else math.nan
+def pairwise_accuracy(judge, truth) -> float:
+    """Share of the pairs that differ in the truth that the judge ranks alike; a tie is half right."""
+    return (1 + float(stats.somersd(truth, judge).statistic)) / 2
 
 
 def bootstrap(statistic: Callable, *samples) -> tuple[float, float, float]:
@@ -151,7 +140,7 @@ def align_judge(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- a study: let people choose
 
 STUDY_PAGE = Path(__file__).parents[1] / "assets" / "study.html"
-STUDY_SEED = 2_000_000           # drawn talkers of studies and exams: other people and speech
+STUDY_SEED = 2_000_000           # drawn talkers of studies and tests: other people and speech
 STUDY_SECONDS = 3.0                 # of a clip, unless --max-seconds says otherwise
 STUDY_SIDE = 256                    # pixels that small pictures are enlarged to, at least half of it
 
