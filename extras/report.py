@@ -98,7 +98,7 @@ def funnel(strengths: dict[str, Tensor], ratings: Tensor, picked: Tensor) -> lis
 
 def funnel_table(rows: list[dict]) -> Part:
     def three(values):
-        return " / ".join(f"{value:.1f}" for value in values)
+        return " / ".join(f"{value:.1f}" for value in np.array(values, float))
 
     head = ("fault", "share of clips", "mean strength", f"rated ({' / '.join(ASPECTS)}) with it", "without",
             "found by", "AUC", "share of picks", "mean strength")
