@@ -8,7 +8,7 @@
    Only a window of steps is made so, never the first (sigma = 1, where there is nothing yet to choose from)
    and never the last (whose noise would stay in the picture); the others stay ODE steps.
 2. A rollout. G videos of one portrait and one speech, a group, are generated chunk by chunk by the same
-   `generate()`, cache and all, that serves sampling. Every draw is kept: x, x', mean, log-probability.
+   `generate()`, cache and all, that serves sampling. Every draw is kept: x, x', log-probability.
 3. A reward. Each video is judged as a whole, and, where a component can say when, chunk by chunk: a draw is
    then credited with its own chunk and, discounted, with the later ones. Sound and lips are a matter of the
    moment, and credit that is not shared with the rest of the video is less noisy.
@@ -134,14 +134,14 @@ def drawing_step(settings: Settings, steps: list[tuple[float, float]], noise: Ca
                  record: Callable[..., None] = lambda *draw: None) -> Callable[..., Tensor]:
     """Make the `step` of `generate` that draws on the given steps and follows the ODE on the others.
 
-    Args: noise: chunk -> fresh noise (B, N, C), once per draw; record: is given (x, x', mean, log_prob).
+    Args: noise: chunk -> fresh noise (B, N, C), once per draw; record: is given (x, x', log_prob).
     """
     def step(x, velocity, sigma, next_sigma, chunk):
         if (sigma, next_sigma) not in steps:
             return flow_step(x, velocity, sigma, next_sigma)
         coefficients = settings.coefficients((sigma, next_sigma))
-        next_x, log_prob, mean = stochastic_step(x, velocity, coefficients, noise=noise(chunk))
-        record(x, next_x, mean, log_prob)
+        next_x, log_prob = stochastic_step(x, velocity, coefficients, noise=noise(chunk))
+        record(x, next_x, log_prob)
         return next_x
     return step
 
@@ -158,7 +158,6 @@ class Rollout:
     latents: Tensor                      # (B, K, N, C) the finished chunks: the clean context
     x: Tensor                            # (B, M, K, N, C) before each draw, fp32
     next_x: Tensor                       # (B, M, K, N, C) after it, fp32
-    old_mean: Tensor                     # (B, M, K, N, C)
     old_log_prob: Tensor                 # (B, M, K)
     steps: list[tuple[float, float]]     # the M (sigma, next_sigma)
 
@@ -199,10 +198,10 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
     step = drawing_step(settings, steps, fresh, lambda *draw: draws.append(draw))
     chunks = model.generate(portrait, mel, initial, settings.rollout_steps, step=step)
     latents, frames = zip(*chunks)
-    x, next_x, mean, log_prob = (
+    x, next_x, log_prob = (
         rearrange(list(kept), "(k m) b ... -> b m k ...", m=len(steps)) for kept in zip(*draws))
     frames, latents = torch.cat(frames, 1), torch.stack(latents, 1)
-    return Rollout(portrait, mel, frames, latents, x, next_x, mean, log_prob, steps)
+    return Rollout(portrait, mel, frames, latents, x, next_x, log_prob, steps)
 
 
 # ---------------------------------------------------------------- 3 and 4. advantages
@@ -264,18 +263,17 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
 
 # ---------------------------------------------------------------- 5. rescoring
 
-def rescore(model: Generator, rollout: Rollout, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def rescore(model: Generator, rollout: Rollout, settings: Settings) -> tuple[Tensor, Tensor]:
     """Score every draw of a rollout under a model, in one parallel pass.
 
-    Returns: log_prob (B, M, K), mean (B, M, K, N, C), velocity (B, M, K, N, C).
+    Returns: log_prob (B, M, K), velocity (B, M, K, N, C).
     """
     sigma = torch.tensor([sigma for sigma, _ in rollout.steps], device=rollout.x.device)
     sigma = sigma[None, :, None].expand(rollout.old_log_prob.shape)
     velocity = model(rollout.portrait, rollout.mel, rollout.latents, rollout.x, sigma)
     scored = [stochastic_step(rollout.x[:, m], velocity[:, m], settings.coefficients(step),
-                              next_x=rollout.next_x[:, m]) for m, step in enumerate(rollout.steps)]
-    _, log_prob, mean = (torch.stack(what, 1) for what in zip(*scored))
-    return log_prob, mean, velocity
+                              next_x=rollout.next_x[:, m])[1] for m, step in enumerate(rollout.steps)]
+    return torch.stack(scored, 1), velocity
 
 
 @torch.no_grad()
@@ -315,31 +313,23 @@ def surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor
     return loss, ratio, (advantage > 0) & (ratio > 1 + clip), (advantage < 0) & (ratio < 1 - clip)
 
 
-def gaussian_kl(mean: Tensor, other: Tensor, step_std: Tensor) -> Tensor:
-    """Return KL(N(mean, step_std^2) | N(other, step_std^2)) in nats per latent element, (B, M, K)."""
-    return ((mean - other) / step_std).square().mean((-2, -1)) / 2
-
-
 def grpo_loss(model: Generator, reference: Generator, rollout: Rollout, advantage: Tensor,
               settings: Settings) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of rollouts with their advantages (B, K), and what to log.
 
     Logged: ratio_mean and ratio_max, (M,), noisiest step first; clip_high and clip_low, the share of draws
-    whose gradient the clip stops; kl to the reference, the squared velocity difference; moved, the
-    closed-form KL from the rollout's policy to this one.
+    whose gradient the clip stops; kl to the reference, the squared velocity difference.
     """
-    log_prob, mean, velocity = rescore(model, rollout, settings)
+    log_prob, velocity = rescore(model, rollout, settings)
     log_ratio = log_prob - rollout.old_log_prob                                            # (B, M, K)
     advantage = advantage[:, None].expand_as(log_ratio)
     loss, ratio, high, low = surrogate(log_ratio, advantage, settings.clip)
     loss, kl = loss.mean(), loss.new_zeros(())
     if settings.kl_weight:
         with torch.no_grad():
-            reference_velocity = rescore(reference, rollout, settings)[2]
+            reference_velocity = rescore(reference, rollout, settings)[1]
         kl = (velocity - reference_velocity).square().mean()
-    step_std = torch.tensor([settings.coefficients(step)[2] for step in rollout.steps], device=mean.device)
-    moved = gaussian_kl(rollout.old_mean, mean, step_std[:, None, None, None]).mean()
-    log = {"loss": loss, "kl": kl, "moved": moved,
+    log = {"loss": loss, "kl": kl,
            "ratio_mean": ratio.mean((0, 2)), "ratio_max": ratio.amax((0, 2)),
            "clip_high": high.float().mean(), "clip_low": low.float().mean()}
     return loss + settings.kl_weight * kl, {k: v.detach() for k, v in log.items()}

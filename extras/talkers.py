@@ -412,7 +412,7 @@ class Sheet:
         paint(sheet, cap, self.hair * (0.72 + 0.28 * (-window / 0.04).clip(0, 1)))
 
 
-def draw_eyes(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: dict, soft: float) -> None:
+def paint_eyes(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: dict, soft: float) -> None:
     """Paint both eyes, brows and glasses on crops (3, F, h, w); eyes mirror one another, gazes do not."""
     side, a = np.sign(u), np.abs(u) - np.float32(who["apart"])                 # a grows outwards
     y, t, skin, dark = v + 0.05 + who["tilt"] * a, a / who["eye"], who["skin"], np.array([0.10, 0.065, 0.06])
@@ -443,7 +443,7 @@ def draw_eyes(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: di
         paint(canvas, 0.9 * np.maximum(cover(0.0042 - rim, soft), bar), who["cloth"] * 0.3)
 
 
-def draw_mouth(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: dict, soft: float) -> None:
+def paint_mouth(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: dict, soft: float) -> None:
     """Paint lips and what is between them on crops (3, F, h, w); the open area is 2/3 opening * width."""
     lip, light, t = who["lip"], who["light"], u / (m["width"] / 2)
     y = v - MOUTH + who["smile"] * np.minimum(t * t, 1.1)
@@ -468,7 +468,7 @@ def draw_mouth(canvas: np.ndarray, u: np.ndarray, v: np.ndarray, who: dict, m: d
     paint(canvas, between(y, top, edge, soft) * (1 - 0.25 * t * t).clip(0), who["teeth"])
 
 
-def draw_frames(who: dict, m: dict, sheet: Tensor, wall: Tensor, size: int) -> Tensor:
+def paint_frames(who: dict, m: dict, sheet: Tensor, wall: Tensor, size: int) -> Tensor:
     """Bend the sheet and paint what moves by itself. Returns: (F, 3, size, size) uint8.
 
     q = pivot + exp(-log_scale) R(-roll) (p - pivot - shift) is where pixel p was before the head moved; the
@@ -490,11 +490,11 @@ def draw_frames(who: dict, m: dict, sheet: Tensor, wall: Tensor, size: int) -> T
     bent = nnf.grid_sample(sheet[None], grid, padding_mode="border", align_corners=False)
     bent = bent[0].view(4, -1, size, size)
     frames = (bent[:3] + (1 - bent[3:]) * wall[:, None]).numpy()          # (3, F, S, S)
-    for draw, at, wide, high in ((draw_eyes, -0.06, 0.25, 0.095), (draw_mouth, MOUTH + 0.02, 0.12, 0.095)):
+    for part, at, wide, high in ((paint_eyes, -0.06, 0.25, 0.095), (paint_mouth, MOUTH + 0.02, 0.12, 0.095)):
         near = (np.abs(u) < wide) & (np.abs(v - at) < high)               # wherever the head has taken it
         rows, columns = (np.flatnonzero(near.any(axes)) for axes in ((0, 2), (0, 1)))
         crop = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        draw(frames[(slice(None), *crop)], u[crop], v[crop], who, m, 1 / size)
+        part(frames[(slice(None), *crop)], u[crop], v[crop], who, m, 1 / size)
     return torch.from_numpy((frames.clip(0, 1) * 255 + 0.5).astype(np.uint8).swapaxes(0, 1))
 
 
@@ -524,7 +524,7 @@ def render_talker(index: int, seed: int, size: int, n_frames: int,
     x, y = np.meshgrid(*2 * [(np.arange(size, dtype=np.float32) + 0.5) / size])
     near = np.exp(-((x - 0.5 - 0.3 * who["light"]) ** 2 + (y - 0.3) ** 2) / 0.25)
     wall = torch.from_numpy((who["wall"][:, None, None] * (0.72 + 0.34 * near - 0.18 * y)).clip(0, 1))
-    frames = torch.cat([draw_frames(who, {k: x[f : f + 8] for k, x in m.items()}, sheet, wall, size)
+    frames = torch.cat([paint_frames(who, {k: x[f : f + 8] for k, x in m.items()}, sheet, wall, size)
                         for f in range(0, n_frames, 8)])                  # 8 frames fit the CPU's cache
     if wrong["tremble"]:
         frames = shake(fault, frames, wrong["tremble"])

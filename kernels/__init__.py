@@ -11,18 +11,15 @@ from torch import Tensor
 try:                                    # comes with PyTorch on Linux; elsewhere "auto" is "torch"
     import triton
     from triton import language as tl
-    from triton.language.extra import libdevice
     jit, INTERPRETED = triton.jit, triton.knobs.runtime.interpret    # TRITON_INTERPRET=1: on a CPU, slowly
 except ImportError:
-    triton = libdevice = None
+    triton = None
     tl, jit, INTERPRETED = SimpleNamespace(constexpr=None), lambda kernel: kernel, False
 
 
 def use_triton(impl: str, x: Tensor, problem: str | None) -> bool:
-    """Decide for the kernel or for plain PyTorch.
+    """Decide for the kernel or for plain PyTorch. Args: problem: why the kernel cannot take these inputs.
 
-    Args: impl: "auto", "torch" or "triton"; x: stands for the device; problem: why the kernel cannot run on
-    this.
     Raises: ValueError where impl is "triton" and the kernel cannot run, with the reason.
     """
     if impl not in ("auto", "torch", "triton"):

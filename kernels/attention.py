@@ -47,10 +47,6 @@ The tile itself stays on the chip, and no score ever leaves it (FlashAttention, 
 
 Each output tile has one owner, which adds in a fixed order: no atomics, equal inputs give equal bits. Tiles
 with the longest runs are launched first, so that none of them is left to run alone at the end.
-
-Work at B = 8, H = 12, D = 64, K = 8, N = T = 128, M = 2 (L = 4096, 30% of the matrix is allowed): 4 D FLOPs
-per allowed pair forward and 10 D backward, 122 and 305 GFLOP; with a dense mask 412 and 1031. Forward moves
-q, k, v, out and lse, 0.2 GB; unfused also scores in fp32 and probabilities in bf16, written and read, 19 GB.
 """
 
 from dataclasses import dataclass
@@ -60,7 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import INTERPRETED, jit, tl, triton, use_triton
+from kernels import jit, tl, triton, use_triton
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, imp
         q: (B, H, Lq, D) queries.
         k, v: (B, H_kv, Lk, D) keys and values; query head h reads key head h // (H / H_kv).
         layout: the sequence's shape, Lq = Lk = layout.length. None: every query sees every key, which is
-            right when generating, where the rolling cache holds exactly what the rule allows.
+            right when generating, where the rolling cache holds exactly what the rule allows. That is
+            PyTorch's own attention, whatever `impl`: there is no mask to do without.
         impl: "auto", "torch" or "triton". The kernels take one dtype of bf16, fp16, fp32, and D of 32, 64 or
             128; fp32 is not rounded to TF32.
 
@@ -143,8 +140,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, imp
         raise ValueError(f"layout of {layout.length} tokens, but {q.shape[2]} queries and {k.shape[2]} keys")
     if torch.is_autocast_enabled(q.device.type):                   # as it does for PyTorch's own attention
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if use_triton(impl, q, unsuitable(q, k, v)):
-        return fused_attention(q, k, v, [] if layout is None else layout.bounds)[0]
+    if layout is not None and use_triton(impl, q, unsuitable(q, k, v)):
+        return fused_attention(q, k, v, layout.bounds)[0]
     mask = None if layout is None else chunk_causal_mask(layout, q.device)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -162,55 +159,46 @@ def unit_start(index, segment, shape):
 
 
 @jit
-def locate(program, shape, length, TILE: tl.constexpr, LATE_FIRST: tl.constexpr, MASKED: tl.constexpr):
+def locate(program, shape, TILE: tl.constexpr, LATE_FIRST: tl.constexpr):
     """Return (index, segment, first, last) of a program's tile, tokens first .. min(first + TILE, last) - 1.
 
     Tiles are dealt out index by index, noisy chunks' before the block's. Some have no tokens (last <= first).
     """
-    index, segment, first, last = 0, 0, program * TILE, length
-    if MASKED:
-        chunks, video, block, window, segments = shape
-        per_chunk = tl.cdiv(video, TILE)
-        per_index = segments * per_chunk + tl.cdiv(block, TILE)
-        index, rank = program // per_index - 1, program % per_index
-        if LATE_FIRST:
-            index = chunks - 2 - index
-        noisy = rank < segments * per_chunk
-        segment = tl.where(noisy, rank // per_chunk + 1, 0)
-        start = unit_start(index, segment, shape)
-        first = start + tl.where(noisy, rank % per_chunk, rank - segments * per_chunk) * TILE
-        last = tl.where(noisy, start + video, tl.maximum(video, (index + 1) * block))
-        last = tl.where(noisy & (index < 0), 0, last)              # the portrait has no noisy copy
-    return index, segment, first, last
+    chunks, video, block, window, segments = shape
+    per_chunk = tl.cdiv(video, TILE)
+    per_index = segments * per_chunk + tl.cdiv(block, TILE)
+    index, rank = program // per_index - 1, program % per_index
+    if LATE_FIRST:
+        index = chunks - 2 - index
+    noisy = rank < segments * per_chunk
+    segment = tl.where(noisy, rank // per_chunk + 1, 0)
+    start = unit_start(index, segment, shape)
+    first = start + tl.where(noisy, rank % per_chunk, rank - segments * per_chunk) * TILE
+    last = tl.where(noisy, start + video, tl.maximum(video, (index + 1) * block))
+    return index, segment, first, tl.where(noisy & (index < 0), 0, last)     # the portrait has no noisy copy
 
 
 @jit
-def key_runs(index, segment, shape, length, MASKED: tl.constexpr):
+def key_runs(index, segment, shape):
     """Return the runs of keys that a query tile sees: (last of the sink, past, its last, own, its last)."""
-    sink_last, past, past_last, own, own_last = length, 0, 0, 0, 0
-    if MASKED:
-        chunks, video, block, window, segments = shape
-        past, past_last = (index - window + 1) * block, tl.maximum(video, (index + 1) * block)
-        joined = past <= video                                     # the window reaches the portrait: one run
-        sink_last, past = tl.where(joined, past_last, video), tl.where(joined, past_last, past)
-        own = unit_start(index, segment, shape)
-        own_last = tl.where(segment > 0, own + video, own)
-    return sink_last, past, past_last, own, own_last
+    chunks, video, block, window, segments = shape
+    past, past_last = (index - window + 1) * block, tl.maximum(video, (index + 1) * block)
+    joined = past <= video                                         # the window reaches the portrait: one run
+    sink_last, past = tl.where(joined, past_last, video), tl.where(joined, past_last, past)
+    own = unit_start(index, segment, shape)
+    return sink_last, past, past_last, own, tl.where(segment > 0, own + video, own)
 
 
 @jit
-def query_runs(index, segment, shape, length, MASKED: tl.constexpr):
+def query_runs(index, segment, shape, length):
     """Return the runs of queries that see a key tile: (first, last, first in segment 1, count in each)."""
-    first, last, noisy, count = 0, length, 0, 0
-    if MASKED:
-        chunks, video, block, window, segments = shape
-        until = tl.minimum(index + window, chunks)
-        first = unit_start(index, segment, shape)
-        last = tl.where(segment > 0, first + video, tl.maximum(first, until * block))
-        last = tl.where(index < 0, length, last)                   # everyone sees the portrait
-        noisy = unit_start(index, 1, shape)
-        count = tl.where((segment > 0) | (index < 0), 0, (until - index) * video)
-    return first, last, noisy, count
+    chunks, video, block, window, segments = shape
+    until = tl.minimum(index + window, chunks)
+    first = unit_start(index, segment, shape)
+    last = tl.where(segment > 0, first + video, tl.maximum(first, until * block))
+    last = tl.where(index < 0, length, last)                       # everyone sees the portrait
+    count = tl.where((segment > 0) | (index < 0), 0, (until - index) * video)
+    return first, last, unit_start(index, 1, shape), count
 
 
 @jit
@@ -251,91 +239,87 @@ def key_tiles(runs, TILE: tl.constexpr):
 
 # ---------------------------------------------------------------- the kernels: forward, dq, dk and dv
 
-UNMASKED = 0, 0, 0, 0, 0                # the shape that stands in for a layout where there is none
 LOG2E = 1.4426950408889634              # exponentials are 2^x on the chip: s and lse are in units of log 2
 
 
 @jit
 def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_stride, k_stride, v_stride, out_stride,
-                   shape, heads, groups, q_length, k_length, SCALE: tl.constexpr, MASKED: tl.constexpr,
-                   D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+                   shape, heads, groups, length, SCALE: tl.constexpr, D: tl.constexpr,
+                   BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """One program: one tile of queries of one head. Grid (B H, tiles)."""
     b, h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    index, segment, first, last = locate(tl.program_id(1), shape, q_length, BLOCK_Q, True, MASKED)
+    index, segment, first, last = locate(tl.program_id(1), shape, BLOCK_Q, True)
     if first < last:
-        float_type: tl.constexpr = lse_ptr.dtype.element_ty        # fp32; fp64 for fp64 inputs, in tests
         rows = first + tl.arange(0, BLOCK_Q)
         q = load_rows(q_ptr, q_stride, b, h, rows, rows < last, D)
-        peak = tl.full([BLOCK_Q], float("-inf"), float_type)
-        total = tl.zeros([BLOCK_Q], float_type)
-        acc = tl.zeros([BLOCK_Q, D], float_type)
-        runs = key_runs(index, segment, shape, k_length, MASKED)
+        peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        acc = tl.zeros([BLOCK_Q, D], tl.float32)
+        runs = key_runs(index, segment, shape)
         for t in range(0, key_tiles(runs, BLOCK_K)):
             keys, seen = key_tile(t, runs, BLOCK_K)
             k = load_rows(k_ptr, k_stride, b, h // groups, keys, seen, D)
             v = load_rows(v_ptr, v_stride, b, h // groups, keys, seen, D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=float_type) * SCALE
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
             s += tl.where(seen, 0.0, float("-inf"))[None, :]       # after the scale: one fused multiply-add
             new_peak = tl.maximum(peak, tl.max(s, 1))              # finite: every tile of a run has a key
             p = tl.exp2(s - new_peak[:, None])
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=float_type)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             peak = new_peak
         store_rows(out_ptr, out_stride, b, h, rows, rows < last, acc / total[:, None], D)
-        tl.store(lse_ptr + (b * heads + h) * q_length + rows, peak + tl.log2(total), mask=rows < last)
+        tl.store(lse_ptr + (b * heads + h) * length + rows, peak + tl.log2(total), mask=rows < last)
 
 
 @jit
 def dq_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
               q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride,
-              shape, heads, groups, q_length, k_length, SCALE: tl.constexpr, MASKED: tl.constexpr,
-              D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+              shape, heads, groups, length, SCALE: tl.constexpr, D: tl.constexpr,
+              BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """One program: dq of one tile of queries of one head, and delta for dkdv_kernel. Grid (B H, tiles)."""
     b, h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    index, segment, first, last = locate(tl.program_id(1), shape, q_length, BLOCK_Q, True, MASKED)
+    index, segment, first, last = locate(tl.program_id(1), shape, BLOCK_Q, True)
     if first < last:
-        float_type: tl.constexpr = lse_ptr.dtype.element_ty
         rows = first + tl.arange(0, BLOCK_Q)
         seen_rows = rows < last
         q = load_rows(q_ptr, q_stride, b, h, rows, seen_rows, D)
         out = load_rows(out_ptr, out_stride, b, h, rows, seen_rows, D)
         dout = load_rows(dout_ptr, dout_stride, b, h, rows, seen_rows, D)
-        at = (b * heads + h) * q_length + rows
+        at = (b * heads + h) * length + rows
         lse = tl.load(lse_ptr + at, mask=seen_rows, other=float("inf"))
-        delta = tl.sum(out.to(float_type) * dout.to(float_type), 1)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
         tl.store(delta_ptr + at, delta, mask=seen_rows)
-        dq = tl.zeros([BLOCK_Q, D], float_type)
-        runs = key_runs(index, segment, shape, k_length, MASKED)
+        dq = tl.zeros([BLOCK_Q, D], tl.float32)
+        runs = key_runs(index, segment, shape)
         for t in range(0, key_tiles(runs, BLOCK_K)):
             keys, seen = key_tile(t, runs, BLOCK_K)
             k = load_rows(k_ptr, k_stride, b, h // groups, keys, seen, D)
             v = load_rows(v_ptr, v_stride, b, h // groups, keys, seen, D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=float_type) * SCALE
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
             p = tl.exp2(s + tl.where(seen, 0.0, float("-inf"))[None, :] - lse[:, None])
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=float_type)
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             ds = (p * (dp - delta[:, None])).to(k.dtype)
-            dq = tl.dot(ds, k, dq, input_precision=PRECISION, out_dtype=float_type)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         store_rows(dq_ptr, dq_stride, b, h, rows, seen_rows, dq * (D ** -0.5), D)
 
 
 @jit
 def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
                 q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride,
-                shape, kv_heads, groups, q_length, k_length, SCALE: tl.constexpr, MASKED: tl.constexpr,
-                D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+                shape, kv_heads, groups, length, SCALE: tl.constexpr, D: tl.constexpr,
+                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """One program: dk and dv of a tile of keys, over the query heads that share it. Grid (B H_kv, tiles)."""
     b, h = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
-    index, segment, begin, end = locate(tl.program_id(1), shape, k_length, BLOCK_K, False, MASKED)
+    index, segment, begin, end = locate(tl.program_id(1), shape, BLOCK_K, False)
     if begin < end:
-        float_type: tl.constexpr = lse_ptr.dtype.element_ty
         keys = begin + tl.arange(0, BLOCK_K)
         k = load_rows(k_ptr, k_stride, b, h, keys, keys < end, D)
         v = load_rows(v_ptr, v_stride, b, h, keys, keys < end, D)
-        dk = tl.zeros([BLOCK_K, D], float_type)
-        dv = tl.zeros([BLOCK_K, D], float_type)
-        first, last, noisy, count = query_runs(index, segment, shape, q_length, MASKED)
+        dk = tl.zeros([BLOCK_K, D], tl.float32)
+        dv = tl.zeros([BLOCK_K, D], tl.float32)
+        first, last, noisy, count = query_runs(index, segment, shape, length)
         tiles, per_segment = tl.cdiv(last - first, BLOCK_Q), tl.cdiv(count, BLOCK_Q)
         per_head = tiles + shape[4] * per_segment
         for t in range(0, groups * per_head):
@@ -347,15 +331,15 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
             rows += tl.arange(0, BLOCK_Q)
             q = load_rows(q_ptr, q_stride, b, q_head, rows, seen, D)
             dout = load_rows(dout_ptr, dout_stride, b, q_head, rows, seen, D)
-            at = (b * kv_heads * groups + q_head) * q_length + rows
+            at = (b * kv_heads * groups + q_head) * length + rows
             lse = tl.load(lse_ptr + at, mask=seen, other=float("inf"))       # p = 0 where there is no query
             delta = tl.load(delta_ptr + at, mask=seen, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=float_type) * SCALE
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE
             p = tl.exp2(s - lse[None, :])
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=float_type)
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=float_type)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             ds = (p * (dp - delta[None, :])).to(q.dtype)
-            dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=float_type)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         store_rows(dk_ptr, dk_stride, b, h, keys, keys < end, dk * (D ** -0.5), D)
         store_rows(dv_ptr, dv_stride, b, h, keys, keys < end, dv, D)
 
@@ -364,16 +348,14 @@ def dkdv_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_pt
 
 def unsuitable(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Say why the kernels cannot take these inputs; None: they can."""
-    types = [torch.bfloat16, torch.float16, torch.float32] + [torch.float64] * INTERPRETED
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in types:
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q, k, v must share one dtype of bf16, fp16 or fp32, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[-1] not in (32, 64, 128):
         return f"head dim must be 32, 64 or 128, got {q.shape[-1]}"
     return None if q.numel() and k.numel() else "there are no queries or no keys"
 
 
-def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype,
-           backward: bool) -> tuple[int, int, dict]:
+def tiling(bounds: list[int], head_dim: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, dict]:
     """Choose a program's own rows, the rows that pass by at a time, and the other compile-time arguments.
 
     Own tiles are 128 rows where these fill blocks and chunks, else as long as a block, 16 to 64. The rest is
@@ -382,25 +364,22 @@ def tiling(bounds: list[int], length: int, head_dim: int, dtype: torch.dtype,
     fp32 is multiplied as three products of TF32, which keep nearly its precision on tensor cores: in GRPO,
     cached and parallel means must not be further apart than 1e-6 (`grpo.check_rescoring`).
     """
-    filled = bool(bounds) and bounds[1] % 128 == bounds[2] % 128 == 0
-    own = 128 if filled else min(64, max(16, triton.next_power_of_2(bounds[2] if bounds else length)))
-    if dtype.itemsize >= 4:
+    filled = bounds[1] % 128 == bounds[2] % 128 == 0
+    own = 128 if filled else min(64, max(16, triton.next_power_of_2(bounds[2])))
+    if dtype == torch.float32:
         passing, warps = (16, 4) if head_dim == 128 else (32, 8)
         own = min(own, passing)
     elif backward and head_dim == 128:
         own, passing, warps = min(own, 64), 32, 8
     else:
         passing, warps = 32 if backward and own == 64 else 64, 8 if own == 128 else 4
-    stages = 2 if backward and dtype.itemsize >= 4 else 3
-    return own, passing, {"SCALE": LOG2E * head_dim ** -0.5, "MASKED": bool(bounds), "D": head_dim,
-                          "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "num_warps": warps,
-                          "num_stages": stages}
+    stages = 2 if backward and dtype == torch.float32 else 3
+    return own, passing, {"SCALE": LOG2E * head_dim ** -0.5, "D": head_dim, "num_warps": warps,
+                          "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "num_stages": stages}
 
 
-def programs(bounds: list[int], length: int, tile: int) -> int:
+def programs(bounds: list[int], tile: int) -> int:
     """How many tiles `locate` deals out to each head."""
-    if not bounds:
-        return triton.cdiv(length, tile)
     chunks, video, block, _, segments = bounds
     return (chunks + 1) * (segments * triton.cdiv(video, tile) + triton.cdiv(block, tile))
 
@@ -413,15 +392,14 @@ def like_tokens(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("flowportrait::attention", mutates_args=())
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
-    """Return attention (B, H, Lq, D) and the log-sum-exp of its scores (B, H, Lq), in units of log 2."""
+    """Return attention (B, H, L, D) and the log-sum-exp of its scores (B, H, L), in units of log 2."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (b, h, length, d), out = q.shape, like_tokens(q)
-    lse = q.new_empty(b, h, length, dtype=torch.promote_types(q.dtype, torch.float32))
-    own, passing, options = tiling(bounds, length, d, q.dtype, backward=False)
-    forward_kernel[b * h, programs(bounds, length, own)](
-        q, k, v, out, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3],
-        tuple(bounds) or UNMASKED, h, h // k.shape[1], length, k.shape[2],
-        BLOCK_Q=own, BLOCK_K=passing, **options)
+    lse = q.new_empty(b, h, length, dtype=torch.float32)
+    own, passing, options = tiling(bounds, d, q.dtype, backward=False)
+    forward_kernel[b * h, programs(bounds, own)](
+        q, k, v, out, lse, *(x.stride()[:3] for x in (q, k, v, out)),
+        tuple(bounds), h, h // k.shape[1], length, BLOCK_Q=own, BLOCK_K=passing, **options)
     return out, lse
 
 
@@ -430,24 +408,22 @@ def fused_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do
                    bounds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
-    (b, h, length, d), (h_kv, k_length) = q.shape, k.shape[1:3]
+    (b, h, length, d), h_kv, shape = q.shape, k.shape[1], tuple(bounds)
     dq, dk, dv, delta = like_tokens(q), like_tokens(k), like_tokens(v), torch.empty_like(lse)
-    own, passing, options = tiling(bounds, length, d, q.dtype, backward=True)
-    dq_kernel[b * h, programs(bounds, length, own)](
+    own, passing, options = tiling(bounds, d, q.dtype, backward=True)
+    grid = programs(bounds, own)
+    dq_kernel[b * h, grid](
         q, k, v, out, dout, lse, delta, dq, *(x.stride()[:3] for x in (q, k, v, out, dout, dq)),
-        tuple(bounds) or UNMASKED, h, h // h_kv, length, k_length,
-        BLOCK_Q=own, BLOCK_K=passing, **options)
-    own, passing, options = tiling(bounds, k_length, d, q.dtype, backward=True)
-    dkdv_kernel[b * h_kv, programs(bounds, k_length, own)](
+        shape, h, h // h_kv, length, BLOCK_Q=own, BLOCK_K=passing, **options)
+    dkdv_kernel[b * h_kv, grid](
         q, k, v, dout, lse, delta, dk, dv, *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)),
-        tuple(bounds) or UNMASKED, h_kv, h // h_kv, length, k_length,
-        BLOCK_Q=passing, BLOCK_K=own, **options)
+        shape, h_kv, h // h_kv, length, BLOCK_Q=passing, BLOCK_K=own, **options)
     return dq, dk, dv
 
 
 @fused_attention.register_fake
 def _(q, k, v, bounds):
-    return like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return like_tokens(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @fused_backward.register_fake

@@ -3,9 +3,10 @@
     python kernels/bench.py                       # prints the tables, writes runs/bench.json
     python kernels/bench.py --only attention      # or flow, or whole
 
-Every kernel is first held against its PyTorch twin, then timed beside
-    eager      PyTorch, operation by operation       sdpa    scaled_dot_product_attention with the dense mask
-    compile    torch.compile of the same             flex    FlexAttention, compiled; its mask is made before
+Every kernel is first held against its PyTorch twin, then timed beside what PyTorch offers: for the flow step
+eager operations and torch.compile, for attention scaled_dot_product_attention with the dense mask (sdpa) and
+FlexAttention, compiled (flex; its mask is made before).
+
 A rate counts what the task needs, whoever does more: FLOPs of the allowed pairs (4 D forward, 10 D backward),
 bytes of the tensors that go in and come out. The ceiling is what this GPU can do: a bf16 matmul, or a copy.
 Times are medians of triton.testing.do_bench, of random data, in ms.
@@ -13,7 +14,6 @@ Times are medians of triton.testing.do_bench, of random data, in ms.
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ import grpo                                                                     
 import model                                                                        # noqa: E402
 from kernels import triton                                                          # noqa: E402
 from kernels.attention import Layout, attention, chunk_causal_mask, coordinates, may_see      # noqa: E402
-from kernels.flow_step import flow_step, step_coefficients, stochastic_step         # noqa: E402
+from kernels.flow_step import step_coefficients, stochastic_step                    # noqa: E402
 
 FLOW_SHAPES = {"full": (64, 327_680), "small": (8, 6400)}     # rows, N C; one chunk of 8 videos
 ATTENTION_SHAPES = {                                          # B, H, H_kv, D and the sequence
@@ -91,37 +91,28 @@ def agree(task: str, one: Tensor, other: Tensor, tolerance: float) -> None:
 
 def bench_flow(name: str, shape: tuple[int, int], ceiling: float, device: str = "cuda",
                compiled: bool = True) -> list[dict]:
-    """A CPS draw with its log-probability; PyTorch's noise is torch.randn's, the kernel's its own."""
+    """A CPS draw with its log-probability."""
     (count, n), results = shape, []
-    x, velocity = torch.randn(2, count, 1, n, device=device)
-    seed = torch.tensor([1, 0], device=device)
+    x, velocity, noise = torch.randn(3, count, 1, n, device=device)
     coefficients = step_coefficients("cps", 0.75, 0.5, 0.8)
 
-    def eager(x, v):
-        return stochastic_step(x, v, coefficients, noise=torch.randn_like(x), with_mean=False, impl="torch")
+    def draw(x, v, impl):
+        return stochastic_step(x, v, coefficients, noise=noise, impl=impl)
     for dtype in (torch.float32, torch.bfloat16):
         v = velocity.to(dtype)
-        kernel = partial(stochastic_step, x, v, coefficients, seed=seed, with_mean=False, impl="triton")
-        twin = stochastic_step(x, v, coefficients, seed=seed, impl="torch")
-        agree(f"flow {name}", kernel()[0], twin[0], 1e-4)
-        agree(f"flow {name}, log-probability", kernel()[1], twin[1], 1e-4)
-        runs = {"eager": partial(eager, x, v)}
+        runs = {"eager": partial(draw, x, v, "torch"), "triton": partial(draw, x, v, "triton")}
         if compiled:
-            runs["compile"] = partial(torch.compile(eager), x, v)
-        runs["triton"] = kernel
-        moved = x.numel() * (4 + v.itemsize + 4)              # x and velocity in, x' out; no noise is read
+            runs["compile"] = partial(torch.compile(draw), x, v, "torch")
+        for part, kernel, twin in zip(("x'", "log-probability"), runs["triton"](), runs["eager"]()):
+            agree(f"flow {name}, {part}", kernel, twin, 1e-4)
+        moved = x.numel() * (4 + v.itemsize + 8)              # x, velocity, noise in; x' out
         results += rows(f"flow {name}, {str(dtype)[6:]}", moved, ceiling, runs, device)
     return results
 
 
 def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bool) -> dict[str, Callable]:
     """Return provider -> function of nothing, the kernel last."""
-    mask, groups = chunk_causal_mask(layout, q.device), q.shape[1] // k.shape[1]
-
-    def eager(q, k, v):
-        score = q @ k.repeat_interleave(groups, 1).mT * q.shape[-1] ** -0.5
-        return score.masked_fill(~mask, -math.inf).softmax(-1) @ v.repeat_interleave(groups, 1)
-    runs = {"eager": partial(eager, q, k, v)}
+    runs = {"sdpa": partial(attention, q, k, v, layout, impl="torch")}
     if compiled:
         index, segment = coordinates(layout, q.device)
 
@@ -129,10 +120,9 @@ def attention_runs(q: Tensor, k: Tensor, v: Tensor, layout: Layout, compiled: bo
             return may_see(index[i], segment[i], index[j], segment[j], layout.window)
         blocks = create_block_mask(rule, None, None, layout.length, layout.length, device=q.device)
         torch._functorch.config.donated_buffer = False        # a backward pass that is timed runs again
-        flex = partial(torch.compile(flex_attention), block_mask=blocks, enable_gqa=groups > 1)
-        runs |= {"compile": partial(torch.compile(eager), q, k, v), "flex": partial(flex, q, k, v)}
-    return runs | {"sdpa": partial(attention, q, k, v, layout, impl="torch"),
-                   "triton": partial(attention, q, k, v, layout, impl="triton")}
+        gqa = q.shape[1] > k.shape[1]
+        runs["flex"] = partial(torch.compile(flex_attention), q, k, v, block_mask=blocks, enable_gqa=gqa)
+    return runs | {"triton": partial(attention, q, k, v, layout, impl="triton")}
 
 
 def bench_attention(name: str, shape: tuple, ceiling: float, device: str = "cuda",
@@ -164,8 +154,6 @@ def bench_attention(name: str, shape: tuple, ceiling: float, device: str = "cuda
 def using(impl: str):
     """Let the generator and GRPO call the kernels, or their twins, whatever "auto" would choose."""
     with (patch.object(model, "attention", partial(attention, impl=impl)),
-          patch.object(model, "flow_step", partial(flow_step, impl=impl)),
-          patch.object(grpo, "flow_step", partial(flow_step, impl=impl)),
           patch.object(grpo, "stochastic_step", partial(stochastic_step, impl=impl))):
         yield
 

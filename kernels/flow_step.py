@@ -21,10 +21,8 @@ velocity,
     precise    as cps, with as much fresh noise as the SDE of flow-sde has on the way (arXiv 2605.23522):
                step_std = next_sigma sqrt(1 - r^(a^2)),  r = next_sigma (1 - sigma) / (sigma (1 - next_sigma))
 
-The arithmetic is nothing, the memory everything. Fused, a draw reads x and velocity and writes x' (fp32: 12
-bytes an element; 16 if the mean is kept, which rescoring's KL wants); PyTorch, operation by operation, moves
-about 116. Noise is read, as GRPO needs the same on every device, or made on the spot by Philox-4x32-10
-(Salmon et al., 2011), a cipher: four words from each number.
+The arithmetic is nothing, the memory everything. Fused, a draw reads x, velocity and noise and writes x', 16
+bytes an element in fp32; PyTorch, operation by operation, moves about 116.
 
     row r of x     |<-- BLOCK -->|<-- BLOCK -->|<-- .. |      one program a block, its elements in registers:
     velocity       |             |             |       |      mean, x' and z = (x' - mean) / step_std
@@ -38,7 +36,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import INTERPRETED, jit, libdevice, tl, triton, use_triton
+from kernels import jit, tl, triton, use_triton
 
 STOCHASTIC = "flow-sde", "cps", "precise"
 
@@ -83,56 +81,16 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
     return 1 - next_sigma + kept, kept * (1 - sigma) - (1 - next_sigma) * sigma, step_std
 
 
-def philox_normal(shape: torch.Size, seed: Tensor) -> Tensor:
-    """Return fp32 normal numbers for a latent (..., N, C): the noise that the kernel makes from this seed.
-
-    Words 4 q .. 4 q + 3 of a row come from the counter offset + row ceil(N C / 4) + q under the 64-bit key;
-    two words make two numbers (Box and Muller, 1958), from the middles of 2^23 equal parts of (0, 1).
-
-    Args: seed: (2,) int64, key and offset. An offset moves on by one for every four elements of a row.
-    """
-    n, low = shape[-2:].numel(), 0xFFFFFFFF
-    rows, quads = shape[:-2].numel(), -(-n // 4)
-    key, offset = seed
-    counter = offset + torch.arange(rows * quads, device=seed.device)
-
-    def times(word, by):                                             # 32 x 32 -> 64 bits, within int64
-        high = (word >> 16) * by + ((word & 0xFFFF) * by >> 16) >> 16
-        return high & low, word * by & low
-    a, b, c, d = counter & low, counter >> 32 & low, torch.zeros_like(counter), torch.zeros_like(counter)
-    k0, k1 = key & low, key >> 32 & low
-    for _ in range(10):
-        (high_a, low_a), (high_c, low_c) = times(a, 0xD2511F53), times(c, 0xCD9E8D57)
-        a, b, c, d = high_c ^ b ^ k0, low_c, high_a ^ d ^ k1, low_a
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    uniform = ((torch.stack([a, b, c, d], -1) >> 9).float() + 0.5) * 2.0 ** -23      # (rows quads, 4)
-    radius, angle = (-2 * uniform[:, ::2].log()).sqrt(), 2 * math.pi * (uniform[:, 1::2] - 0.5)
-    normal = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)           # (rows quads, 2, 2)
-    return normal.view(rows, quads * 4)[:, :n].reshape(shape)
-
-
-def flow_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, impl: str = "auto") -> Tensor:
-    """Carry a latent one step down the flow by the ODE (Euler's rule), without fresh noise.
-
-    Args:
-        x: (B, N, C) latent at noise level `sigma`, fp32. It stays fp32 whatever the velocity's dtype.
-        velocity: (B, N, C) predicted noise - clean, any float dtype.
-        sigma, next_sigma: noise levels, 1 >= sigma > next_sigma >= 0.
-        impl: "auto", "torch" or "triton"; the kernel has no gradient here.
-
-    Returns: (B, N, C) latent at `next_sigma`, fp32.
-
-    Raises: ValueError when the levels do not go down, or the kernel cannot run.
-    """
+def flow_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
+    """Carry a latent (B, N, C) one step down the flow by the ODE (Euler's rule), without fresh noise, in fp32
+    whatever the velocity's dtype. There is too little to fuse: launching a kernel would take longer."""
     c_x, c_v, _ = step_coefficients("ode", sigma, next_sigma)
-    if use_triton(impl, x, unsuitable(x, velocity)):
-        return fused_step(x, velocity, None, "ode", c_x, c_v, 0.0, False)[0]
     return c_x * x.float() + c_v * velocity.float()
 
 
 def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, float, float],
-                    noise: Tensor | None = None, next_x: Tensor | None = None, seed: Tensor | None = None,
-                    with_mean: bool = True, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor | None]:
+                    noise: Tensor | None = None, next_x: Tensor | None = None,
+                    impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Take a step with fresh noise, or rescore one that was taken: one code path, and both agree to the bit.
 
     The log-probability is that of the stored x', which must stay fp32: rounded to bf16 it would move by more
@@ -141,32 +99,29 @@ def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, floa
     Args:
         x: (..., N, C) latent before the step.    velocity: (..., N, C).
         coefficients: (c_x, c_v, step_std) of `step_coefficients`, step_std > 0.
-        noise: (..., N, C) of unit variance: draws x'.    seed: (2,) int64: draws x' by `philox_normal`.
-        next_x: (..., N, C): rescores this x'. Give one of the three.
-        with_mean: False leaves the mean out, a quarter of what the kernel moves.
+        noise: (..., N, C) of unit variance: draws x'.    next_x: (..., N, C): rescores this x'. Give one.
         impl: "auto", "torch" or "triton"; the kernel takes fp32 x, and rescores with a gradient for velocity.
 
-    Returns: x' (..., N, C) fp32; its log-probability (...); the mean (..., N, C) or None.
+    Returns: x' (..., N, C) fp32; its log-probability (...).
 
     Raises: ValueError where there is no noise to have a probability, or the kernel cannot run.
     """
     c_x, c_v, step_std = coefficients
     if not step_std > 0:
         raise ValueError("a step without noise has no log-probability; "
-                         "keep the window off sigma = 1 and the last step")
-    if sum(given is not None for given in (noise, next_x, seed)) != 1:
-        raise ValueError("give either noise or a seed, to draw a step, or next_x, to rescore one")
-    if use_triton(impl, x, unsuitable(x, velocity, noise, next_x)):
-        mode = "rescore" if next_x is not None else "noise" if noise is not None else "seed"
-        given = next_x if next_x is not None else noise if noise is not None else seed
-        drawn, log_prob, mean = fused_step(x, velocity, given, mode, c_x, c_v, step_std, with_mean)
-        return drawn if next_x is None else next_x, log_prob, mean if with_mean else None
+                         "the first step and the last one do not draw")
+    if (noise is None) == (next_x is None):
+        raise ValueError("give either noise, to draw a step, or next_x, to rescore one")
+    draws = next_x is None
+    given = noise if draws else next_x
+    if use_triton(impl, x, unsuitable(x, velocity, given, draws)):
+        drawn, log_prob = fused_step(x, velocity, given, draws, c_x, c_v, step_std)
+        return drawn if draws else next_x, log_prob
     mean = c_x * x.float() + c_v * velocity.float()
-    if next_x is None:
-        next_x = mean + step_std * (philox_normal(x.shape, seed) if noise is None else noise)
+    if draws:
+        next_x = mean + step_std * noise
     per_element = ((next_x - mean) / step_std).square() / 2
-    log_prob = -per_element.flatten(-2).mean(-1) - log_normaliser(step_std)
-    return next_x, log_prob, mean if with_mean else None
+    return next_x, -per_element.flatten(-2).mean(-1) - log_normaliser(step_std)
 
 
 def log_normaliser(step_std: float) -> float:
@@ -176,57 +131,21 @@ def log_normaliser(step_std: float) -> float:
 # ---------------------------------------------------------------- the kernels
 
 @jit
-def uniform(word):
-    return ((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * (2.0 ** -23)           # in (0, 1), ends excluded
-
-
-@jit
-def box_muller(first, second, FAST: tl.constexpr):
-    """Two normal numbers from two words. FAST: hardware log, sine and cosine, 5 times fewer instructions."""
-    u, angle = uniform(first), 6.283185307179586 * (uniform(second) - 0.5)
-    if FAST:
-        log, cos, sin = libdevice.fast_logf(u), libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
-    else:
-        log, cos, sin = tl.log(u), tl.cos(angle), tl.sin(angle)
-    radius = tl.sqrt(tl.maximum(-2.0 * log, 0.0))                   # near u = 1 a fast logarithm may exceed 0
-    return radius * cos, radius * sin
-
-
-@jit
-def philox_block(seed_ptr, counter, FAST: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK normal numbers, four from each counter of counter .. counter + BLOCK / 4 - 1, side by side."""
-    a, b, c, d = tl.randint4x(tl.load(seed_ptr), tl.load(seed_ptr + 1) + counter + tl.arange(0, BLOCK // 4))
-    a, b = box_muller(a, b, FAST)
-    c, d = box_muller(c, d, FAST)
-    return tl.join(tl.join(a, c), tl.join(b, d)).reshape(BLOCK)      # join makes the last axis: a b c d
-
-
-@jit
-def step_kernel(x_ptr, velocity_ptr, given_ptr, next_ptr, mean_ptr, sum_ptr, n, blocks,
-                c_x, c_v, step_std, inverse_std,
-                MODE: tl.constexpr, MEAN: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: one block of one row. `given` is the noise, the seed, or the x' to rescore, by MODE."""
+def step_kernel(x_ptr, velocity_ptr, given_ptr, next_ptr, sum_ptr, n, blocks,
+                c_x, c_v, step_std, inverse_std, DRAWS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one block of one row. `given` is the noise to draw with, or the x' to rescore."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     inside = block * BLOCK + tl.arange(0, BLOCK)
     at, seen = row * n + inside, inside < n
     x = tl.load(x_ptr + at, mask=seen, other=0.0)
     velocity = tl.load(velocity_ptr + at, mask=seen, other=0.0).to(tl.float32)
     mean = tl.fma(velocity, c_v, x * c_x)        # the only fused one: else two modes might round apart
-    if MODE == "rescore":
-        next_x = tl.load(given_ptr + at, mask=seen, other=0.0)
-    else:
-        next_x = mean
-        if MODE == "noise":
-            next_x += step_std * tl.load(given_ptr + at, mask=seen, other=0.0).to(tl.float32)
-        if MODE == "seed":
-            quad = row * tl.cdiv(n, 4) + block * (BLOCK // 4)
-            next_x += step_std * philox_block(given_ptr, quad, FAST, BLOCK)
+    next_x = tl.load(given_ptr + at, mask=seen, other=0.0).to(tl.float32)
+    if DRAWS:
+        next_x = mean + step_std * next_x
         tl.store(next_ptr + at, next_x, mask=seen)
-    if MEAN:
-        tl.store(mean_ptr + at, mean, mask=seen)
-    if MODE != "ode":
-        z = tl.where(seen, (next_x - mean) * inverse_std, 0.0)
-        tl.store(sum_ptr + tl.program_id(0), tl.sum(z * z))
+    z = tl.where(seen, (next_x - mean) * inverse_std, 0.0)
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(z * z))
 
 
 @jit
@@ -238,9 +157,9 @@ def log_prob_kernel(sum_ptr, log_prob_ptr, n, blocks, log_normaliser, BLOCKS: tl
 
 
 @jit
-def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean_ptr, dvelocity_ptr,
-                             n, blocks, c_x, c_v, inverse_variance, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """dvelocity = c_v (dlog_prob (x' - mean) / (step_std^2 n) + dmean), the mean computed anew."""
+def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dvelocity_ptr,
+                             n, blocks, c_x, c_v, inverse_variance, BLOCK: tl.constexpr):
+    """dvelocity = c_v dlog_prob (x' - mean) / (step_std^2 n), the mean computed anew."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     inside = block * BLOCK + tl.arange(0, BLOCK)
     at, seen = row * n + inside, inside < n
@@ -248,26 +167,19 @@ def velocity_gradient_kernel(x_ptr, velocity_ptr, next_ptr, dlog_prob_ptr, dmean
     mean = tl.fma(velocity, c_v, tl.load(x_ptr + at, mask=seen, other=0.0) * c_x)
     next_x = tl.load(next_ptr + at, mask=seen, other=0.0)
     gradient = tl.load(dlog_prob_ptr + row) * inverse_variance / n * (next_x - mean)
-    if MEAN:
-        gradient += tl.load(dmean_ptr + at, mask=seen, other=0.0)
     tl.store(dvelocity_ptr + at, (c_v * gradient).to(dvelocity_ptr.dtype.element_ty), mask=seen)
 
 
 # ---------------------------------------------------------------- launching them
 
-def unsuitable(x: Tensor, velocity: Tensor, noise: Tensor | None = None,
-               next_x: Tensor | None = None) -> str | None:
+def unsuitable(x: Tensor, velocity: Tensor, given: Tensor, draws: bool) -> str | None:
     """Say why the kernel cannot take these inputs; None: it can."""
-    given = [t for t in (velocity, noise, next_x) if t is not None]
-    types = torch.float32, torch.bfloat16, torch.float16
-    if x.dtype != torch.float32 or any(t.dtype not in types for t in given):
-        return f"x must be fp32 and the velocity fp32, bf16 or fp16, got {x.dtype} and {velocity.dtype}"
-    if next_x is not None and next_x.dtype != torch.float32:
-        return f"x' must stay fp32 to be rescored, got {next_x.dtype}"
-    if any(t.shape != x.shape for t in given) or not x.numel():
-        return f"the shapes must be one and not empty, got {[tuple(t.shape) for t in (x, *given)]}"
-    if torch.is_grad_enabled() and (any(t.requires_grad for t in (x, *given[1:])) or
-                                    (velocity.requires_grad and next_x is None)):
+    if (x.dtype, given.dtype) != (torch.float32,) * 2 or not velocity.dtype.is_floating_point:
+        return f"x, and noise or x', must be fp32, got {x.dtype} and {given.dtype}"
+    if not x.shape == velocity.shape == given.shape or not x.numel():
+        return f"the shapes must be one and not empty, got {[tuple(t.shape) for t in (x, velocity, given)]}"
+    taught = x.requires_grad or given.requires_grad or draws and velocity.requires_grad
+    if taught and torch.is_grad_enabled():
         return "it has a gradient for the velocity alone, when rescoring"
     return None
 
@@ -279,65 +191,58 @@ def blocking(n: int) -> tuple[int, int]:
 
 
 @torch.library.custom_op("flowportrait::step", mutates_args=())
-def fused_step(x: Tensor, velocity: Tensor, given: Tensor | None, mode: str,
-               c_x: float, c_v: float, step_std: float, with_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x', log-probability and mean; empty where the mode (ode, noise, seed, rescore) has none."""
-    x, velocity, given = (None if t is None else t.contiguous() for t in (x, velocity, given))
-    next_x, log_prob, mean = empty_outputs(x, mode, with_mean)
+def fused_step(x: Tensor, velocity: Tensor, given: Tensor, draws: bool,
+               c_x: float, c_v: float, step_std: float) -> tuple[Tensor, Tensor]:
+    """Return x', empty where it is given to be rescored, and its log-probability."""
+    x, velocity, given = x.contiguous(), velocity.contiguous(), given.contiguous()
+    next_x, log_prob = empty_outputs(x, draws)
     rows, n = x.shape[:-2].numel(), x.shape[-2:].numel()
     block, blocks = blocking(n)
-    sums = x.new_empty(rows * blocks if log_prob.numel() else 0)
-    step_kernel[rows * blocks,](
-        x, velocity, x if given is None else given, next_x, mean, sums, n, blocks,
-        c_x, c_v, step_std, 1 / step_std if step_std else 0.0,
-        MODE=mode, MEAN=with_mean, FAST=not INTERPRETED, BLOCK=block, num_warps=8, enable_fp_fusion=False)
-    if mode != "ode":
-        log_prob_kernel[rows,](sums, log_prob, n, blocks, log_normaliser(step_std),
-                               BLOCKS=triton.next_power_of_2(blocks))
-    return next_x, log_prob, mean
+    sums = x.new_empty(rows * blocks)
+    step_kernel[rows * blocks,](x, velocity, given, next_x, sums, n, blocks,
+                                c_x, c_v, step_std, 1 / step_std,
+                                DRAWS=draws, BLOCK=block, num_warps=8, enable_fp_fusion=False)
+    log_prob_kernel[rows,](sums, log_prob, n, blocks, log_normaliser(step_std),
+                           BLOCKS=triton.next_power_of_2(blocks))
+    return next_x, log_prob
 
 
-def empty_outputs(x: Tensor, mode: str, with_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    next_x = x.new_empty(0 if mode == "rescore" else x.shape)
-    log_prob = x.new_empty(0 if mode == "ode" else x.shape[:-2])
-    return next_x, log_prob, x.new_empty(x.shape if with_mean else 0)
+def empty_outputs(x: Tensor, draws: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if draws else 0), x.new_empty(x.shape[:-2])
 
 
 @torch.library.custom_op("flowportrait::step_backward", mutates_args=())
-def fused_step_backward(x: Tensor, velocity: Tensor, next_x: Tensor, dlog_prob: Tensor, dmean: Tensor | None,
+def fused_step_backward(x: Tensor, velocity: Tensor, next_x: Tensor, dlog_prob: Tensor,
                         c_x: float, c_v: float, step_std: float) -> Tensor:
     """Return dvelocity (..., N, C)."""
     x, velocity, next_x, dlog_prob = (t.contiguous() for t in (x, velocity, next_x, dlog_prob))
-    dmean, dvelocity = x if dmean is None else dmean.contiguous(), torch.empty_like(velocity)
+    dvelocity = torch.empty_like(velocity)
     rows, n = x.shape[:-2].numel(), x.shape[-2:].numel()
     block, blocks = blocking(n)
-    velocity_gradient_kernel[rows * blocks,](
-        x, velocity, next_x, dlog_prob, dmean, dvelocity, n, blocks,
-        c_x, c_v, step_std ** -2, MEAN=dmean is not x, BLOCK=block, num_warps=8)
+    velocity_gradient_kernel[rows * blocks,](x, velocity, next_x, dlog_prob, dvelocity, n, blocks,
+                                             c_x, c_v, step_std ** -2, BLOCK=block, num_warps=8)
     return dvelocity
 
 
 @fused_step.register_fake
-def _(x, velocity, given, mode, c_x, c_v, step_std, with_mean):
-    return empty_outputs(x, mode, with_mean)
+def _(x, velocity, given, draws, c_x, c_v, step_std):
+    return empty_outputs(x, draws)
 
 
 @fused_step_backward.register_fake
-def _(x, velocity, next_x, dlog_prob, dmean, c_x, c_v, step_std):
+def _(x, velocity, next_x, dlog_prob, c_x, c_v, step_std):
     return torch.empty_like(velocity, memory_format=torch.contiguous_format)
 
 
 def keep_for_backward(ctx, inputs, output):
-    x, velocity, next_x, ctx.mode, *ctx.coefficients, ctx.with_mean = inputs
+    x, velocity, next_x, ctx.draws, *ctx.coefficients = inputs
     ctx.save_for_backward(x, velocity, next_x)
 
 
-def backward(ctx, _, dlog_prob, dmean):
-    if ctx.mode != "rescore":
+def backward(ctx, _, dlog_prob):
+    if ctx.draws:
         raise RuntimeError("the flow step's kernel has a gradient in rescoring alone; draw under no_grad()")
-    dmean = dmean if ctx.with_mean else None
-    dvelocity = fused_step_backward(*ctx.saved_tensors, dlog_prob, dmean, *ctx.coefficients)
-    return None, dvelocity, *[None] * 6
+    return None, fused_step_backward(*ctx.saved_tensors, dlog_prob, *ctx.coefficients), *[None] * 5
 
 
 fused_step.register_autograd(backward, setup_context=keep_for_backward)

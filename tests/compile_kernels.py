@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels import attention, flow_step                           # noqa: E402
 from kernels.attention import Layout                               # noqa: E402
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", int: "i32", float: "fp32"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", int: "i32", float: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHAPES = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)),
-          "stated": (64, Layout(8, 128, 128, 2)), "wide heads": (128, Layout(8, 128, 128)),
-          "decode": (64, None)}
+          "stated": (64, Layout(8, 128, 128, 2)), "wide heads": (128, Layout(8, 128, 128))}
 
 
 class Recorder:
@@ -91,20 +90,18 @@ def main(architectures: list[int]) -> list[dict]:
             recorder.case = case
     for n, dtype in ((1280, torch.float32), (1280, torch.bfloat16), (327_680, torch.bfloat16)):
         begin(f"flow step, {n}, {TYPES[dtype]}")
-        x, seed, log_prob = torch.zeros(2, 1, n), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
-        for mode, given in (("ode", None), ("noise", x), ("seed", seed), ("rescore", x)):
-            flow_step.fused_step(x, x.to(dtype), given, mode, 0.9, 0.1, 0.5, with_mean=mode != "ode")
-        flow_step.fused_step_backward(x, x.to(dtype), x, log_prob, x, 0.9, 0.1, 0.5)
+        x, log_prob = torch.zeros(2, 1, n), torch.zeros(2)
+        for draws in True, False:
+            flow_step.fused_step(x, x.to(dtype), x, draws, 0.9, 0.1, 0.5)
+        flow_step.fused_step_backward(x, x.to(dtype), x, log_prob, 0.9, 0.1, 0.5)
     for dtype in (torch.bfloat16, torch.float32):
         for name, (d, layout) in SHAPES.items():
-            if dtype == torch.float32 and name in ("tiny", "stated", "decode"):        # as small
+            if dtype == torch.float32 and name in ("tiny", "stated"):                  # as small
                 continue
             begin(f"{name}, {TYPES[dtype]}")
-            q = torch.zeros(1, 2, layout.length if layout else 50, d, dtype=dtype)
-            k, bounds = (q, layout.bounds) if layout else (torch.zeros(1, 2, 432, d, dtype=dtype), [])
-            out, lse = attention.fused_attention(q, k, k, bounds)
-            if layout:
-                attention.fused_backward(q, k, k, out, lse, out, bounds)
+            q = torch.zeros(1, 2, layout.length, d, dtype=dtype)
+            out, lse = attention.fused_attention(q, q, q, layout.bounds)
+            attention.fused_backward(q, q, q, out, lse, out, layout.bounds)
     return results
 
 

@@ -1,4 +1,4 @@
-"""What school promises: lessons of known quality, a judge that learns, and an exam that can be failed."""
+"""What school promises: lessons of known quality, a judge that learns, and a battery that can be failed."""
 
 from itertools import islice
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from extras import school
 from extras.files import MediaError
 from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil,
                             true_mouths)
-from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, spoilt_in_known_ways,
+from extras.school import (Hints, audio_loss, battery, rating_loss, save_judge, spoilt_in_known_ways,
                            teach, tiny_judge, vision_loss)
 from extras.talkers import render_talker
 from reward import ASPECTS, DEFAULT_JUDGE, Judge
@@ -199,13 +199,6 @@ def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good, generated, monk
 def test_the_embedded_judge_is_small_and_carries_its_card():
     size = sum(path.stat().st_size for path in DEFAULT_JUDGE.iterdir())
     assert size < 8e6 and "extras.school teach" in (DEFAULT_JUDGE / "README.md").read_text()
-
-
-def test_the_embedded_judge_agrees_with_the_quality_of_fresh_lessons(embedded, good):
-    result = exam(embedded, good, 24)                                     # its card says as much, of 64 clips
-    for aspect, least in zip(ASPECTS, (0.93, 0.80, 0.70)):
-        (rank, *_), (pairs, *_) = result[aspect]
-        assert rank > least and pairs > 0.80, (aspect, rank, pairs)
 
 
 def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, half, monkeypatch):
