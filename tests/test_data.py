@@ -176,7 +176,7 @@ def stored(transfer: str) -> np.ndarray:
     ("bt709", ("bt709", "bt709"), "pc", 320), ("bt709", None, "tv", 1280), ("bt601", None, "tv", 320),
     ("bt2020nc", ("bt2020", "arib-std-b67"), "tv", 320)])
 def test_a_video_shows_its_colours_in_srgb(tmp_path, matrix, tags, extent, width):
-    """Full and limited range, untagged large and small pictures, HLG of wide gamut as phones film: within 8."""
+    """Full and limited range, untagged large and small pictures, HLG of wide gamut: within 8."""
     height = width * 9 // 16
     stripes = np.repeat(stored(tags[1] if tags else "bt709")[None], width // 4, 1).repeat(height, 0)
     primaries, transfer, *rest = (*tags, matrix, extent) if tags else ["unknown"] * 4
@@ -343,7 +343,8 @@ SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"???
 
 
 @pytest.mark.parametrize("mode, profile, shown", [
-    ("RGB", SWAPPED, (40, 220, 90)), ("RGB", b"no profile", (220, 40, 90)), ("RGBA", SWAPPED, (255, 255, 255))])
+    ("RGB", SWAPPED, (40, 220, 90)), ("RGB", b"no profile", (220, 40, 90)),
+    ("RGBA", SWAPPED, (255, 255, 255))])
 def test_a_photo_is_brought_to_srgb_by_its_profile(tmp_path, mode, profile, shown):
     """220, 40, 90 are other colours in other primaries; what is transparent is white."""
     photo = Image.new("RGB", (64, 64), (220, 40, 90)).convert(mode)
