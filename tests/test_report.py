@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from data import Clip, load_speech
-from extras.page import code, write_page
-from extras.report import funnel, funnel_table, paired, write_clips, write_report
+from extras.report import funnel, paired, write_clips, write_report
 
 
 def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
@@ -40,14 +39,8 @@ def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
     assert row["rated_with"] == pytest.approx([ratings[rated, aspect].mean().item() for aspect in range(3)])
     assert row["share_picked"] == sum(i in has for i in picked.tolist()) / 4
     assert row["strength_picked"] == pytest.approx(sum(abs(strength[i].item()) for i in picked) / 4)
-    assert f"{funnel_table([row])}".count("| offset |") == 1
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_fault_that_all_clips_have_or_none_has_a_row_without_an_auc():
-    rows = funnel({"all": torch.ones(5), "none": torch.zeros(5)}, torch.rand(5, 3), torch.arange(2))
-    assert [row["share"] for row in rows] == [1, 0] and all(math.isnan(row["auc"]) for row in rows)
-    assert json.loads(json.dumps(rows)) and funnel_table(rows).markdown.count("\n") == 4
+    all_or_none = funnel({"all": torch.ones(40), "none": torch.zeros(40)}, ratings, picked)
+    assert all(math.isnan(row["auc"]) for row in all_or_none)
 
 
 def test_pairs_are_subtracted_clip_by_clip():
@@ -126,9 +119,3 @@ def test_the_report_is_one_file_that_embeds_what_it_shows_and_its_rows_are_those
     assert ["seam_ratio", "", "1.500±0.000"] in rows and ["seed", "0"] in rows
     for row in rows:
         assert f"| {' | '.join(row)} |" in lines
-
-
-def test_a_name_that_is_no_utf_8_is_spelt_out(tmp_path):
-    write_page(tmp_path / "report", "caf\udce9", [code("--data caf\udce9")])
-    for suffix in ".md", ".html":
-        assert r"--data caf\udce9" in (tmp_path / f"report{suffix}").read_text("utf-8")
