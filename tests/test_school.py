@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as nnf
 from scipy.stats import spearmanr
 
-from data import Clip
 from extras import school
 from extras.files import MediaError
-from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil,
-                            true_mouths)
+from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil)
 from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, spoilt_in_known_ways,
                            teach, tiny_judge, vision_loss)
-from extras.talkers import render_talker
-from reward import ASPECTS, DEFAULT_JUDGE, Judge
+from reward import ASPECTS, Judge
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +73,6 @@ def test_mouths_at_rest_count_as_if_they_moved_a_little():
     unit = (a - a.mean()) / a.std(correction=0)
     assert lip_mismatch(a, 3 * a + 1) < 1e-7 and lip_mismatch(a, -a) == 1
     assert lip_mismatch(0.5 * REST * unit, unit).item() == pytest.approx(0.125 ** 0.5)     # half of REST
-
-
-def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth():
-    """Without their truth, drawn talkers are real clips; one at a time, as the axis is that of one face."""
-    for i in range(2):
-        clip = render_talker(i, 31, 64, 256)
-        parts = [Clip("part", *part) for part in zip(clip.frames.split(64), clip.audio.split(64 * 640))]
-        truth = clip.truth["opening"] * clip.truth["width"]
-        assert torch.corrcoef(torch.stack([true_mouths(parts, 64).flatten(), truth]))[0, 1] > 0.8
 
 
 def held(y):
@@ -196,11 +184,6 @@ def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good, generated, monk
 
 # ---------------------------------------------------------------- the embedded judge
 
-def test_the_embedded_judge_is_small_and_carries_its_card():
-    size = sum(path.stat().st_size for path in DEFAULT_JUDGE.iterdir())
-    assert size < 8e6 and "extras.school teach" in (DEFAULT_JUDGE / "README.md").read_text()
-
-
 def test_the_embedded_judge_agrees_with_the_quality_of_fresh_lessons(embedded, good):
     result = exam(embedded, good, 24)                                     # its card says as much, of 64 clips
     for aspect, least in zip(ASPECTS, (0.93, 0.80, 0.70)):
@@ -223,16 +206,10 @@ def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, ha
 # ---------------------------------------------------------------- the command line
 
 @pytest.mark.parametrize("command, said", [
-    ("validate --judge none", "cannot be validated"),
-    ("validate --judge-url http://127.0.0.1:9/v1", "needs --judge-model"),
-    ("validate --judge nothing/at/all", "cannot be loaded as a judge"),
-    ("validate --clips 0", "--clips must be at least 2"),
-    ("teach --tower-steps -1", "--tower-steps must be at least 0"),
-    ("sync --steps 0", "--steps must be at least 1"),
-])
+    ("validate --judge none", "cannot be validated"), ("validate --clips 0", "--clips must be at least 2"),
+    ("validate --judge-url http://127.0.0.1:9/v1", "needs --judge-model")])
 def test_what_cannot_be_done_is_one_line(command, said, strangers, monkeypatch, capsys):
     monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: strangers)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((MediaError, SystemExit)) as end:
         school.main(command.split())
     assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]

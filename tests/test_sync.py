@@ -78,15 +78,12 @@ def test_a_saved_network_comes_back_and_a_missing_or_broken_one_is_named_in_one_
     halved = {name: weight.half().float() for name, weight in net.state_dict().items()}
     assert all(torch.equal(weight, halved[name]) for name, weight in load_sync(folder).state_dict().items())
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    for file, broken in ((weights, weights.read_bytes()[:1000]), (config, b"{"),
-                         (config, b'{"sync": {"width": 16}}'), (config, b'{"sync": {"depth": 3}}')):
-        good = file.read_bytes()
-        file.write_bytes(broken)
-        with pytest.raises(MediaError, match="is not a sync network of this version") as caught:
+    for name, broken in ("model.safetensors", b"half"), ("config.json", b'{"sync": {"depth": 3}}'):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(broken)
+        with pytest.raises(MediaError, match="is not a sync network of this version [^\n]*$"):
             load_sync(folder)
-        assert "\n" not in str(caught.value)
-        file.write_bytes(good)
+        (folder / name).write_bytes(good)
 
 
 # ---------------------------------------------------------------- the shipped one, on other talkers
