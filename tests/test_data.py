@@ -14,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
 import data
 from extras.media import normalise_loudness
@@ -157,49 +157,22 @@ def test_missing_sound_is_padded_if_it_starts_late_or_lacks_little_and_else_cuts
     assert not got.audio[silent].abs().gt(0.01).any() and got.audio[16500:25600].abs().max() > 0.1
 
 
-SHOWN = np.array([(224, 172, 140), (220, 40, 40), (128, 128, 128), (255, 255, 255)])       # skin, lips, greys
-WIDE = np.array([[.6274, .3293, .0433], [.0691, .9195, .0114], [.0164, .0880, .8956]])     # BT.709 to BT.2020
-
-
-def stored(transfer: str) -> np.ndarray:
-    """SHOWN as a file stores them, (4, 3) in [0, 1]: white is 203 cd/m2 where range is high (BT.2408)."""
-    if transfer == "bt709":
-        return SHOWN / 255
-    nits = 203 * (SHOWN / 255) ** 2.4 @ WIDE.T
-    scene = nits / 1000 / (nits / 1000 @ [0.2627, 0.678, 0.0593])[:, None] ** (0.2 / 1.2)
-    return np.where(scene <= 1 / 12, np.sqrt(3 * scene),
-                    0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)
-
-
-@pytest.mark.parametrize("matrix, tags, extent, width", [
-    ("bt709", ("bt709", "bt709"), "pc", 320), ("bt709", None, "tv", 1280), ("bt601", None, "tv", 320),
-    ("bt2020nc", ("bt2020", "arib-std-b67"), "tv", 320)])
-def test_a_video_shows_its_colours_in_srgb(tmp_path, matrix, tags, extent, width):
-    """Full and limited range, untagged large and small pictures, HLG of wide gamut: within 8."""
-    height = width * 9 // 16
-    stripes = np.repeat(stored(tags[1] if tags else "bt709")[None], width // 4, 1).repeat(height, 0)
-    primaries, transfer, *rest = (*tags, matrix, extent) if tags else ["unknown"] * 4
-    params = f"color_primaries={primaries}:color_trc={transfer}:colorspace={rest[0]}:range={rest[1]}"
-    subprocess.run([FFMPEG, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", f"{width}x{height}",
+@pytest.mark.parametrize("matrix, extent, width, tagged", [
+    ("bt709", "pc", 320, True), ("bt709", "tv", 1280, False), ("bt601", "tv", 320, False)])
+def test_a_video_shows_its_colours(tmp_path, matrix, extent, width, tagged):
+    """Full range as tagged, and untagged pictures by their size: skin and lips come out within 8."""
+    height, shown = width * 9 // 16, np.array([(224, 172, 140), (220, 40, 40)])
+    stripes = np.repeat(shown[None].astype(np.uint8), width // 2, 1).repeat(height, 0)
+    primaries, matrix_tag, range_tag = ("bt709", matrix, extent) if tagged else ["unknown"] * 3
+    tags = f"color_primaries={primaries}:color_trc={primaries}:colorspace={matrix_tag}:range={range_tag}"
+    subprocess.run([FFMPEG, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}",
                     "-r", "25", "-i", "-", "-f", "lavfi", "-i", SPEECH, "-shortest", "-vf",
-                    f"scale=out_color_matrix={matrix}:out_range={extent},format=yuv444p10le,"
-                    f"setparams={params}",
-                    "-c:v", "libx264", "-crf", "8", "-preset", "ultrafast", tmp_path / "a.mp4"],
-                   input=(stripes * 65535).round().astype("<u2").tobytes() * 25, check=True)
-    frame = data.load_clip(tmp_path / "a.mp4", 90, crop=(0, 0, height)).frames[5].float()    # (3, 90, 90)
-    step = 90 * width // 4 // height                         # a stripe in it; the first two are whole
-    for i in (0, 1):
-        assert (frame[:, 45, i * step + step // 2] - torch.tensor(SHOWN[i])).abs().max() <= 8
-
-
-def test_an_interlaced_video_has_no_combs(tmp_path):
-    """A bar that moves 4 pixels a field has, in a frame, the same edge in rows that are neighbours."""
-    bar = "geq=lum='if(lt(X,mod(200*T,128)),200,30)':cb=128:cr=128"
-    ffmpeg("-f", "lavfi", "-i", f"color=black:s=128x96:r=50:d=2,format=yuv420p,{bar},"
-           "tinterlace=interleave_top,setfield=tff", "-f", "lavfi", "-i", SPEECH, "-t", 2,
-           "-flags", "+ilme+ildct", "-c:v", "mpeg2video", "-q:v", 2, tmp_path / "a.mpg")
-    frames = data.load_clip(tmp_path / "a.mpg", 96).frames[5:30, 0].float()          # (25, 96, 96)
-    assert (frames[:, 2:-2] - frames[:, 3:-1]).abs().mean() < 1.5     # 7 as it is stored
+                    f"scale=out_color_matrix={matrix}:out_range={extent},format=yuv444p,"
+                    f"setparams={tags}", "-c:v", "libx264", "-preset", "ultrafast", "-crf", "8",
+                    tmp_path / "a.mp4"], input=stripes.tobytes() * 25, check=True)
+    frame = clip(tmp_path / "a.mp4").frames[5].float()                                       # (3, 32, 32)
+    for column, colour in zip((5, 27), shown):
+        assert (frame[:, 16, column] - torch.tensor(colour)).abs().max() <= 8
 
 
 # ---- Folders of video, and their cache ----------------------------------------------------------------
@@ -250,8 +223,6 @@ def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, decode, ca
     train, held_out = decode(tmp_path, frames=48)
     assert sorted(train.names + held_out.names) == ["a.mp4#0", "d.mp4#0"] and len(held_out) == 1
     assert "2 clips are shorter than 1.92 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
-    with pytest.raises(data.MediaError, match="no clip of 4.00 s"):
-        decode(tmp_path, frames=100)
 
 
 def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, decode, capsys):
@@ -335,22 +306,6 @@ def test_a_portrait_is_the_centre_square_or_the_crop_named(tmp_path):
         assert torch.equal(data.load_portrait(path, len(want), crop), torch.from_numpy(want).permute(2, 0, 1))
     with pytest.raises(data.MediaError, match="leaves the picture of 80x60"):
         data.load_portrait(path, 40, crop=(50, 15, 40))
-
-
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")   # red is green
-
-
-@pytest.mark.parametrize("mode, profile, shown", [
-    ("RGB", SWAPPED, (40, 220, 90)), ("RGB", b"no profile", (220, 40, 90)),
-    ("RGBA", SWAPPED, (255, 255, 255))])
-def test_a_photo_is_brought_to_srgb_by_its_profile(tmp_path, mode, profile, shown):
-    """220, 40, 90 are other colours in other primaries; what is transparent is white."""
-    photo = Image.new("RGB", (64, 64), (220, 40, 90)).convert(mode)
-    if mode == "RGBA":
-        photo.putalpha(0)
-    photo.save(tmp_path / "a.png", icc_profile=profile)
-    assert (data.load_portrait(tmp_path / "a.png", 32)[:, 5, 5] - torch.tensor(shown)).abs().max() <= 2
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -498,8 +453,5 @@ def test_an_error_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(RuntimeError, match="generator failed"):
         data.write_video(tmp_path / "a.mp4", frames(), torch.zeros(6400))
     assert (tmp_path / "a.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_what_cannot_be_written_is_refused_before_the_first_frame(tmp_path):
-    with pytest.raises(data.MediaError, match="cannot be written"):
+    with pytest.raises(data.MediaError, match="cannot be written"):          # before the first frame
         data.write_video(tmp_path / "no" / "a.mp4", (pytest.fail("a frame") for _ in "ab"), torch.zeros(1280))
