@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -46,14 +46,12 @@ def serving(answer):
                 seen.append({"path": self.path, "key": self.headers["Authorization"], "body": body})
                 k = len(seen) - 1
             status, headers, data = answer(k, body)
-            try:
+            with suppress(OSError):                  # where the client gave up, as it should
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
-            except OSError:
-                pass                                 # the client gave up, as it should
 
         def log_message(self, *_):
             pass
@@ -167,18 +165,11 @@ def test_what_fails_for_good_ends_with_one_line_and_nothing_more_is_asked(no_med
         assert "\n" not in str(caught.value) and len(seen) <= 2 * 3
 
 
-def test_a_server_elsewhere_is_asked_through_the_proxy_whose_password_stays_secret(no_media):
-    with pytest.raises(JudgeError, match=r"http://judge\.invalid/v1: .*refused.*proxy") as caught:
-        RemoteJudge("http://judge.invalid/v1", "m", patience=0).rate(*clips(1))
-    assert "secret" not in str(caught.value)
-
-
 # ---------------------------------------------------------------- a run whose judge fails
 
 RUN = [*SHAPE, *"--clips 6 --steps 2 --curate 0 --updates 4 --looks 1 --watch-clips 2 --prompts 2 --group 3 "
        "--rollout-steps 3 --draws 1 --parts 1 --judge-model m --judge-batch 1".split()]
 REQUESTS = 2 * 3 * 3                                 # of an update: prompts, group, aspects
-RATING = 6 * 3                                       # of all training clips, once, before the first update
 
 
 def rated(k: int, body: dict) -> tuple:
@@ -202,15 +193,6 @@ def test_a_run_whose_judge_is_away_is_saved_and_resumes_bit_equal(unmeasured, tm
         train.main(["--resume", str(stopped), "--judge-patience", "1"])
     one, other = (state(folder, "post.pt") for folder in (whole, stopped))
     assert other["update"] == 4 and all(torch.equal(v, other["model"][k]) for k, v in one["model"].items())
-
-
-def test_a_run_leaves_an_unrated_video_out_and_counts_it(tmp_path):
-    """One odd answer, in the second update: in the log and in the report."""
-    with serving(lambda k, body: (200, {}, ODD) if k == RATING + 20 else rated(k, body)) as (url, _):
-        flags = ["--updates", "2", "--judge-url", url, "--judge-model", "odd"]
-        train.main([*RUN, *flags, "--out", str(tmp_path)])
-    unrated = [e["components"]["total"]["unrated"] for e in logged(tmp_path, "post-training")]
-    assert unrated == [0, 1] and "| unrated videos | 1 |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_judge_that_leaves_a_tenth_unrated_ends_the_run():
