@@ -21,7 +21,7 @@ import sample
 import train
 from extras import session
 from extras.files import MediaError
-from model import Generator, load_generator
+from model import load_generator
 from test_endpoint import GOOD, serving
 from tiny import ALONE, POST, TINY, WHOLE, assert_same_bits, logged, state
 
@@ -262,17 +262,6 @@ def test_the_log_is_json_that_every_reader_takes(tmp_path):
     assert entry["loss"] is None and entry["parts"] == [{"kl": None}, 1.5] and entry["best"] is None
 
 
-def test_tensorboard_gets_the_numbers_of_each_step(tmp_path, monkeypatch):
-    """Against a stub of torch.utils.tensorboard, which needs the package."""
-    written = {}
-    board = SimpleNamespace(add_scalar=lambda name, value, step: written.update({name: (value, step)}))
-    stub = SimpleNamespace(SummaryWriter=lambda folder: board)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
-    log = session.Log(tmp_path, 0.0, tensorboard=True)
-    log(stage="s", update=3, parts=[{"kl": 0.25, "ratio": [1.0]}], note="")
-    assert written == {"s/update": (3, 3), "s/parts/0/kl": (0.25, 3), "s/parts/0/ratio/0": (1.0, 3)}
-
-
 # ---------------------------------------------------------------- moved
 
 def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path):
@@ -297,16 +286,6 @@ def test_a_run_is_told_where_clips_and_judge_are_now(filmed, videos, unmeasured,
     again = train.parse_arguments(["--resume", str(run), "--judge", "default"])
     assert again.data == str(moved) and again.crop is None                        # cut as before
     assert again.judge == "default" and again.judge_url is None
-
-
-def test_a_run_whose_clips_have_changed_says_so(tmp_path, capsys):
-    """It had five; there are six now."""
-    (tmp_path / "log.jsonl").write_text('{"seconds": 1, "config": {}, "clips": 5}\n')
-    args = train.parse_arguments(TINY)
-    clips, held_out, _ = train.load_clips(args)
-    train.describe(Generator(args.config), clips, held_out, args, session.Log(tmp_path, 0.0))
-    assert "had 5 training clips before, and has 6 now" in capsys.readouterr().out
-    assert logged(tmp_path)[-1]["clips"] == 6
 
 
 def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(finished, tmp_path):
