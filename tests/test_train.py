@@ -3,7 +3,6 @@ controls."""
 
 import json
 import math
-import shutil
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
@@ -334,21 +333,6 @@ def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
         saved = state(finished / "control" / name.replace(" ", "-"))
         assert (saved["cpu_seconds"], saved["step"]) == (one, spent[name]["steps"])
     assert spent["GRPO without curation"]["steps"] == 4
-
-
-def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste, unmeasured, tmp_path):
-    """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation
-    took."""
-    folder = shutil.copytree(finished, tmp_path / "run")
-    name, other = "more pretraining", folder / "control" / "GRPO-without-curation" / "state.pt"
-    shutil.rmtree(folder / "control" / "more-pretraining")
-    torch.save(state(other.parent) | {"cpu_seconds": 0.2}, other)
-    before = (folder / "log.jsonl").read_text()
-    train.main(["--resume", str(folder)])
-    steps = [e["step"] for e in logged(folder, name)]
-    assert steps == [*range(1, len(steps) + 1)]                        # those of the first time are gone
-    added = [e for e in logged(folder) if "control" in e and json.dumps(e) not in before]
-    assert [e["control"] for e in added] == [name] and 0.2 <= added[0]["cpu_seconds"] < 0.8
 
 
 # ---------------------------------------------------------------- updates of GRPO
