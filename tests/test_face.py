@@ -1,7 +1,6 @@
 """The head is found and framed: one steady square, or one line that says what to do."""
 
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -78,13 +77,6 @@ def test_a_picture_that_lies_on_its_side_is_to_be_turned_and_a_wall_has_no_face(
             face.frame_of([picture])
 
 
-def test_without_dlib_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dlib", None)
-    face._detector.cache_clear()
-    with pytest.raises(MediaError, match="pip install dlib-bin"):
-        face.find_faces(np.zeros((64, 64, 3), np.uint8))
-
-
 def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
     """2 s of a wall, then 3 s of a face: the cut is at frame 50, and faces are seen after it alone."""
     wall, scene = np.full((180, 320, 3), 90, np.uint8), on_a_wall(photo, 320, 180, 80, 0, 150)
@@ -124,13 +116,6 @@ def test_a_face_that_fades_in_or_out_is_left_out_while_it_is_half_there(other):
     found = [other] * 4 + [[box(100, 80, 60)]] * 8 + [other] * 4
     kept = face.marks(face.Seen(found, 640, 360, []), np.ones(16 * face.LOOK, bool))
     assert [i for i, (_, why) in enumerate(kept) if not why] == list(range(72, 120))
-
-
-def test_a_head_that_drifts_has_a_square_for_each_half():
-    """Twelve looks of 7 pixels each: too far for one square of 111, not for two."""
-    found = [[box(100 + 7 * i, 80, 60)] for i in range(12)]
-    seen = face.Seen(found, 640, 360, [])
-    assert [part[:2] for part in face.steady(seen, 0, 144, 25, "me.mp4")] == [(0, 72), (72, 144)]
 
 
 def test_one_video_becomes_clips_of_its_stretches(tmp_path, monkeypatch, capsys):
