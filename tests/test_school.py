@@ -9,7 +9,6 @@ import torch.nn.functional as nnf
 from scipy.stats import spearmanr
 
 from extras import school
-from extras.files import MediaError
 from extras.lessons import FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil
 from extras.school import battery, exam, rating_loss, save_judge, spoilt_in_known_ways, teach, tiny_judge
 from reward import ASPECTS, Judge
@@ -173,15 +172,3 @@ def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, ha
     monkeypatch.setattr(school, "spoilt_in_known_ways", lambda good: islice(spoilt_in_known_ways(good), 6))
     deaf = SimpleNamespace(rate=lambda x, audio, names: embedded.rate(x, audio[:1].expand_as(audio), names))
     assert "lip_sync: do not trust it" in battery(deaf, half)
-
-
-# ---------------------------------------------------------------- the command line
-
-@pytest.mark.parametrize("command, said", [
-    ("validate --judge none", "cannot be validated"), ("validate --clips 0", "--clips must be at least 2"),
-    ("validate --judge-url http://127.0.0.1:9/v1", "needs --judge-model")])
-def test_what_cannot_be_done_is_one_line(command, said, strangers, monkeypatch, capsys):
-    monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: strangers)
-    with pytest.raises((MediaError, SystemExit)) as end:
-        school.main(command.split())
-    assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]
