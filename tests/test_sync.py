@@ -46,13 +46,6 @@ def test_a_window_hears_its_own_five_frames_and_15_ms_before():
         assert changed == list(range(6, last + 1))
 
 
-def test_colour_brightness_and_contrast_are_not_seen(batch):
-    net, frames = SyncNetwork(), batch[0][:2]
-    torch.testing.assert_close(net.visual(0.5 * frames + 0.3), net.visual(frames), atol=1e-4, rtol=0)
-    grey = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(2, keepdim=True)
-    torch.testing.assert_close(net.visual(grey.expand_as(frames)), net.visual(frames), atol=1e-4, rtol=0)
-
-
 # ---------------------------------------------------------------- training and files
 
 def test_a_few_steps_lower_the_loss_and_the_seed_decides_everything(clips, batch):
