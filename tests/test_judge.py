@@ -71,13 +71,6 @@ def omni(request, tmp_path_factory):
     return Judge.load(folder, side=64), thinker
 
 
-def test_a_checkpoint_loads_as_its_thinker_with_every_weight(omni):
-    judge, thinker = omni
-    assert type(judge.model) is type(thinker) and judge.rubric is RUBRIC and judge.window is None
-    loaded = judge.model.state_dict()
-    assert all(torch.equal(weight, loaded[name]) for name, weight in thinker.state_dict().items())
-
-
 def test_questions_that_share_a_clip_get_the_answers_of_separate_prompts(omni, batch):
     """Keys and values of the clips are computed once, four clips at a time. All logits equal those of each
     whole prompt of each clip alone."""
@@ -92,9 +85,12 @@ def test_questions_that_share_a_clip_get_the_answers_of_separate_prompts(omni, b
                 torch.testing.assert_close(shared[clip, i], alone, atol=1e-5, rtol=0)
 
 
-def test_every_frame_and_every_sample_reach_the_model(omni, batch):
+def test_every_weight_frame_and_sample_reaches_the_model(omni, batch):
     """Two frames are 2 x 2 merged tokens; 25 tokens of sound a second; at 25 frames a second, not at 2."""
-    judge = omni[0]
+    judge, thinker = omni
+    loaded = judge.model.state_dict()
+    assert type(judge.model) is type(thinker) and judge.rubric is RUBRIC
+    assert all(torch.equal(weight, loaded[name]) for name, weight in thinker.state_dict().items())
     inputs = judge.read(to_bytes(batch[0]), batch[1], judge.questions()[0])
     assert (inputs["input_ids"] == judge.model.config.video_token_id).sum(1).tolist() == [24 * 4] * 4
     assert inputs["feature_attention_mask"].sum(1).tolist() == [48 * 4] * 4
@@ -167,17 +163,15 @@ def test_temporal_measures_equal_hand_computed_values():
     torch.testing.assert_close(temporal(frames + stairs, 4)["seams"], expected, atol=1e-3, rtol=0)
 
 
-def test_straying_sees_the_still_places_only():
+def test_straying_and_what_lies_beyond_a_range_equal_hand_computed_values():
+    """Straying counts where the exemplars are still. For a range of 2 to 3: too much, too little, and a mean
+    inside of it: chunks earn what moves their video into the range."""
     portrait, still = torch.rand(1, 3, 32, 32), torch.zeros(32, 32)
     still[:, :8] = 1
     frames = portrait[:, None].repeat(1, 2, 1, 1, 1)
     frames[:, 0, :, :, 16:] = 0
     frames[:, 1, :, :, :8] += 0.1
     torch.testing.assert_close(straying(frames, portrait, still), torch.tensor([[0.0, 0.1]]))
-
-
-def test_chunks_earn_what_moves_their_video_into_the_range():
-    """By hand, for 2 to 3: too much, too little, and a mean inside of the range."""
     scores = beyond(torch.tensor([[3.0, 5.0], [1.0, 2.0], [0.0, 5.0]]), 2.0, 3.0)
     assert scores.tolist() == [[0, -2], [-1, 0], [0, 0]]
 
