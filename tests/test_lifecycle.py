@@ -272,20 +272,19 @@ def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path
     assert train.parse_arguments([*again, "--sampling-steps", "2"]).sampling_steps == 2
 
 
-def test_a_run_is_told_where_clips_and_judge_are_now(filmed, videos, unmeasured, tmp_path, capsys):
+def test_a_run_is_told_where_its_clips_are_now(filmed, videos, unmeasured, tmp_path, capsys):
     """What ships with the project is found from the code that runs. Clips that moved are named when they are
-    missed; told once, the place is kept. A judge that is named anew takes the place of a server."""
+    missed; told once, the place is kept."""
     assert str(ROOT) not in (filmed / "config.json").read_text()
     run, moved = copy(filmed, tmp_path / "run"), tmp_path / "moved"
-    rewrite(run, data=str(tmp_path / "old"), judge_url="http://h:1/v1", judge_model="m")
+    rewrite(run, data=str(tmp_path / "old"))
     with pytest.raises(SystemExit):
         train.parse_arguments(["--resume", str(run)])
     assert "old is not there; say where the clips are with --data" in capsys.readouterr().err
     shutil.copytree(videos[0], moved)
     train.main(["--resume", str(run), "--data", str(moved)])
-    again = train.parse_arguments(["--resume", str(run), "--judge", "default"])
+    again = train.parse_arguments(["--resume", str(run)])
     assert again.data == str(moved) and again.crop is None                        # cut as before
-    assert again.judge == "default" and again.judge_url is None
 
 
 def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(finished, tmp_path):
