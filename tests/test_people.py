@@ -39,7 +39,6 @@ def test_the_table_tells_agreement_and_saves_what_can_be_fitted(tmp_path):
                "motion": {"v0": [2, 3], "v1": [2, 3]}}
     table = align({f"v{i}": [i, -i, i] for i in range(7)}, ratings, tmp_path / "c.json").splitlines()
     assert table[1].split()[:3] == ["lip_sync", "7", "14"] and table[1].count("1.00 [1.00, 1.00]") == 2
-    assert table[1].endswith(" 1.00") and table[2].endswith(" nan")       # how well the raters agree
     assert "-1.00 [-1.00, -1.00]" in table[2] and "0.00 [0.00, 0.00]" in table[2]
     assert "expressiveness: no calibration" in table[4] and "motion: no calibration" in table[5]
     calibration = load_calibration(tmp_path / "c.json")
@@ -118,21 +117,18 @@ def test_the_page_knows_pairs_and_nothing_of_runs(made):
     assert "http" not in html                                             # it loads nothing
 
 
-def test_the_seed_makes_the_study(made, runs, tmp_path):
-    """The same seed: the same page and key, byte for byte; another: other clips."""
-    assert make(runs, tmp_path / "same", "amber", "birch") == made
-    _, page, key = make(runs, tmp_path / "other", "amber", "birch", "--seed", "1", "--clips", "2")
-    clips = [{pair["clip"] for pair in each["pairs"].values()} for each in (made[2], key)]
-    assert page["study"] != made[1]["study"] and not clips[0] & clips[1]
-
-
-def test_a_pair_has_one_clip_and_one_noise_and_the_key_says_whose_is_whose(made, runs, tmp_path):
-    """A run against itself gives the same bytes on both sides; these are a's side in a study of two."""
+def test_a_pair_has_one_clip_and_one_noise_and_the_seed_chooses_them(made, runs, tmp_path):
+    """A run against itself gives the same bytes on both sides; these are a's side in a study of two. The same
+    seed makes the same page and key, byte for byte; another has other clips."""
     _, page, _ = make(runs, tmp_path / "self", "amber", "amber")
     for own, pair in zip(page["pairs"], made[1]["pairs"]):
         side, other = ("left", "right") if made[2]["pairs"][pair["id"]]["left"] == "a" else ("right", "left")
         assert own["left"] == own["right"] == pair[side] != pair[other]
     assert len({own["left"] for own in page["pairs"]}) == 6
+    assert make(runs, tmp_path / "same", "amber", "birch") == made
+    _, page, key = make(runs, tmp_path / "other", "amber", "birch", "--seed", "1", "--clips", "2")
+    clips = [{pair["clip"] for pair in each["pairs"].values()} for each in (made[2], key)]
+    assert page["study"] != made[1]["study"] and not clips[0] & clips[1]
 
 
 # ---------------------------------------------------------------- votes, and what cannot be used
@@ -176,9 +172,7 @@ NO_VOTES = "votes.json: is not a file of votes on this study"
     ("r.csv", "video,aspect,rating\nv,motion,3\nv,beauty,3\n", NO_RATING),
     ("c.json", '{"motion": [[2, 1], [1, 2]]}', "is not a calibration"),
     ("key.json", json.dumps(VOTES), "key.json: is not the key of a study"),
-    ("votes.json", json.dumps(VOTES | {"study": "s2"}), NO_VOTES),
-    ("votes.json", json.dumps(VOTES | {"votes": {"001": {"lip_sync": "both"}}}), NO_VOTES),
-    ("votes.json", json.dumps(VOTES | {"rater": "r2"}), "votes.json: is of the same rater as .*more.json")])
+    ("votes.json", json.dumps(VOTES | {"study": "s2"}), NO_VOTES)])
 def test_a_file_that_cannot_be_used_is_named_in_one_line(files, name, content, said):
     (files / name).write_text(content)
     read = {"r.csv": read_ratings, "c.json": load_calibration}.get(
