@@ -90,7 +90,7 @@ def test_the_shipped_network_finds_by_how_much_a_picture_is_late(shipped, batch)
         assert ((late - n).abs() <= 1).all() and ((early + n).abs() <= 1).all()
 
 
-def test_the_shipped_network_prefers_true_sound_moving_lips_and_sharp_ones(shipped, batch):
+def test_the_shipped_network_prefers_true_sound_moving_lips_sharp_ones_and_the_same_person(shipped, batch):
     frames, audio = batch
     small = nnf.interpolate(frames.flatten(0, 1), (16, 16), mode="area")
     blurred = nnf.interpolate(small, (64, 64), mode="bilinear").view_as(frames)
@@ -102,10 +102,7 @@ def test_the_shipped_network_prefers_true_sound_moving_lips_and_sharp_ones(shipp
         assert (other["sync_confidence"] < true["sync_confidence"]).all()
         assert (other["sync_own"] > true["sync_own"]).all()
         assert (true["sync_confidence"] - other["sync_confidence"]).mean() > least
-
-
-def test_the_shipped_network_knows_a_talker_from_another(shipped, batch):
-    own, other = (identity_cosine(shipped, batch[0], batch[0][:, 0].roll(shift, 0)) for shift in (0, 1))
+    own, other = (identity_cosine(shipped, frames, frames[:, 0].roll(shift, 0)) for shift in (0, 1))
     assert own.min() > 0.8 and other.mean() < 0.3
 
 
