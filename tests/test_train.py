@@ -126,24 +126,6 @@ def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_
         picks(judge_of("mute", lambda known: known[:, 0].fill_(math.nan)))
 
 
-def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
-    """Two groups of three clips, spread over the set; the judge goes away before the second."""
-    monkeypatch.setattr(train, "RATED_AT_ONCE", 3)
-    judge = judge_of("away")
-    rate = judge.rate
-
-    def away(*clips):
-        if judge.asked:
-            raise JudgeError("http://judge", "is away")
-        return rate(*clips)
-    judge.rate = away
-    with pytest.raises(JudgeError, match="is away"):
-        picks(judge)
-    judge.rate = rate
-    assert numbers(picks(judge)[0].lively) == [0, 1, 2, 3, 4, 5]
-    assert [name.split("-")[2] for name in judge.asked] == ["0", "2", "4", "1", "3", "5"]
-
-
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos):
     data = ["--data", str(videos[0]), "--crop", "none"]
     picked, clips = picks(None, *data, "--reward-sync", str(REWARD_SYNC))
@@ -398,7 +380,7 @@ def test_every_update_has_prompts_and_noise_of_its_own(finished, bright, tmp_pat
 # ---------------------------------------------------------------- too little memory
 
 FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
         BrokenProcessPool("A process in the process pool was terminated abruptly")]
 
 
