@@ -16,8 +16,9 @@ from extras.lessons import FAULTS, blur, spoil
 from extras.media import FPS
 from extras.reward_flags import make_judge
 from extras.school import save_judge, tiny_judge
-from reward import (COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, Ratings, Reward, beyond, likeness,
-                    spans, straying, temporal)
+from reward import (COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, Reward, beyond, likeness, spans, straying,
+                    temporal)
+from tiny import Bright
 
 
 @pytest.fixture(scope="module")
@@ -242,20 +243,6 @@ def test_what_lies_between_a_real_clip_and_the_codecs_view_of_it_costs_nothing(s
 
 # ---------------------------------------------------------------- the composite
 
-class Fixed:
-    """A judge with a mind of its own: what it says of a clip is the clip's brightness."""
-
-    window = 20
-
-    def __init__(self, unrated=()):
-        self.unrated = list(unrated)
-
-    def rate(self, frames, audio, names):
-        score = 1 + 4 * frames.mean((1, 2, 3, 4))
-        score[self.unrated] = math.nan
-        return Ratings(torch.stack([score, score, score], 1), torch.ones(len(frames), 3))
-
-
 def test_components_add_up_to_the_total_and_what_nobody_can_say_is_left_out(exemplars, batch):
     """Nine components at most; without a judge or a sync network theirs are no part of it."""
     frames, audio, names = batch
@@ -263,7 +250,7 @@ def test_components_add_up_to_the_total_and_what_nobody_can_say_is_left_out(exem
     scores = Reward(None, exemplars, weights)(frames, audio, frames[:, 0], names)
     assert set(scores.components) == set(weights) - {"seams"} and scores.mass is None
     torch.testing.assert_close(scores.total, sum(weights[name] * x for name, x in scores.components.items()))
-    every = Reward(Fixed(), exemplars, sync=reward.SyncNetwork(8, 8))(frames, audio, frames[:, 0], names)
+    every = Reward(Bright(), exemplars, sync=reward.SyncNetwork(8, 8))(frames, audio, frames[:, 0], names)
     assert set(every.components) == set(COMPONENTS) and len(COMPONENTS) <= 9
 
 
@@ -272,7 +259,7 @@ def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(exemplar
     frames, names = batch[0].repeat(3, 1, 1, 1, 1), list("abcdefghijkl")
     strength = torch.linspace(0.2, 2.0, 12).view(-1, 1, 1, 1, 1)
     frames = frames[:, :1] + strength * (frames - frames[:, :1])
-    rate = Reward(Fixed(), exemplars, sync=reward.SyncNetwork(8, 8))
+    rate = Reward(Bright(), exemplars, sync=reward.SyncNetwork(8, 8))
     scores = rate(frames, batch[1].repeat(3, 1), frames[:, 0], names, per_chunk=True)
     assert set(scores.per_chunk) == set(scores.components) - set(JUDGED)
     for name, chunks in scores.per_chunk.items():
@@ -285,7 +272,7 @@ def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(exemplar
 def test_long_videos_are_judged_in_windows_and_earn_their_mean(exemplars):
     """Brightness rises with time. Windows are of one width and cover every frame."""
     frames = (torch.arange(60.0) / 60).view(1, 60, 1, 1, 1).expand(1, 60, 3, 64, 64)
-    scores = Reward(Fixed(), exemplars)(frames, torch.zeros(1, 60 * 640), frames[:, 0], ["a"])
+    scores = Reward(Bright(), exemplars)(frames, torch.zeros(1, 60 * 640), frames[:, 0], ["a"])
     windows = [1 + 4 * torch.arange(a, b).float().mean() / 60 for a, b in ((0, 20), (20, 40), (40, 60))]
     assert scores.components["judge_lip_sync"].item() == pytest.approx(sum(windows).item() / 3, abs=1e-5)
     assert spans(48, None) == [(0, 48)] and spans(48, 48) == [(0, 48)] and spans(30, 48) == [(0, 30)]
@@ -297,7 +284,7 @@ def test_long_videos_are_judged_in_windows_and_earn_their_mean(exemplars):
 
 def test_calibration_maps_ratings_before_they_count(exemplars):
     frames, audio = torch.full((1, 16, 3, 64, 64), 0.5), torch.zeros(1, 16 * 640)
-    plain, mapped = (Reward(Fixed(), exemplars, calibration=c)(frames, audio, frames[:, 0], ["a"]).components
+    plain, mapped = (Reward(Bright(), exemplars, calibration=c)(frames, audio, frames[:, 0], ["a"]).components
                      for c in ({}, {"motion": ([1.0, 5.0], [2.0, 2.5])}))
     assert plain["judge_motion"].item() == pytest.approx(3)
     assert mapped["judge_motion"].item() == pytest.approx(2.25)
@@ -312,7 +299,7 @@ def test_what_is_not_a_number_names_the_clip_but_a_rating_may_be_missing(exempla
         weights = dict.fromkeys(COMPONENTS, 0.0) | {name: 1.0}
         with pytest.raises(MediaError, match=f"{names[2]}: its {name} is nan"):
             Reward(None, exemplars, weights)(broken, audio, frames[:, 0], names)
-    scores = Reward(Fixed(unrated=[2]), exemplars)(frames, audio, frames[:, 0], names)
+    scores = Reward(Bright(unrated=[2]), exemplars)(frames, audio, frames[:, 0], names)
     assert scores.total.isnan().tolist() == [False, False, True, False]
     assert torch.equal(scores.components["judge_motion"].isnan(), scores.total.isnan())
     with pytest.raises(ValueError, match="640 samples"):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import reward
 from data import write_video
 from extras import people, reward_flags
 from extras.files import MediaError
@@ -17,7 +16,7 @@ from extras.people import align, pairwise_accuracy, read_ratings, tally
 from extras.reward_flags import load_calibration
 from model import Config, Generator, save_generator
 from reward import ASPECTS
-from tiny import CONFIG
+from tiny import CONFIG, Bright
 
 
 # ---------------------------------------------------------------- agreement with people
@@ -46,16 +45,6 @@ def test_the_table_tells_agreement_and_saves_what_can_be_fitted(tmp_path):
     assert set(calibration) == {"lip_sync"}
 
 
-class Bright:
-    """A judge that rates how bright a clip is."""
-
-    window = None
-
-    def rate(self, frames, audio, names):
-        bright = frames.mean((1, 2, 3, 4))[:, None]
-        return reward.Ratings(1 + bright * torch.tensor([1.0, 2, 3]), torch.ones(len(frames), 3))
-
-
 def test_videos_that_people_rated_are_rated_by_the_judge(tmp_path, monkeypatch, capsys):
     """Six grey videos, brighter and brighter: people who like light agree with a judge that does."""
     monkeypatch.setattr(reward_flags, "make_judge", lambda args: Bright())
@@ -69,7 +58,7 @@ def test_videos_that_people_rated_are_rated_by_the_judge(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.count("1.00 [1.00, 1.00]") == 6
     x, y = load_calibration(tmp_path / "c.json")["lip_sync"]
     assert y.tolist() == [1, 1.5, 2, 2.5, 3, 3.5]
-    assert x == pytest.approx(1 + 40 / 255 * np.arange(6), abs=0.02)
+    assert (x - 1) / 4 == pytest.approx(40 / 255 * np.arange(6), abs=0.02)
 
 
 # ---------------------------------------------------------------- a study of preferences: blind and paired

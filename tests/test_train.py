@@ -4,7 +4,6 @@ controls."""
 import json
 import math
 from concurrent.futures.process import BrokenProcessPool
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +14,10 @@ import sample
 import train
 from data import Clip, Clips
 from extras.files import MediaError, fitting
-from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
 from model import Generator, load_generator
 from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync
-from tiny import ALONE, POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
+from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, logged, state
 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
 
@@ -308,24 +306,6 @@ def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
 
 
 # ---------------------------------------------------------------- updates of GRPO
-
-class Brightness:
-    """A reward with the interface of reward.Reward that anyone can compute: bright frames, and bright last
-    ones."""
-
-    def __init__(self):
-        self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
-
-    def __call__(self, frames, audio, portrait, names, per_chunk=False):
-        assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
-        assert portrait.shape == (len(frames), *frames.shape[2:]) and 0 <= frames.min() and frames.max() <= 1
-        assert not frames.requires_grad
-        self.asked.append(tuple(names))
-        components = {"bright": frames.mean((1, 2, 3, 4)), "end": frames[:, -1].mean((1, 2, 3))}
-        chunks = {"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {}
-        return SimpleNamespace(total=components["bright"] + 0.5 * components["end"], components=components,
-                               per_chunk=chunks)
-
 
 @pytest.fixture
 def bright(unmeasured, monkeypatch):
