@@ -144,10 +144,3 @@ def test_a_photo_is_cut_as_the_clips_of_the_run_unless_told(trained, given, foun
     monkeypatch.setattr(face, "frame_of", lambda pictures, path: (1, 2, 3))
     monkeypatch.setattr(face, "find_spec", lambda name: True)
     assert face.photo_square(tmp_path / "me.png", given, tmp_path) == found
-
-
-def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):
-    sound = 0.1 * torch.randn(10 * FPS, SAMPLES_PER_FRAME)
-    sound[50:75], sound[125:200] = 0, 0              # one second, three seconds
-    monkeypatch.setattr(face, "load_speech", lambda path: sound.flatten())
-    assert face.runs(face.speaks("me.wav")) == [(0, 125), (125, 200), (200, 250)]
