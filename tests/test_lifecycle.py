@@ -255,13 +255,6 @@ def test_a_log_that_was_cut_short_loses_its_last_line_and_what_comes_again(finis
     assert len(kept) == len(lines) - len(gone) and {entry["stage"] for entry in gone} == {"curation"}
 
 
-def test_the_log_is_json_that_every_reader_takes(tmp_path):
-    session.Log(tmp_path, 0.0)(loss=float("nan"), parts=[{"kl": float("inf")}, 1.5], best=-float("inf"))
-    def refuse(name): raise AssertionError(name)
-    entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
-    assert entry["loss"] is None and entry["parts"] == [{"kl": None}, 1.5] and entry["best"] is None
-
-
 # ---------------------------------------------------------------- moved
 
 def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path):
