@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data import Clip, load_speech
-from extras.report import funnel, paired, write_clips, write_report
+from extras.report import funnel, write_clips, write_report
 
 
 def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
@@ -41,13 +41,6 @@ def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
     assert row["strength_picked"] == pytest.approx(sum(abs(strength[i].item()) for i in picked) / 4)
     all_or_none = funnel({"all": torch.ones(40), "none": torch.zeros(40)}, ratings, picked)
     assert all(math.isnan(row["auc"]) for row in all_or_none)
-
-
-def test_pairs_are_subtracted_clip_by_clip():
-    made = {arm: {"psnr": torch.tensor(values)} for arm, values in (
-        ("pretrained", [1.0, 2.0]), ("other", [9.0, 9.0]), ("post-trained", [5.0, 7.0]))}
-    assert {title: metrics["psnr"].tolist() for title, metrics in paired(made).items()} == {
-        "post-trained minus pretrained": [4.0, 5.0]}
 
 
 # ---------------------------------------------------------------- the page
