@@ -15,8 +15,8 @@ import train
 from data import Clip, Clips
 from extras.files import MediaError, fitting
 from extras.talkers import FAULTS, render_talker
-from model import Generator, load_generator
-from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync
+from model import load_generator
+from reward import COMPONENTS, REWARD_SYNC, JudgeError, load_sync
 from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, logged, state
 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
@@ -139,16 +139,6 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
     assert len(logged(folder, "curation")) == len(logged(folder, "post-training")) == 1
 
 
-def test_flags_choose_the_reward():
-    args = train.parse_arguments([*TINY, "--weights", "background=2,seams=0"])
-    clips, _, _ = train.load_clips(args)
-    make = lambda args: train.make_reward(args, None, clips, clips, args.config.chunk_frames)
-    weights = {k: c.weight for k, c in COMPONENTS.items() if k[6:] not in ASPECTS and k != "seams"}
-    assert make(args).weights == weights | {"background": 2.0}
-    alone = make(train.parse_arguments([*TINY, "--reward-sync", "none"]))
-    assert alone.sync is None and "sync" not in alone.weights
-
-
 # ---------------------------------------------------------------- the stages of a whole run
 
 def test_a_run_leaves_everything_it_names_and_logs_every_step(finished):
@@ -233,13 +223,6 @@ def a_still_one(clip: Clip) -> Clip:
     truth = clip.truth and clip.truth | {
         k: clip.truth[k][:1].expand_as(clip.truth[k]) for k in ("opening", "width")}
     return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
-
-
-def test_clips_in_which_nothing_moves_are_refused():
-    args = train.parse_arguments(TINY)
-    clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
-    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
-        train.fit_codec(Generator(args.config), clips, args)
 
 
 @pytest.mark.parametrize("known", [True, False])
