@@ -29,21 +29,22 @@ def random_latents() -> train.Latents:
 
 
 def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
-    """Against a stand-in that predicts no velocity, the loss is a weighted mean square that a loop can
-    compute."""
+    """Against a stand-in that predicts half of what it is shown, the loss is a weighted mean square that a loop
+    can compute."""
     args, seen = train.parse_arguments([*TINY, "--context-noise", "0", "--batch", "16"]), {}
 
     def velocity(portrait, mel, context, noisy, sigma, heard):
         seen.update(noisy=noisy, sigma=sigma, clean=context)
-        return torch.zeros_like(noisy)
+        return noisy / 2
     error, level = train.flow_matching_loss(velocity, train.draw_batch(random_latents(), args, step=7))
     bins = train.by_noise_level(error, level)
     total, by_bin = [], [[] for _ in bins]
     for b in range(16):
         for k in range(3):
-            sigma, clean = seen["sigma"][b, 0, k].item(), seen["clean"][b, k]
-            noise = (seen["noisy"][b, 0, k] - (1 - sigma) * clean) / sigma
-            total.append(min(sigma / 0.2, 1) ** 2 * ((noise - clean) ** 2).mean().item())
+            sigma, clean, noisy = seen["sigma"][b, 0, k].item(), seen["clean"][b, k], seen["noisy"][b, 0, k]
+            noise = (noisy - (1 - sigma) * clean) / sigma
+            gap = noisy / 2 - (noise - clean)
+            total.append(min(sigma / 0.2, 1) ** 2 * (gap ** 2).mean().item())
             by_bin[int(sigma * len(bins))].append(total[-1])
     assert level.min() < 0.2 and error.flatten().tolist() == pytest.approx(total, rel=1e-4)
     for value, members in zip(bins, by_bin):
