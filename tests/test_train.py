@@ -29,7 +29,7 @@ def random_latents() -> train.Latents:
 
 
 def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
-    """Against a stand-in that predicts half of what it is shown, the loss is a weighted mean square that a loop
+    """Against a stand-in that predicts half of what it sees, the loss is a weighted mean square that a loop
     can compute."""
     args, seen = train.parse_arguments([*TINY, "--context-noise", "0", "--batch", "16"]), {}
 
