@@ -321,7 +321,14 @@ def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, 
 
 
 def test_published_weights_are_curated(finished, taste, unmeasured, tmp_path, monkeypatch):
-    """config.json and model.safetensors alone, by a name on the hub: the pretrained ones."""
+    """config.json and model.safetensors alone, by a name on the hub: the pretrained ones. Half of the six
+    clips were picked, and only these are learned from."""
+    learned_from, draw_batch = [], train.draw_batch
+
+    def noting(data, *rest):
+        learned_from.append(len(data))
+        return draw_batch(data, *rest)
+    monkeypatch.setattr(train, "draw_batch", noting)
     published = tmp_path / "published"
     published.mkdir()
     for name in "config.json", "model.safetensors":
@@ -330,6 +337,7 @@ def test_published_weights_are_curated(finished, taste, unmeasured, tmp_path, mo
     train.main(["--pretrained", "someone/talkers", *POST, "--updates", "0", "--out", str(tmp_path / "run")])
     assert same_weights(published, tmp_path / "run" / "pretrained")
     assert [e["stage"] for e in logged(tmp_path / "run") if "loss" in e] == ["curation"] * 3
+    assert learned_from == [3, 3, 3]
 
 
 # ---------------------------------------------------------------- what comes of it

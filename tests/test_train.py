@@ -15,7 +15,7 @@ import train
 from data import Clip, Clips
 from extras.files import MediaError, fitting
 from extras.talkers import FAULTS, render_talker
-from model import load_generator
+from model import Generator, load_generator
 from reward import COMPONENTS, REWARD_SYNC, JudgeError, load_sync
 from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, logged, state
 
@@ -51,13 +51,27 @@ def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
         assert value == (pytest.approx(sum(members) / len(members), abs=1e-4) if members else None)
 
 
-def test_seed_and_step_draw_the_batch():
+def test_seed_and_step_draw_the_batch_a_tenth_of_it_without_sound():
     data = random_latents()
 
-    def noise(seed, step):
-        return train.draw_batch(data, train.parse_arguments([*TINY, "--seed", f"{seed}"]), step)[4]
-    assert torch.equal(noise(0, 3), noise(0, 3))
-    assert not torch.equal(noise(0, 3), noise(1, 3)) and not torch.equal(noise(0, 3), noise(0, 4))
+    def drawn(seed, step):
+        args = train.parse_arguments([*TINY, "--batch", "1000", "--seed", f"{seed}"])
+        *_, noise, _, heard = train.draw_batch(data, args, step)
+        assert heard.float().mean().item() == pytest.approx(0.9, abs=0.03)
+        return noise
+    assert torch.equal(drawn(0, 3), drawn(0, 3))
+    assert not torch.equal(drawn(0, 3), drawn(1, 3)) and not torch.equal(drawn(0, 3), drawn(0, 4))
+
+
+def test_the_average_forgets_slowly_and_at_first_fast():
+    """After 90 steps its decay is 90 / 100 at most: of zeros and ones .1, and with a decay of .5 then .55."""
+    args = train.parse_arguments(TINY)
+    stage = train.Stage("a stage", Generator(args.config), args, 100)
+    stage.step = 90
+    stage.average["no_audio"].fill_(0), stage.model.no_audio.data.fill_(1)
+    for decay, want in (0.95, 0.1), (0.5, 0.55):
+        stage.blend(decay)
+        assert stage.average["no_audio"].mean().item() == pytest.approx(want)
 
 
 # ---------------------------------------------------------------- clips, and what the judge picks
@@ -138,6 +152,12 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
     assert {"lip_correlation", "late_correlation", "over_late", "amplitude", "offset"} <= set(arm["held_out"])
     train.main(["--resume", str(folder), "--reward-sync", str(REWARD_SYNC)])
     assert len(logged(folder, "curation")) == len(logged(folder, "post-training")) == 1
+
+
+def test_exemplars_are_the_lively_and_the_smooth_picks():
+    picked = train.Picks(torch.arange(2), ["lively"], ["smooth"])
+    run = train.Run(train.parse_arguments(TINY), None, None, [], None, picked)
+    assert train.exemplars(run) == (["lively"], ["smooth"])
 
 
 # ---------------------------------------------------------------- the stages of a whole run
