@@ -12,26 +12,15 @@ import pytest
 import torch
 
 import train
-from extras import flags, session
+from extras import session
 from extras.files import MediaError
 from extras.media import SAMPLES_PER_FRAME
-from tiny import SHAPE, flat, logged
+from tiny import SHAPE, Brightness, flat, logged
 
 ROOT = Path(train.__file__).parent
 FEW = [*SHAPE, *"--judge none --watch-clips 1 --looks 1 --rollout-steps 4 --draws 1 --micro-batch 4".split()]
 TOY = [*FEW, *"--layers 2 --batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --post-lr 1e-2 "
        "--credit chunk --clip 1e-2".split()]
-
-
-class Light:
-    """A reward of brightness, and of being unlike the portrait: both differ between the prompts' groups."""
-
-    weights, floors = {"bright": 1.0, "apart": 0.5}, {}
-
-    def __call__(self, frames, audio, portrait, names, per_chunk):
-        bright, apart = frames.mean((1, 2, 3, 4)), (frames - portrait[:, None]).abs().mean((1, 2, 3, 4))
-        return SimpleNamespace(components={"bright": bright, "apart": apart}, total=bright + 0.5 * apart,
-                               per_chunk={"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))})
 
 
 @contextmanager
@@ -62,7 +51,8 @@ def teach(out: Path) -> None:
     run.average = train.snapshot(start := train.snapshot(run.model.state_dict()))
     log = [run.advance() for _ in range(20)]
     clips = [SimpleNamespace(name=f"{i}", audio=torch.zeros(12 * SAMPLES_PER_FRAME)) for i in range(n)]
-    post = train.PostTraining("post-training", train.loaded(run.average, args), Light(), data, clips, args)
+    start_of_post = train.loaded(run.average, args)
+    post = train.PostTraining("post-training", start_of_post, Brightness(), data, clips, args)
     middle = train.snapshot(post.model.state_dict())
     for _ in range(20):
         log.append({k: v for k, v in post.advance().items() if k != "seconds_for"})
@@ -138,13 +128,6 @@ def test_a_run_of_two_processes_leaves_one_of_everything_and_goes_on_with_one(tm
     for stage in "pretraining", "curation":
         losses = [[e["loss"] for e in logged(of, stage)] for of in (tmp_path / "unbroken", folder)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3), stage
-
-
-def test_a_batch_that_cannot_be_split_is_one_clear_line(monkeypatch, capsys):
-    monkeypatch.setattr(flags, "world", lambda: 2)
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--batch", "3"])
-    assert "--batch must divide by the 2 processes, got 3" in capsys.readouterr().err.splitlines()[-1]
 
 
 if __name__ == "__main__":

@@ -174,15 +174,16 @@ def test_with_little_noise_rescoring_is_as_exact_as_rounding_lets_it_be(sampler,
 
 # ---------------------------------------------------------------- advantages
 
-def test_a_group_of_four_worked_by_hand():
+def test_two_groups_of_four_worked_by_hand():
     """sync 1 3 3 5: mean 3, std sqrt 2, z = -1.414 0 0 1.414; still -2 -2 -4 -4: mean -3, std 1,
-    z = 1 1 -1 -1; advantage = 1 z_sync + 0.5 z_still."""
-    settings = Settings(group=4)
-    value, report = advantages(scores(sync=[1., 3, 3, 5], still=[-2., -2, -4, -4], unused=[1., 2, 3, 4]),
-                               {"sync": 1.0, "still": 0.5, "unused": 0.0}, settings, chunks=2)
-    want = torch.tensor([-math.sqrt(2) + 0.5, 0.5, -0.5, math.sqrt(2) - 0.5])
-    assert value.shape == (4, 2) and torch.allclose(value, want[:, None].expand(4, 2), atol=1e-6)
-    assert report["sync"] == pytest.approx({"mean": 3, "group_std": math.sqrt(2), "flat": 0})
+    z = 1 1 -1 -1; advantage = 1 z_sync + 0.5 z_still. The second group is on another level, five times and
+    twice as wide, and has the same: a video is compared with its own group alone."""
+    made = scores(sync=[1., 3, 3, 5, 10, 20, 20, 30], still=[-2., -2, -4, -4, 0, 0, -4, -4], unused=[1.] * 8)
+    weights = {"sync": 1.0, "still": 0.5, "unused": 0.0}
+    value, report = advantages(made, weights, Settings(group=4), chunks=2)
+    want = torch.tensor([-math.sqrt(2) + 0.5, 0.5, -0.5, math.sqrt(2) - 0.5]).repeat(2)
+    assert value.shape == (8, 2) and torch.allclose(value, want[:, None].expand(8, 2), atol=1e-6)
+    assert report["sync"] == pytest.approx({"mean": 11.5, "group_std": 3 * math.sqrt(2), "flat": 0})
     assert set(report) == {"sync", "still", "total"} and report["total"]["flat"] == 0
 
 

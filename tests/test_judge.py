@@ -16,8 +16,9 @@ from extras.lessons import FAULTS, blur, spoil
 from extras.media import FPS
 from extras.reward_flags import make_judge
 from extras.school import save_judge, tiny_judge
-from reward import (COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, Ratings, Reward, beyond, likeness,
-                    spans, straying, temporal)
+from reward import (COMPONENTS, JUDGED, RUBRIC, Exemplars, Judge, Reward, beyond, likeness, spans, straying,
+                    temporal)
+from tiny import Bright
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,6 @@ def omni(request, tmp_path_factory):
     return Judge.load(folder, side=64), thinker
 
 
-def test_a_checkpoint_loads_as_its_thinker_with_every_weight(omni):
-    judge, thinker = omni
-    assert type(judge.model) is type(thinker) and judge.rubric is RUBRIC and judge.window is None
-    loaded = judge.model.state_dict()
-    assert all(torch.equal(weight, loaded[name]) for name, weight in thinker.state_dict().items())
-
-
 def test_questions_that_share_a_clip_get_the_answers_of_separate_prompts(omni, batch):
     """Keys and values of the clips are computed once, four clips at a time. All logits equal those of each
     whole prompt of each clip alone."""
@@ -92,9 +86,12 @@ def test_questions_that_share_a_clip_get_the_answers_of_separate_prompts(omni, b
                 torch.testing.assert_close(shared[clip, i], alone, atol=1e-5, rtol=0)
 
 
-def test_every_frame_and_every_sample_reach_the_model(omni, batch):
+def test_every_weight_frame_and_sample_reaches_the_model(omni, batch):
     """Two frames are 2 x 2 merged tokens; 25 tokens of sound a second; at 25 frames a second, not at 2."""
-    judge = omni[0]
+    judge, thinker = omni
+    loaded = judge.model.state_dict()
+    assert type(judge.model) is type(thinker) and judge.rubric is RUBRIC
+    assert all(torch.equal(weight, loaded[name]) for name, weight in thinker.state_dict().items())
     inputs = judge.read(to_bytes(batch[0]), batch[1], judge.questions()[0])
     assert (inputs["input_ids"] == judge.model.config.video_token_id).sum(1).tolist() == [24 * 4] * 4
     assert inputs["feature_attention_mask"].sum(1).tolist() == [48 * 4] * 4
@@ -120,19 +117,16 @@ def test_the_rating_is_the_expectation_over_the_digits(omni, batch, monkeypatch)
 
 
 def test_what_is_no_judge_is_named_in_one_line(tmp_path):
-    """Nothing at all, an empty folder, a model of text alone, and a judge that lacks a weight."""
-    (tmp_path / "empty").mkdir()
+    """Nothing at all, a model of text alone, and a judge that lacks a weight."""
     transformers.Qwen3Config(hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "text")
     save_judge(tiny_judge(), tmp_path / "cut", "a card")
     state = load_file(tmp_path / "cut" / "model.safetensors")
     state.pop("visual.merger.mlp.0.weight")
     save_file(state, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
-    for name, words in {"nothing": "cannot be loaded as a judge", "empty": "cannot be loaded as a judge",
-                        "text": "is a qwen3, which cannot watch and hear",
+    for name, words in {"nothing": "cannot be loaded as a judge", "text": "is a qwen3, which cannot watch",
                         "cut": "lacks the weights visual.merger.mlp.0.weight"}.items():
-        with pytest.raises(MediaError, match=words) as said:
+        with pytest.raises(MediaError, match=f"{words}[^\n]*$"):
             Judge.load(tmp_path / name)
-        assert "\n" not in str(said.value)
 
 
 def test_the_embedded_judge_rates_drawn_talkers_only_and_a_named_one_whatever_there_is(capsys):
@@ -142,9 +136,7 @@ def test_the_embedded_judge_rates_drawn_talkers_only_and_a_named_one_whatever_th
     assert make_judge(score.parse_arguments([*flags, "--judge", "none"])) is None
     assert capsys.readouterr().err == ""
     assert make_judge(score.parse_arguments([*flags, "--data", "my clips"])) is None
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "--judge" in said
-    assert "python -m extras.school teach --data 'my clips'" in said
+    assert "python -m extras.school teach --data 'my clips'" in capsys.readouterr().err
     named = [*flags, "--data", "my clips", "--judge", str(reward.DEFAULT_JUDGE)]
     assert isinstance(make_judge(score.parse_arguments(named)), Judge)
 
@@ -172,17 +164,15 @@ def test_temporal_measures_equal_hand_computed_values():
     torch.testing.assert_close(temporal(frames + stairs, 4)["seams"], expected, atol=1e-3, rtol=0)
 
 
-def test_straying_sees_the_still_places_only():
+def test_straying_and_what_lies_beyond_a_range_equal_hand_computed_values():
+    """Straying counts where the exemplars are still. For a range of 2 to 3: too much, too little, and a mean
+    inside of it: chunks earn what moves their video into the range."""
     portrait, still = torch.rand(1, 3, 32, 32), torch.zeros(32, 32)
     still[:, :8] = 1
     frames = portrait[:, None].repeat(1, 2, 1, 1, 1)
     frames[:, 0, :, :, 16:] = 0
     frames[:, 1, :, :, :8] += 0.1
     torch.testing.assert_close(straying(frames, portrait, still), torch.tensor([[0.0, 0.1]]))
-
-
-def test_chunks_earn_what_moves_their_video_into_the_range():
-    """By hand, for 2 to 3: too much, too little, and a mean inside of the range."""
     scores = beyond(torch.tensor([[3.0, 5.0], [1.0, 2.0], [0.0, 5.0]]), 2.0, 3.0)
     assert scores.tolist() == [[0, -2], [-1, 0], [0, 0]]
 
@@ -253,20 +243,6 @@ def test_what_lies_between_a_real_clip_and_the_codecs_view_of_it_costs_nothing(s
 
 # ---------------------------------------------------------------- the composite
 
-class Fixed:
-    """A judge with a mind of its own: what it says of a clip is the clip's brightness."""
-
-    window = 20
-
-    def __init__(self, unrated=()):
-        self.unrated = list(unrated)
-
-    def rate(self, frames, audio, names):
-        score = 1 + 4 * frames.mean((1, 2, 3, 4))
-        score[self.unrated] = math.nan
-        return Ratings(torch.stack([score, score, score], 1), torch.ones(len(frames), 3))
-
-
 def test_components_add_up_to_the_total_and_what_nobody_can_say_is_left_out(exemplars, batch):
     """Nine components at most; without a judge or a sync network theirs are no part of it."""
     frames, audio, names = batch
@@ -274,7 +250,7 @@ def test_components_add_up_to_the_total_and_what_nobody_can_say_is_left_out(exem
     scores = Reward(None, exemplars, weights)(frames, audio, frames[:, 0], names)
     assert set(scores.components) == set(weights) - {"seams"} and scores.mass is None
     torch.testing.assert_close(scores.total, sum(weights[name] * x for name, x in scores.components.items()))
-    every = Reward(Fixed(), exemplars, sync=reward.SyncNetwork(8, 8))(frames, audio, frames[:, 0], names)
+    every = Reward(Bright(), exemplars, sync=reward.SyncNetwork(8, 8))(frames, audio, frames[:, 0], names)
     assert set(every.components) == set(COMPONENTS) and len(COMPONENTS) <= 9
 
 
@@ -283,7 +259,7 @@ def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(exemplar
     frames, names = batch[0].repeat(3, 1, 1, 1, 1), list("abcdefghijkl")
     strength = torch.linspace(0.2, 2.0, 12).view(-1, 1, 1, 1, 1)
     frames = frames[:, :1] + strength * (frames - frames[:, :1])
-    rate = Reward(Fixed(), exemplars, sync=reward.SyncNetwork(8, 8))
+    rate = Reward(Bright(), exemplars, sync=reward.SyncNetwork(8, 8))
     scores = rate(frames, batch[1].repeat(3, 1), frames[:, 0], names, per_chunk=True)
     assert set(scores.per_chunk) == set(scores.components) - set(JUDGED)
     for name, chunks in scores.per_chunk.items():
@@ -296,7 +272,7 @@ def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(exemplar
 def test_long_videos_are_judged_in_windows_and_earn_their_mean(exemplars):
     """Brightness rises with time. Windows are of one width and cover every frame."""
     frames = (torch.arange(60.0) / 60).view(1, 60, 1, 1, 1).expand(1, 60, 3, 64, 64)
-    scores = Reward(Fixed(), exemplars)(frames, torch.zeros(1, 60 * 640), frames[:, 0], ["a"])
+    scores = Reward(Bright(), exemplars)(frames, torch.zeros(1, 60 * 640), frames[:, 0], ["a"])
     windows = [1 + 4 * torch.arange(a, b).float().mean() / 60 for a, b in ((0, 20), (20, 40), (40, 60))]
     assert scores.components["judge_lip_sync"].item() == pytest.approx(sum(windows).item() / 3, abs=1e-5)
     assert spans(48, None) == [(0, 48)] and spans(48, 48) == [(0, 48)] and spans(30, 48) == [(0, 30)]
@@ -308,7 +284,7 @@ def test_long_videos_are_judged_in_windows_and_earn_their_mean(exemplars):
 
 def test_calibration_maps_ratings_before_they_count(exemplars):
     frames, audio = torch.full((1, 16, 3, 64, 64), 0.5), torch.zeros(1, 16 * 640)
-    plain, mapped = (Reward(Fixed(), exemplars, calibration=c)(frames, audio, frames[:, 0], ["a"]).components
+    plain, mapped = (Reward(Bright(), exemplars, calibration=c)(frames, audio, frames[:, 0], ["a"]).components
                      for c in ({}, {"motion": ([1.0, 5.0], [2.0, 2.5])}))
     assert plain["judge_motion"].item() == pytest.approx(3)
     assert mapped["judge_motion"].item() == pytest.approx(2.25)
@@ -323,7 +299,7 @@ def test_what_is_not_a_number_names_the_clip_but_a_rating_may_be_missing(exempla
         weights = dict.fromkeys(COMPONENTS, 0.0) | {name: 1.0}
         with pytest.raises(MediaError, match=f"{names[2]}: its {name} is nan"):
             Reward(None, exemplars, weights)(broken, audio, frames[:, 0], names)
-    scores = Reward(Fixed(unrated=[2]), exemplars)(frames, audio, frames[:, 0], names)
+    scores = Reward(Bright(unrated=[2]), exemplars)(frames, audio, frames[:, 0], names)
     assert scores.total.isnan().tolist() == [False, False, True, False]
     assert torch.equal(scores.components["judge_motion"].isnan(), scores.total.isnan())
     with pytest.raises(ValueError, match="640 samples"):

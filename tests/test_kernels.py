@@ -24,7 +24,6 @@ from kernels.attention import Layout, attention, chunk_causal_mask, fused_attent
 from kernels.flow_step import STOCHASTIC, fused_step, sigma_schedule, step_coefficients, stochastic_step
 from test_grpo import SMALL
 from test_model import generator, inputs, noise_for, parallel_inputs
-from tiny import SHAPE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 ROOT = Path(__file__).parents[1]
@@ -291,14 +290,11 @@ STEP = dict(coefficients=(1.0, 1.0, 1.0), noise=X, impl="triton")
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (lambda: attention(Q, Q[:, :2], Q[:, :2]), "3 query heads"),
     (lambda: attention(Q, Q, Q, Layout(2, 3, 2)), "10 queries"),
     (lambda: attention(Q, Q, Q, TEN, impl="cuda"), "'cuda'"),
-    (lambda: sigma_schedule(0), "at least one step"),
     (lambda: flow_step.flow_step(X, X, 0.5, 0.5), "go down"),
     (lambda: stochastic_step(X, X, step_coefficients("cps", 0.7, 0.0, 0.7), noise=X), "no log-probability"),
     (lambda: stochastic_step(X, X, (1.0, 1.0, 1.0)), "either noise"),
-    (lambda: step_coefficients("euler", 0.5, 0.2, 0.7), "sampler must be"),
     (lambda: step_coefficients("cps", 0.5, 0.2, 1.1), "out of range"),
     # by name, the kernels never become PyTorch in silence
     (lambda: attention(*[Q[..., :24]] * 3, TEN, impl="triton"), "got 24|not installed"),
@@ -437,17 +433,3 @@ def test_attention_flops_are_those_of_the_dense_products_on_the_allowed_pairs():
     """One chunk, by hand: the portrait's 3 tokens see 3 keys, the sound's 2 see 5, 3 noisy 8: 43 pairs."""
     assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=False) == 2 * 3 * 4 * 32 * 43
     assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=True) == 2 * 3 * 10 * 32 * 43
-
-
-@with_triton
-def test_the_benchmark_measures_every_provider_and_the_whole():
-    """A rate is work over time: a flow step of 60 fp32 values moves 16 bytes each."""
-    results = bench.bench_flow("tiny", (2, 30), 1e12, DEVICE, compiled=False)
-    shape = (1, 2, 1, 32, Layout(2, 3, 1))
-    results += bench.bench_attention("tiny", shape, 1e14, DEVICE, torch.float32, compiled=False)
-    lines = bench.table(results).splitlines()
-    assert len(lines) == 2 + 2 * 2 + 2 * 2 and lines[-1].startswith("| attention tiny backward | triton |")
-    assert lines[-1].endswith("| 1 |")
-    assert results[0]["rate"] == pytest.approx(60 * 16 / results[0]["ms"] * 1e3)
-    made = bench.bench_whole(f"{' '.join(SHAPE)} --group 2 --prompts 2 --judge none", "torch", "cpu")
-    assert list(made)[2:] == ["ms per step", "ms per video", "ms per 8 videos", "ms per update"]

@@ -195,31 +195,13 @@ def test_a_run_starts_from_the_language_model_and_goes_on_without_it(unmeasured,
 
 # ---------------------------------------------------------------- refused
 
-def two_of_three_layers(folder):
-    language_model(folder)
-    config = (folder / "config.json").read_text()
-    language_model(folder, num_hidden_layers=2)
-    (folder / "config.json").write_text(config)
-
-
 @pytest.mark.parametrize("load, make, words", [
     (SpeechEncoder, transformers.BertConfig().save_pretrained, "is a bert, not a speech encoder"),
     (SpeechEncoder, transformers.Wav2Vec2Config(**SMALL, conv_stride=(5, 2, 2, 2, 2, 2, 1)).save_pretrained,
      "a feature of 160 samples"),
-    (SpeechEncoder, transformers.HubertModel(KINDS["hubert"]).save_pretrained,     # without what it hears by
-     "cannot be loaded as a speech encoder"),
     (trunk_shape, transformers.BertConfig().save_pretrained, "is a bert, not a language model"),
-    (trunk_shape, lambda to: language_model(to, attention_bias=True), "attention_bias True"),
-    (lambda name: load_trunk(Generator(Config(**TRUNK)), name), language_model, "width"),
-    (generator_from, two_of_three_layers, "lacks the weights layers.2")])
+    (trunk_shape, lambda to: language_model(to, attention_bias=True), "attention_bias True")])
 def test_a_model_that_cannot_be_used_is_named_with_the_reason(tmp_path, load, make, words):
     make(tmp_path)
     with pytest.raises(ValueError, match=words):
         load(str(tmp_path))
-
-
-def test_flags_that_do_not_fit_the_trunk_end_with_a_usage_line(tmp_path, capsys):
-    language_model(tmp_path)
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--init-from", str(tmp_path), "--width", "64", "--out", str(tmp_path / "run")])
-    assert "--init-from fixes --width; leave it out" in capsys.readouterr().err.splitlines()[-1]

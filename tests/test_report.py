@@ -4,7 +4,7 @@ import base64
 import json
 import math
 import re
-from html.parser import HTMLParser
+from html import unescape
 
 import imageio_ffmpeg
 import numpy as np
@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from data import Clip, load_speech
-from extras.page import code, write_page
-from extras.report import funnel, funnel_table, paired, write_clips, write_report
+from extras.report import funnel, write_clips, write_report
 
 
 def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
@@ -40,48 +39,11 @@ def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
     assert row["rated_with"] == pytest.approx([ratings[rated, aspect].mean().item() for aspect in range(3)])
     assert row["share_picked"] == sum(i in has for i in picked.tolist()) / 4
     assert row["strength_picked"] == pytest.approx(sum(abs(strength[i].item()) for i in picked) / 4)
-    assert f"{funnel_table([row])}".count("| offset |") == 1
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_fault_that_all_clips_have_or_none_has_a_row_without_an_auc():
-    rows = funnel({"all": torch.ones(5), "none": torch.zeros(5)}, torch.rand(5, 3), torch.arange(2))
-    assert [row["share"] for row in rows] == [1, 0] and all(math.isnan(row["auc"]) for row in rows)
-    assert json.loads(json.dumps(rows)) and funnel_table(rows).markdown.count("\n") == 4
-
-
-def test_pairs_are_subtracted_clip_by_clip():
-    made = {arm: {"psnr": torch.tensor(values)} for arm, values in (
-        ("pretrained", [1.0, 2.0]), ("other", [9.0, 9.0]), ("post-trained", [5.0, 7.0]))}
-    assert {title: metrics["psnr"].tolist() for title, metrics in paired(made).items()} == {
-        "post-trained minus pretrained": [4.0, 5.0]}
+    all_or_none = funnel({"all": torch.ones(40), "none": torch.zeros(40)}, ratings, picked)
+    assert all(math.isnan(row["auc"]) for row in all_or_none)
 
 
 # ---------------------------------------------------------------- the page
-
-class Reader(HTMLParser):
-    """The cells of tables, row by row, and the source of everything that is embedded."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.rows, self.sources = [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_data(self, data):
-        if self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data.strip()
-
-    def handle_endtag(self, tag):
-        if tag == "table":
-            self.rows.append([])
-
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
@@ -116,19 +78,15 @@ def test_clips_play_the_truth_beside_each_arm_above_their_names_with_sound(shown
 
 def test_the_report_is_one_file_that_embeds_what_it_shows_and_its_rows_are_those_in_markdown(shown):
     page, markdown = (shown / "report.html").read_text(), (shown / "report.md").read_text()
-    sources, rows = Reader(page).sources, [row for row in Reader(page).rows if len(row) > 1]
+    sources = re.findall('src="([^"]*)"', page)
     assert len(sources) == 4 and all(source.startswith("data:video/mp4;base64,") for source in sources)
     assert base64.b64decode(sources[1].partition(",")[2]) == (shown / "clip-2.mp4").read_bytes()
-    assert "http" not in re.sub(r'src="[^"]*"', "", page)
+    assert "http" not in re.sub('src="[^"]*"', "", page)
     assert page.index("<video") < page.index("<table") and "[clip-4.mp4](clip-4.mp4)" in markdown
-    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    rows = [[unescape(re.sub("<.*?>", "", cell)).strip() for cell in re.findall("<t[dh].*?</t[dh]>", row)]
+            for row in re.findall("<tr>.*?</tr>", page)]
+    rows = [row for row in rows if len(row) > 1]
     assert ["psnr", "31.250", "nan±nan"] in rows
     assert ["seam_ratio", "", "1.500±0.000"] in rows and ["seed", "0"] in rows
     for row in rows:
-        assert f"| {' | '.join(row)} |" in lines
-
-
-def test_a_name_that_is_no_utf_8_is_spelt_out(tmp_path):
-    write_page(tmp_path / "report", "caf\udce9", [code("--data caf\udce9")])
-    for suffix in ".md", ".html":
-        assert r"--data caf\udce9" in (tmp_path / f"report{suffix}").read_text("utf-8")
+        assert f"| {' | '.join(row)} |" in markdown.splitlines()

@@ -46,13 +46,6 @@ def test_a_window_hears_its_own_five_frames_and_15_ms_before():
         assert changed == list(range(6, last + 1))
 
 
-def test_colour_brightness_and_contrast_are_not_seen(batch):
-    net, frames = SyncNetwork(), batch[0][:2]
-    torch.testing.assert_close(net.visual(0.5 * frames + 0.3), net.visual(frames), atol=1e-4, rtol=0)
-    grey = (frames * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(2, keepdim=True)
-    torch.testing.assert_close(net.visual(grey.expand_as(frames)), net.visual(frames), atol=1e-4, rtol=0)
-
-
 # ---------------------------------------------------------------- training and files
 
 def test_a_few_steps_lower_the_loss_and_the_seed_decides_everything(clips, batch):
@@ -78,15 +71,12 @@ def test_a_saved_network_comes_back_and_a_missing_or_broken_one_is_named_in_one_
     halved = {name: weight.half().float() for name, weight in net.state_dict().items()}
     assert all(torch.equal(weight, halved[name]) for name, weight in load_sync(folder).state_dict().items())
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    for file, broken in ((weights, weights.read_bytes()[:1000]), (config, b"{"),
-                         (config, b'{"sync": {"width": 16}}'), (config, b'{"sync": {"depth": 3}}')):
-        good = file.read_bytes()
-        file.write_bytes(broken)
-        with pytest.raises(MediaError, match="is not a sync network of this version") as caught:
+    for name, broken in ("model.safetensors", b"half"), ("config.json", b'{"sync": {"depth": 3}}'):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(broken)
+        with pytest.raises(MediaError, match="is not a sync network of this version [^\n]*$"):
             load_sync(folder)
-        assert "\n" not in str(caught.value)
-        file.write_bytes(good)
+        (folder / name).write_bytes(good)
 
 
 # ---------------------------------------------------------------- the shipped one, on other talkers
@@ -100,7 +90,7 @@ def test_the_shipped_network_finds_by_how_much_a_picture_is_late(shipped, batch)
         assert ((late - n).abs() <= 1).all() and ((early + n).abs() <= 1).all()
 
 
-def test_the_shipped_network_prefers_true_sound_moving_lips_and_sharp_ones(shipped, batch):
+def test_the_shipped_network_prefers_true_sound_moving_lips_sharp_ones_and_the_same_person(shipped, batch):
     frames, audio = batch
     small = nnf.interpolate(frames.flatten(0, 1), (16, 16), mode="area")
     blurred = nnf.interpolate(small, (64, 64), mode="bilinear").view_as(frames)
@@ -112,10 +102,7 @@ def test_the_shipped_network_prefers_true_sound_moving_lips_and_sharp_ones(shipp
         assert (other["sync_confidence"] < true["sync_confidence"]).all()
         assert (other["sync_own"] > true["sync_own"]).all()
         assert (true["sync_confidence"] - other["sync_confidence"]).mean() > least
-
-
-def test_the_shipped_network_knows_a_talker_from_another(shipped, batch):
-    own, other = (identity_cosine(shipped, batch[0], batch[0][:, 0].roll(shift, 0)) for shift in (0, 1))
+    own, other = (identity_cosine(shipped, frames, frames[:, 0].roll(shift, 0)) for shift in (0, 1))
     assert own.min() > 0.8 and other.mean() < 0.3
 
 

@@ -3,9 +3,7 @@ controls."""
 
 import json
 import math
-import shutil
 from concurrent.futures.process import BrokenProcessPool
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +14,10 @@ import sample
 import train
 from data import Clip, Clips
 from extras.files import MediaError, fitting
-from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
 from model import Generator, load_generator
-from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
-from tiny import POST, TINY, WHOLE, Taste, assert_same_bits, logged, state
+from reward import COMPONENTS, REWARD_SYNC, JudgeError, load_sync
+from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, logged, state
 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
 
@@ -32,34 +29,49 @@ def random_latents() -> train.Latents:
 
 
 def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
-    """Against a stand-in that predicts no velocity, the loss is a weighted mean square that a loop can
-    compute."""
-    args, seen = train.parse_arguments([*TINY, "--context-noise", "0"]), {}
+    """Against a stand-in that predicts half of what it sees, the loss is a weighted mean square that a loop
+    can compute."""
+    args, seen = train.parse_arguments([*TINY, "--context-noise", "0", "--batch", "16"]), {}
 
     def velocity(portrait, mel, context, noisy, sigma, heard):
         seen.update(noisy=noisy, sigma=sigma, clean=context)
-        return torch.zeros_like(noisy)
+        return noisy / 2
     error, level = train.flow_matching_loss(velocity, train.draw_batch(random_latents(), args, step=7))
     bins = train.by_noise_level(error, level)
     total, by_bin = [], [[] for _ in bins]
-    for b in range(2):
+    for b in range(16):
         for k in range(3):
-            sigma, clean = seen["sigma"][b, 0, k].item(), seen["clean"][b, k]
-            noise = (seen["noisy"][b, 0, k] - (1 - sigma) * clean) / sigma
-            total.append(min(sigma / 0.2, 1) ** 2 * ((noise - clean) ** 2).mean().item())
+            sigma, clean, noisy = seen["sigma"][b, 0, k].item(), seen["clean"][b, k], seen["noisy"][b, 0, k]
+            noise = (noisy - (1 - sigma) * clean) / sigma
+            gap = noisy / 2 - (noise - clean)
+            total.append(min(sigma / 0.2, 1) ** 2 * (gap ** 2).mean().item())
             by_bin[int(sigma * len(bins))].append(total[-1])
-    assert error.flatten().tolist() == pytest.approx(total, rel=1e-4)
+    assert level.min() < 0.2 and error.flatten().tolist() == pytest.approx(total, rel=1e-4)
     for value, members in zip(bins, by_bin):
         assert value == (pytest.approx(sum(members) / len(members), abs=1e-4) if members else None)
 
 
-def test_seed_and_step_draw_the_batch():
+def test_seed_and_step_draw_the_batch_a_tenth_of_it_without_sound():
     data = random_latents()
 
-    def noise(seed, step):
-        return train.draw_batch(data, train.parse_arguments([*TINY, "--seed", f"{seed}"]), step)[4]
-    assert torch.equal(noise(0, 3), noise(0, 3))
-    assert not torch.equal(noise(0, 3), noise(1, 3)) and not torch.equal(noise(0, 3), noise(0, 4))
+    def drawn(seed, step):
+        args = train.parse_arguments([*TINY, "--batch", "1000", "--seed", f"{seed}"])
+        *_, noise, _, heard = train.draw_batch(data, args, step)
+        assert heard.float().mean().item() == pytest.approx(0.9, abs=0.03)
+        return noise
+    assert torch.equal(drawn(0, 3), drawn(0, 3))
+    assert not torch.equal(drawn(0, 3), drawn(1, 3)) and not torch.equal(drawn(0, 3), drawn(0, 4))
+
+
+def test_the_average_forgets_slowly_and_at_first_fast():
+    """After 90 steps its decay is 90 / 100 at most: of zeros and ones .1, and with a decay of .5 then .55."""
+    args = train.parse_arguments(TINY)
+    stage = train.Stage("a stage", Generator(args.config), args, 100)
+    stage.step = 90
+    stage.average["no_audio"].fill_(0), stage.model.no_audio.data.fill_(1)
+    for decay, want in (0.95, 0.1), (0.5, 0.55):
+        stage.blend(decay)
+        assert stage.average["no_audio"].mean().item() == pytest.approx(want)
 
 
 # ---------------------------------------------------------------- clips, and what the judge picks
@@ -71,15 +83,6 @@ def test_what_chooses_the_checkpoint_is_not_reported_and_neither_has_faults():
     clips, reported, watched = ({clip.name for clip in clips} for clips in parts)
     assert len(clips) == 6 and len(reported) == 3 and len(watched) == 2
     assert not clips & reported and not clips & watched and not reported & watched
-
-
-class Other(Clips):
-    """The same clips, whose truth says nonsense."""
-
-    def __getitem__(self, i):
-        clip = super().__getitem__(i)
-        clip.truth = dict.fromkeys(clip.truth, torch.tensor(math.nan))
-        return clip
 
 
 def picks(judge, *flags, change=lambda clips: clips):
@@ -102,12 +105,11 @@ def judge_of(name: str, change=lambda known: None) -> Taste:
 
 def test_the_judge_picks_by_its_ratings_alone(monkeypatch):
     """By hand: half of six clips by the sum, two exemplars each by liveliness and by motion; in whatever
-    order the clips come and whatever their truth says. They are rated once, and the CPU time of that is
-    kept."""
+    order the clips come. They are rated once, and the CPU time of that is kept."""
     monkeypatch.setattr(train, "EXEMPLARS", 2)
     monkeypatch.setattr(train, "RATED_AT_ONCE", 4)
     judge = judge_of("once")
-    for change in (lambda clips: clips, lambda clips: clips[::-1], lambda clips: Other(clips.folder)):
+    for change in (lambda clips: clips, lambda clips: clips[::-1], lambda clips: clips):
         picked, clips = picks(judge, change=change)
         assert numbers(clips[i] for i in picked.curated) == [0, 2, 4]
         assert numbers(picked.lively) == [0, 3] and numbers(picked.smooth) == [0, 2]
@@ -125,24 +127,6 @@ def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_
     assert numbers(picked.lively) == numbers(picked.smooth) == [0, 1, 2, 4, 5]
     with pytest.raises(JudgeError, match="the judge: rates none of the 6 training clips; use an"):
         picks(judge_of("mute", lambda known: known[:, 0].fill_(math.nan)))
-
-
-def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
-    """Two groups of three clips, spread over the set; the judge goes away before the second."""
-    monkeypatch.setattr(train, "RATED_AT_ONCE", 3)
-    judge = judge_of("away")
-    rate = judge.rate
-
-    def away(*clips):
-        if judge.asked:
-            raise JudgeError("http://judge", "is away")
-        return rate(*clips)
-    judge.rate = away
-    with pytest.raises(JudgeError, match="is away"):
-        picks(judge)
-    judge.rate = rate
-    assert numbers(picks(judge)[0].lively) == [0, 1, 2, 3, 4, 5]
-    assert [name.split("-")[2] for name in judge.asked] == ["0", "2", "4", "1", "3", "5"]
 
 
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos):
@@ -170,25 +154,10 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
     assert len(logged(folder, "curation")) == len(logged(folder, "post-training")) == 1
 
 
-def test_exemplars_are_the_picks_or_the_clips_of_a_folder(videos):
+def test_exemplars_are_the_lively_and_the_smooth_picks():
     picked = train.Picks(torch.arange(2), ["lively"], ["smooth"])
-    for flags in [], ["--exemplars", str(videos[0])]:
-        run = train.Run(train.parse_arguments([*TINY, *flags]), None, None, [], None, picked)
-        lively, smooth = train.exemplars(run)
-        if flags:
-            assert lively == smooth and {clip.name for clip in lively} == {f"{i}.mp4#0" for i in range(8)}
-        else:
-            assert (lively, smooth) == (["lively"], ["smooth"])
-
-
-def test_flags_choose_the_reward():
-    args = train.parse_arguments([*TINY, "--weights", "background=2,seams=0"])
-    clips, _, _ = train.load_clips(args)
-    make = lambda args: train.make_reward(args, None, clips, clips, args.config.chunk_frames)
-    weights = {k: c.weight for k, c in COMPONENTS.items() if k[6:] not in ASPECTS and k != "seams"}
-    assert make(args).weights == weights | {"background": 2.0}
-    alone = make(train.parse_arguments([*TINY, "--reward-sync", "none"]))
-    assert alone.sync is None and "sync" not in alone.weights
+    run = train.Run(train.parse_arguments(TINY), None, None, [], None, picked)
+    assert train.exemplars(run) == (["lively"], ["smooth"])
 
 
 # ---------------------------------------------------------------- the stages of a whole run
@@ -277,13 +246,6 @@ def a_still_one(clip: Clip) -> Clip:
     return Clip("still", clip.frames[:1].expand_as(clip.frames), audio, truth)
 
 
-def test_clips_in_which_nothing_moves_are_refused():
-    args = train.parse_arguments(TINY)
-    clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
-    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
-        train.fit_codec(Generator(args.config), clips, args)
-
-
 @pytest.mark.parametrize("known", [True, False])
 def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(known):
     """By hand, for clips that move: a value divided by that of the true clip."""
@@ -347,40 +309,7 @@ def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
     assert spent["GRPO without curation"]["steps"] == 4
 
 
-def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste, unmeasured, tmp_path):
-    """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation
-    took."""
-    folder = shutil.copytree(finished, tmp_path / "run")
-    name, other = "more pretraining", folder / "control" / "GRPO-without-curation" / "state.pt"
-    shutil.rmtree(folder / "control" / "more-pretraining")
-    torch.save(state(other.parent) | {"cpu_seconds": 0.2}, other)
-    before = (folder / "log.jsonl").read_text()
-    train.main(["--resume", str(folder)])
-    steps = [e["step"] for e in logged(folder, name)]
-    assert steps == [*range(1, len(steps) + 1)]                        # those of the first time are gone
-    added = [e for e in logged(folder) if "control" in e and json.dumps(e) not in before]
-    assert [e["control"] for e in added] == [name] and 0.2 <= added[0]["cpu_seconds"] < 0.8
-
-
 # ---------------------------------------------------------------- updates of GRPO
-
-class Brightness:
-    """A reward with the interface of reward.Reward that anyone can compute: bright frames, and bright last
-    ones."""
-
-    def __init__(self):
-        self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
-
-    def __call__(self, frames, audio, portrait, names, per_chunk=False):
-        assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
-        assert portrait.shape == (len(frames), *frames.shape[2:]) and 0 <= frames.min() and frames.max() <= 1
-        assert not frames.requires_grad
-        self.asked.append(tuple(names))
-        components = {"bright": frames.mean((1, 2, 3, 4)), "end": frames[:, -1].mean((1, 2, 3))}
-        chunks = {"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {}
-        return SimpleNamespace(total=components["bright"] + 0.5 * components["end"], components=components,
-                               per_chunk=chunks)
-
 
 @pytest.fixture
 def bright(unmeasured, monkeypatch):
@@ -425,32 +354,17 @@ def test_every_update_has_prompts_and_noise_of_its_own(finished, bright, tmp_pat
 # ---------------------------------------------------------------- too little memory
 
 FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
-                     "you tried to allocate 8000000000 bytes.\nError code 12"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
         BrokenProcessPool("A process in the process pool was terminated abruptly")]
 
 
-@pytest.mark.parametrize("owner, name, words", [
-    (train.FlowMatching, "take_step", "pretraining: does not fit into memory; lower --batch"),
-    (train.PostTraining, "take_step", "post-training: does not fit into memory; lower --micro"),
-    (train, "conclude", "measuring: does not fit into memory; lower --validate-clips")])
-def test_too_little_memory_is_one_line_that_says_what_to_lower(
-        unmeasured, tmp_path, monkeypatch, owner, name, words):
-    def fail(*_):
-        raise FULL[0]
-    monkeypatch.setattr(owner, name, fail)
-    updates = "1" if owner is train.PostTraining else "0"
-    with pytest.raises(MediaError, match=words) as error:
-        train.main([*WHOLE, "--steps", "1", "--curate", "0", "--updates", updates, "--out", str(tmp_path)])
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("full", FULL, ids=["cuda", "python", "cpu", "worker"])
-def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are(full):
+def test_too_little_memory_is_one_line_that_says_what_to_lower(full, unmeasured, tmp_path, monkeypatch):
+    """Other errors stay what they are."""
     def fail(*_):
         raise full
-    with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
-        rate_whole(SimpleNamespace(window=None, rate=fail), torch.zeros(1, 8, 3, 32, 32),
-                   torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
+    monkeypatch.setattr(train.FlowMatching, "take_step", fail)
+    with pytest.raises(MediaError, match="^pretraining: does not fit into memory; lower --batch[^\n]*$"):
+        train.main([*ALONE, "--out", str(tmp_path)])
     with pytest.raises(RuntimeError, match="shapes"), fitting("this", "that"):
         raise RuntimeError("shapes do not match")

@@ -1,11 +1,14 @@
-"""The smallest run that does everything, for the tests of train.py: its flags, and a judge whose ratings are
-known."""
+"""The smallest run that does everything, for the tests of train.py: its flags, and judges and a reward that
+anyone can compute."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+from extras.media import SAMPLES_PER_FRAME
 from reward import Ratings
 
 SHAPE = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 "
@@ -41,6 +44,38 @@ class Taste:
             if name.startswith("talker-0-") and "rollout" not in name:
                 score[i] = self.known[int(name.split("-")[2])]
         return Ratings(score, torch.ones_like(score))
+
+
+class Bright:
+    """A judge that rates how bright a clip is, 20 frames at once."""
+
+    window = 20
+
+    def __init__(self, unrated=()):
+        self.unrated = list(unrated)
+
+    def rate(self, frames, audio, names):
+        score = 1 + 4 * frames.mean((1, 2, 3, 4))
+        score[self.unrated] = math.nan
+        return Ratings(torch.stack([score, score, score], 1), torch.ones(len(frames), 3))
+
+
+class Brightness:
+    """A reward with the interface of reward.Reward that anyone can compute: bright frames, and bright last
+    ones."""
+
+    def __init__(self):
+        self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
+
+    def __call__(self, frames, audio, portrait, names, per_chunk=False):
+        assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
+        assert portrait.shape == (len(frames), *frames.shape[2:]) and 0 <= frames.min() and frames.max() <= 1
+        assert not frames.requires_grad
+        self.asked.append(tuple(names))
+        components = {"bright": frames.mean((1, 2, 3, 4)), "end": frames[:, -1].mean((1, 2, 3))}
+        chunks = {"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {}
+        return SimpleNamespace(total=components["bright"] + 0.5 * components["end"], components=components,
+                               per_chunk=chunks)
 
 
 def state(folder: Path, name: str = "state.pt") -> dict:
