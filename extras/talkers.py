@@ -167,8 +167,8 @@ def move(rng: np.random.Generator, who: dict, phone: np.ndarray, stress: np.ndar
 
 # name: (share of clips that have it, least strength, most). The figures are ours where no source stands.
 FAULTS = {
-    # Frames by which lips are late (a third of the clips: early). Half of VFHQ is "often out of sync"
-    # (ditto-talkinghead issue 83); LatentSync keeps clips within 6 frames.
+    # Frames by which lips are late (a third of the clips: early), on average 2.9. Half of VFHQ is "often out
+    # of sync" (ditto-talkinghead issue 83); LatentSync keeps clips within 6 frames.
     "offset": (0.88, 1, 7),
     "mumble": (0.75, 0.10, 0.60),                    # share of the lips' range that is lost; head: half
     "tremble": (0.70, 0.10, 0.80),                   # of jumps, frame by frame, by 1% and 0.7 degrees
@@ -184,7 +184,7 @@ def draw_faults(rng: np.random.Generator) -> dict[str, float]:
     for name, (share, least, most) in FAULTS.items():
         has = rng.random() < share
         strengths[name] = has * rng.uniform(least, most)
-    late = rng.integers(1, 8) * (-1 if rng.random() < EARLY else 1)
+    late = rng.integers(1, 8, 2).min() * (-1 if rng.random() < EARLY else 1)     # small ones are more common
     return strengths | {"offset": int(strengths["offset"] > 0) * int(late)}
 
 
