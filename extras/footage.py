@@ -16,8 +16,8 @@
    shifted back. All others are in time.
 4. Teach the reward's network, of another seed, on what is then in time. It also ranks clips for curation.
 
-Where held-out clips do not go together with their own sound better than with that of others, footage cannot
-teach: then sound is taken as it is. What was taught and found is kept in the cache, and done once.
+Where the network cannot tell held-out clips' own sound from another's by its depth, in a share TELLS of all
+pairs, footage cannot teach: sound is taken as it is. All is kept in the cache, so it is done once.
 
 B clips, F frames.
 """
@@ -25,7 +25,6 @@ B clips, F frames.
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +119,11 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
     for _ in range(2):
         own, others = distances(lesson(Clips(train.folder, rows, train.index), 0), every, frames)
         tells = (depth(own)[count:, None] > depth(others)[count:]).float().mean().item()
-        late = verdicts(own, others)
-        if tells < TELLS or late[:count].count(0) < LEAST_CLIPS:
+        if tells < TELLS:
             return {"tells": tells}
-        lessons, rows = rows, [row for row, by in zip(train.rows, late) if by == 0]
-        if rows == lessons:
+        late, lessons = verdicts(own, others), rows
+        rows = [row for row, by in zip(train.rows, late) if by == 0]
+        if rows == lessons or len(rows) < LEAST_CLIPS:
             break
     return {"tells": tells, "lessons": lessons, "late": late}
 
@@ -162,17 +161,17 @@ def learn(args: argparse.Namespace, judge) -> Footage | None:
     if not args.data or judge is not None or args.sync or args.reward_sync:
         return None
     train, held_out = footage_clips(args)
-    found = {"tells": 0.0}
+    found, why = {}, f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}"
     if len(train) >= LEAST_CLIPS and held_out:
         recipe = {"footage": train.folder.name, "rows": [train.rows, held_out.rows], "frames": args.frames,
                   "steps": STEPS}
         kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
             json.dumps(examine(train, held_out, args.frames))))
         found = json.loads((kept / "found.json").read_text())
+        why = (f"what {len(train)} clips teach tells own sound from another's in {found['tells']:.0%} of "
+               f"held-out pairs, and should in {TELLS:.0%}")
     if "late" not in found:
-        said = (f"sound is taken as it is: {len(train)} clips are too few to teach what goes together "
-                f"({found['tells']:.0%} of held-out pairs told apart, {TELLS:.0%} wanted); add footage")
-        print(said)
+        print(said := f"sound is taken as it is: {why}; add footage")
         return Footage((train, held_out), said)
     every = Clips(train.folder, train.rows + held_out.rows, train.index)
     late = dict(zip(every.rows, found["late"]))
