@@ -57,7 +57,8 @@ MIN_FRAMES = FPS                                     # a clip lasts at least a s
 AUDIO_SLACK = 5                                      # frames of sound a clip may lack (GRID: 0.5)
 BLANK_STD = 4.0                                      # of 255: 11 of 900 GRID clips begin plain grey
 HELD_OUT = 0.1                                       # share of the files that training never sees
-CACHE_VERSION = 5                                    # raise it when decoding changes its result
+AROUND = 15                                          # frames of sound kept before and after a clip
+CACHE_VERSION = 6                                    # raise it when decoding changes its result
 
 Crop = tuple[int, int, int] | str | None             # x, y, side; "face": where the head is; None: the centre
 
@@ -227,7 +228,9 @@ class Clips(Sequence):
     """The clips `rows` of a cache folder: `clips[i]` is a Clip, `clips[a:b]` are Clips.
 
     safetensors maps a clip's file while the clip is held: pages are read when touched, and writing to a
-    tensor never reaches the file.
+    tensor never reaches the file. A file has some sound from before and after its clip: where index["late"]
+    says by how many frames a row's sound is late, the clip has that of so many frames later, and loses frames
+    where there is none.
     """
 
     def __init__(self, folder: str | Path, rows: Sequence[int] | None = None, index: dict | None = None):
@@ -243,7 +246,12 @@ class Clips(Sequence):
             return Clips(self.folder, self.rows[i], self.index)
         row = self.rows[i]
         truth = load_file(self.folder / f"{row}.safetensors")
-        return Clip(self.index["clips"][row][0], truth.pop("frames"), truth.pop("audio"), truth or None)
+        frames, audio = truth.pop("frames"), truth.pop("audio")
+        start = int(truth.pop("before", 0)) + self.index.get("late", {}).get(row, 0)   # of the first's sound
+        lost = max(0, -start)
+        frames = frames[lost : max(lost, len(audio) // SAMPLES_PER_FRAME - start)]
+        audio = audio[(start + lost) * SAMPLES_PER_FRAME :][: len(frames) * SAMPLES_PER_FRAME]
+        return Clip(self.index["clips"][row][0], frames, audio, truth or None)
 
     @property
     def names(self) -> list[str]:
@@ -321,14 +329,16 @@ def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: Cr
         results = pool.map(attempt, range(len(names)))
         for i, (frames, sound, spans) in enumerate(tqdm(results, "decoding", len(names), unit="file")):
             source, spans = printable(names[i]), [(a, min(b, len(frames))) for a, b in spans]
-            starts = ((at, b) for a, b in spans for at in range(a, b - MIN_FRAMES + 1, length))
-            for k, (start, stop) in enumerate(starts):
-                name, clip = f"{source}#{k}", frames[start : min(start + length, stop)]
+            starts = ((a, at, b) for a, b in spans for at in range(a, b - MIN_FRAMES + 1, length))
+            for k, (first, start, end) in enumerate(starts):
+                name, clip = f"{source}#{k}", frames[start : min(start + length, end)]
                 if clip[0].std((1, 2)).max() < BLANK_STD:
                     skipped[name] = "begins with an empty picture, so it has no portrait; trim it"
                     continue
-                own = slice(start * SAMPLES_PER_FRAME, (start + len(clip)) * SAMPLES_PER_FRAME)
-                yield name, source, clip, sound[own], {}
+                before = min(AROUND, start - first)
+                end = min(start + len(clip) + AROUND, end)
+                heard = sound[(start - before) * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME]
+                yield name, source, clip, heard, {"before": np.array(before)}
             for path in parts.glob(f"{i}.*"):
                 path.unlink()
         if shown:

@@ -59,6 +59,7 @@ from data import Clip, Clips, cached, folder_clips, hear, pixels, sounds
 from extras.files import MediaError, fitting, one_line
 from extras.media import FPS
 from extras.flags import parse_arguments
+from extras.footage import footage_clips, learn
 from extras.measuring import HELD_OUT_SEED, conclude, describe, held_out_score, loaded, validate
 from extras.pretrained import load_trunk
 from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, join_processes,
@@ -110,7 +111,7 @@ def load_clips(args: argparse.Namespace, watch: int = 0) -> tuple[Clips, list[Cl
     """
     size, seed = args.config.size, HELD_OUT_SEED + args.seed
     if args.data:
-        train, held_out = folder_clips(args.data, size, args.seconds, args.crop, frames=args.frames)
+        train, held_out = args.footage.clips if args.footage else footage_clips(args)
     else:
         train = synthetic_clips(args.clips, size, args.seconds, args.seed, world=args.world)
         held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
@@ -204,7 +205,7 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
         measured = [sync_metrics(sync, pixels([clip], args.frames), sounds([clip], args.frames))
                     for clip in tqdm(clips, "rating", leave=False)]
         ratings = torch.stack([m["sync_confidence"] for m in measured]).expand(-1, len(ASPECTS))
-        spent = time.process_time() - start
+        spent = time.process_time() - start + getattr(args.footage, "cpu_seconds", 0.0)
     else:
         return Picks(torch.empty(0, dtype=torch.long), spread(clips, most), spread(clips, most))
 
@@ -572,8 +573,10 @@ def train(args: argparse.Namespace, start: float) -> None:
         raise MediaError(args.out, f"holds a run; go on with --resume {shlex.quote(str(args.out))}, choose "
                                    "another --out, or begin anew there with --overwrite")
     judge = make_judge(args) if args.curate or args.updates else None
+    reward_sync(args), measuring_sync(args)                  # all this before the minutes that would be lost
+    with rank_zero_first():
+        args.footage = learn(args, judge)
     curates, reinforces = later_stages(args, judge)
-    measuring_sync(args)                                     # all this before the minutes that would be lost
     with rank_zero_first():
         clips, held_out, watched = load_clips(args, args.watch_clips if curates or reinforces else 0)
     if not (args.resume or rank()):

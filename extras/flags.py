@@ -68,7 +68,7 @@ PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}
 GROW = {"steps", "curate_steps", "updates", "control"}
 # What is no part of a run.
 SESSION = {"config", "settings", "command", "resume", "pretrained", "further", "refit_codec", "overwrite",
-           "out", "device"}
+           "out", "device", "footage"}
 
 
 def flag(name: str) -> str:
@@ -226,7 +226,7 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
     for name, value in TRAINING[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.out = args.out or Path("runs") / args.preset
+    args.out, args.footage = args.out or Path("runs") / args.preset, None
     if str(args.out)[0] == "-":                      # in a printed command it would be a flag
         args.out = args.out.absolute()
     if args.seconds is None:

@@ -85,7 +85,7 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
     if before and before[-1] != f"{len(clips)}":
         print(f"note: this run had {before[-1]} training clips before, and has {len(clips)} now")
     log(config=asdict(args.config), seed=args.seed, parameters=parameters, clips=len(clips),
-        codec=means(codec), hardware=hardware(args.device, world()),
+        codec=means(codec), hardware=hardware(args.device, world()), sound=getattr(args.footage, "said", ""),
         command=shlex.join(["python", "train.py", *args.command]))
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(clips)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M "

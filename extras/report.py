@@ -247,6 +247,7 @@ def how_it_was_made(log: list[dict]) -> list[Part]:
     rows = {"hardware": " / ".join(machines), "seed": f"{run['seed']}",
             "generator": f"{run['parameters'] / 1e6:.2f} M parameters, {run['config']['size']} pixels",
             "minutes": f"{sum(spent.values()) / 60:.1f}"}
+    rows |= {"sound": run["sound"]} if run.get("sound") else {}
     rows |= {f"minutes of {stage}": f"{seconds / 60:.1f}" for stage, seconds in spent.items()}
     if updates:
         rows |= {f"seconds an update, {stage}": f"{np.mean([e['seconds_for'][stage] for e in updates]):.2f}"

@@ -3,7 +3,8 @@
     train.py, python -m extras.score, python -m extras.people, python -m extras.school validate
 
 What is shipped, the embedded judge and two sync networks, knows drawn talkers only. So where --judge, --sync
-or --reward-sync is not given, it means the shipped one, or, with --data, none. What a flag names is used.
+or --reward-sync is not given, it means the shipped one, or, with --data, none: but train.py teaches two sync
+networks where none of the three is given (extras/footage.py). What a flag names is used.
 """
 
 import argparse
@@ -107,7 +108,8 @@ def make_reward(args: argparse.Namespace, judge, lively: Sequence[Clip], smooth:
 
 def sync_name(name: str | None, shipped: Path, args: argparse.Namespace) -> Path | None:
     """Say which sync network a flag means."""
-    name = name or ("none" if args.data else shipped)
+    taught = getattr(vars(args).get("footage"), shipped.name, "none")        # by --data (extras/footage.py)
+    name = name or (taught if args.data else shipped)
     return None if name == "none" else Path(name)
 
 

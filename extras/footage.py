@@ -1,0 +1,186 @@
+"""Footage of people who speak: a sync network that it teaches itself finds what is out of sync.
+
+    python train.py --data me.mp4                  with no judge, and with neither --sync nor --reward-sync
+
+1. Teach a network (extras/sync.py) on the training clips. Most sound is in time, and that is what it learns.
+   So a delay that all clips share is not found: it is what goes together.
+2. Teach it anew on the clips that it finds in time. From now on it measures.
+3. Try the sound of every clip, of held-out ones too, up to 15 frames early and late. With the distances D_k
+   between lips and the sound k frames later (sample.offset_curve),
+
+       depth = median_k D_k - min_k D_k,      gain = D_0 - min_k D_k
+
+   say how well the best shift fits, and how much better it is than none. Other clips' sound, which fits at no
+   shift, tells what both are by chance: a share CHANCE of it is above the limits. A clip whose depth is below
+   is left out, as no shift fits. One that gains more than by chance from CLEAR frames or more gets its sound
+   shifted back. All others are in time.
+4. Teach the reward's network, of another seed, on what is then in time. It also ranks clips for curation.
+
+Where the network cannot tell held-out clips' own sound from another's by its depth, in a share TELLS of all
+pairs, footage cannot teach: sound is taken as it is. All is kept in the cache, so it is done once.
+
+B clips, F frames.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Clips, cached, folder_clips, pixels, sounds
+from extras.media import FPS
+from extras.sync import save_sync, train_sync
+from reward import SYNC_SHIFTS, load_sync
+from sample import offset_curve
+
+STEPS = 150                        # of each network
+LEAST_CLIPS = 20                   # a minute: fewer are not even tried
+OTHERS = 8                         # clips whose sound is tried with each picture, to know what chance gives
+CHANCE = 0.05                      # of them are above a limit
+CLEAR = 2                          # frames: the networks miss one, and so do most people
+TELLS = 0.8                        # of held-out pairs of own and another's sound, a network must rank right
+
+
+@dataclass
+class Footage:
+    """The clips of --data, and what they taught; "none" where nothing."""
+
+    clips: tuple[Clips, Clips]     # to train on, and held out
+    said: str                      # what was found
+    sync: Path | str = "none"
+    reward_sync: Path | str = "none"
+    cpu_seconds: float = 0.0       # that the reward's network took
+
+
+def footage_clips(args: argparse.Namespace) -> tuple[Clips, Clips]:
+    """Read the clips of --data, those to train on and the held-out ones."""
+    return folder_clips(args.data, args.config.size, args.seconds, args.crop, frames=args.frames)
+
+
+def lesson(clips: Clips, seed: int) -> Path:
+    """Teach a sync network on clips, once. Returns: its folder in the cache."""
+    def teach(to: Path) -> None:
+        start = time.process_time()
+        save_sync(train_sync(clips, seed, STEPS), to, clips=clips.folder.name, seed=seed)
+        (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
+
+    late = clips.index.get("late", {})
+    recipe = {"sync network": clips.folder.name, "rows": [(row, late.get(row, 0)) for row in clips.rows],
+              "seed": seed, "steps": STEPS}
+    return cached(None, recipe, teach)
+
+
+# ---- What goes together --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]:
+    """Try the sound of clips early and late. Returns: D_k of their own (B, 31) and of others' (B, n, 31)."""
+    net = load_sync(network)
+    visual, sound = [], []
+    for clip in tqdm(clips, "looking at lips", leave=False):
+        visual.append(net.visual(pixels([clip], frames)))
+        sound.append(net.sound(sounds([clip], frames)))
+    visual, sound = torch.cat(visual), torch.cat(sound)
+    others = [offset_curve(visual, sound.roll(by, 0)) for by in range(1, min(OTHERS, len(clips) - 1) + 1)]
+    return offset_curve(visual, sound), torch.stack(others, 1)
+
+
+def depth(curves: Tensor) -> Tensor:
+    """Say how well the best shift fits."""
+    return curves.median(-1).values - curves.amin(-1)
+
+
+def gain(curves: Tensor) -> Tensor:
+    """Say how much better the best shift is than none."""
+    return curves[..., SYNC_SHIFTS] - curves.amin(-1)
+
+
+def verdicts(own: Tensor, others: Tensor) -> list[int | None]:
+    """Say of each clip by how many frames its sound is late: 0 is in time, None fits at no shift."""
+    fits, gains = (of(own) > of(others).quantile(1 - CHANCE) for of in (depth, gain))
+    late = own.argmin(-1) - SYNC_SHIFTS
+    late = torch.where(gains & (late.abs() >= CLEAR), late, 0)
+    return [by if fit else None for by, fit in zip(late.tolist(), fits.tolist())]
+
+
+def examine(train: Clips, held_out: Clips, frames: int) -> dict:
+    """Teach a network, teach it anew on what it finds in time, and have that find what is late.
+
+    Returns: "tells", the share of held-out pairs that it ranks right; and, where that suffices, the rows
+    "lessons" it was taught on, and "late", the verdicts on all rows, held-out ones last.
+    """
+    rows, count = train.rows, len(train)
+    every = Clips(train.folder, train.rows + held_out.rows, train.index)
+    for _ in range(2):
+        own, others = distances(lesson(Clips(train.folder, rows, train.index), 0), every, frames)
+        tells = (depth(own)[count:, None] > depth(others)[count:]).float().mean().item()
+        if tells < TELLS:
+            return {"tells": tells}
+        late, lessons = verdicts(own, others), rows
+        rows = [row for row, by in zip(train.rows, late) if by == 0]
+        if rows == lessons or len(rows) < LEAST_CLIPS:
+            break
+    return {"tells": tells, "lessons": lessons, "late": late}
+
+
+# ---- What is done about it -----------------------------------------------------------------------------
+
+def in_time(clips: Clips, late: dict[int, int | None], frames: int) -> Clips:
+    """Shift sound back, and leave out what fits at no shift or is then too short."""
+    back = clips.index | {"late": {row: by for row, by in late.items() if by}}
+    kept = Clips(clips.folder, [row for row in clips.rows if late[row] is not None], back)
+    return kept.select(lambda i: len(kept[i].frames) >= frames)
+
+
+def told(clips: Clips, kept: set[int], late: dict[int, int | None]) -> str:
+    """Say in one line how many clips, of how many seconds, are in time, shifted back and left out."""
+    def kind(row: int) -> str:
+        if late[row] is None or row not in kept:
+            return f"left out: {'no shift fits' if late[row] is None else 'too short once shifted'}"
+        return "in time" if not late[row] else f"{'late' if late[row] > 0 else 'early'}, shifted back"
+
+    found: dict[str, list[tuple]] = {}
+    for row, count in zip(clips.rows, clips.lengths):
+        found.setdefault(kind(row), []).append((count / FPS, abs(late[row] or 0)))
+    parts = []
+    for name in sorted(found, key=lambda name: (name != "in time", name)):
+        seconds, by = zip(*found[name])
+        how = f", by {' to '.join(map(str, sorted({min(by), max(by)})))} frames" if max(by) else ""
+        parts.append(f"{len(by)} {name} ({sum(seconds):.0f} s{how})")
+    return f"sound of {len(clips)} clips: {'; '.join(parts)}"
+
+
+def learn(args: argparse.Namespace, judge) -> Footage | None:
+    """Teach networks on the clips of --data, and put the clips in time; None where a judge or a network is
+    named, or nothing is filmed."""
+    if not args.data or judge is not None or args.sync or args.reward_sync:
+        return None
+    train, held_out = footage_clips(args)
+    found, why = {}, f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}"
+    if len(train) >= LEAST_CLIPS and held_out:
+        recipe = {"footage": train.folder.name, "rows": [train.rows, held_out.rows], "frames": args.frames,
+                  "steps": STEPS}
+        kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
+            json.dumps(examine(train, held_out, args.frames))))
+        found = json.loads((kept / "found.json").read_text())
+        why = (f"what {len(train)} clips teach tells own sound from another's in {found['tells']:.0%} of "
+               f"held-out pairs, and should in {TELLS:.0%}")
+    if "late" not in found:
+        print(said := f"sound is taken as it is: {why}; add footage")
+        return Footage((train, held_out), said)
+    every = Clips(train.folder, train.rows + held_out.rows, train.index)
+    late = dict(zip(every.rows, found["late"]))
+    clips = in_time(train, late, args.frames), in_time(held_out, late, args.frames)
+    said = told(every, {row for part in clips for row in part.rows}, late)
+    print(said)
+    network = lesson(Clips(train.folder, found["lessons"], train.index), 0)
+    footage = Footage(clips, said, network)
+    if args.curate or args.updates:
+        footage.reward_sync = lesson(clips[0], 1)
+        footage.cpu_seconds = float((footage.reward_sync / "cpu_seconds").read_text())
+    return footage

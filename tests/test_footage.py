@@ -1,0 +1,149 @@
+"""What footage teaches: what is late is found and put in time, what fits nowhere is left out, nothing else is
+touched. The networks that "are taught" here are the shipped ones, which know drawn talkers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data import Clip, folder_clips, load_clip, write_video
+from extras import footage
+from extras.reward_flags import measuring_sync, reward_sync
+from extras.talkers import render_talker
+from reward import DEFAULT_SYNC, REWARD_SYNC, SyncNetwork, load_sync
+from tiny import WHOLE, logged
+
+FRAMES = 640                                         # samples of one
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, drawn) -> Path:
+    """Thirty talkers of two seconds, two of them out of sync; and two of five seconds, late and early."""
+    folder = tmp_path_factory.mktemp("footage")
+    clips = {f"{i}": clip for i, clip in enumerate(drawn[:30])}
+    clips["late6"] = replace(drawn[30], audio=drawn[30].audio.roll(6 * FRAMES))
+    clips["dubbed"] = replace(drawn[31], audio=drawn[3].audio)
+    for name, late in ("long-late5", 5), ("long-early3", -3):
+        clip = render_talker(abs(late), 6, 64, 130)
+        clips[name] = replace(clip, audio=clip.audio.roll(late * FRAMES))
+    for name, clip in clips.items():
+        write_video(folder / f"{name}.mp4", clip.frames, clip.audio)
+    return folder
+
+
+def flags(folder: Path, *more: str):
+    return train.parse_arguments(["--data", str(folder), *"--crop none --seconds 1.6".split(), *more])
+
+
+@pytest.fixture
+def taught(monkeypatch) -> list[int]:
+    """Teach by looking up a shipped network. Returns: how many clips each lesson had."""
+    lessons = []
+
+    def teach(clips, seed, steps):
+        lessons.append(len(clips))
+        return load_sync((DEFAULT_SYNC, REWARD_SYNC)[seed])
+    monkeypatch.setattr(footage, "train_sync", teach)
+    return lessons
+
+
+def by_name(parts) -> dict[str, Clip]:
+    return {clip.name: clip for part in parts for clip in part}
+
+
+@pytest.fixture
+def before(found) -> dict[str, Clip]:
+    return by_name(folder_clips(found, 64, 1.6))
+
+
+def test_late_and_early_sound_is_put_in_time_to_the_sample(found, taught):
+    """Inside a stretch a clip keeps its frames, and hears the sound of its file so many frames later. At the
+    beginning there is no earlier sound: that clip would be too short."""
+    clips = by_name(footage.learn(flags(found), None).clips)
+    for file, late, numbers in ("late6", 6, [0]), ("long-late5", 5, range(3)), ("long-early3", -3, [1, 2]):
+        whole = load_clip(found / f"{file}.mp4", 64)
+        for k in numbers:
+            clip, at = clips[f"{file}.mp4#{k}"], slice(40 * k, 40 * k + 40)
+            assert torch.equal(clip.frames, whole.frames[at])
+            heard = slice((at.start + late) * FRAMES, (at.stop + late) * FRAMES)
+            assert torch.equal(clip.audio, whole.audio[heard])
+    assert "long-early3.mp4#0" not in clips and "dubbed.mp4#0" not in clips
+
+
+def test_what_is_in_time_stays_as_it_was_and_one_line_counts_the_rest(found, before, taught, capsys):
+    footage_found = footage.learn(flags(found), None)
+    clips, said = by_name(footage_found.clips), capsys.readouterr().out.splitlines()[-1]
+    untouched = [name for name in clips if name.split(".")[0].isdigit()]
+    assert len(untouched) >= 29
+    for name in untouched:
+        assert torch.equal(clips[name].frames, before[name].frames)
+        assert torch.equal(clips[name].audio, before[name].audio)
+    assert said == footage_found.said
+    assert f"sound of {len(before)} clips: {len(untouched)} in time ({1.6 * len(untouched):.0f} s); " in said
+    assert "; 4 late, shifted back (6 s, by 5 to 6 frames); " in said
+    assert "; 2 early, shifted back (3 s, by 3 frames); " in said
+    assert "; 1 left out: too short once shifted (2 s, by 3 frames)" in said
+
+
+def test_a_second_call_teaches_nothing_and_finds_the_same(found, taught, monkeypatch, tmp_path):
+    """Three lessons: on all, on what is in time, and, for the reward, on what then is."""
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
+    first = footage.learn(flags(found), None)
+    assert len(taught) == 3 and taught[0] >= taught[2] > taught[1]
+    again = footage.learn(flags(found), None)
+    assert len(taught) == 3 and again.said == first.said
+    assert by_name(again.clips).keys() == by_name(first.clips).keys()
+    assert first.cpu_seconds == again.cpu_seconds > 0
+
+
+def test_the_run_measures_and_rewards_by_what_was_taught(found, taught):
+    args = flags(found)
+    assert measuring_sync(args) is None and reward_sync(args) is None
+    args.footage = footage.learn(args, None)
+    for net, folder in (measuring_sync(args), DEFAULT_SYNC), (reward_sync(args), REWARD_SYNC):
+        expected = load_sync(folder).state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in net.state_dict().items())
+    assert "footage" not in train.parse_arguments.__globals__["flags"](args)
+    for named in ["--sync", "none"], ["--reward-sync", str(REWARD_SYNC)]:
+        assert footage.learn(flags(found, *named), None) is None
+    assert footage.learn(args, judge := object()) is None and judge
+
+
+def test_one_command_does_all_three_stages_and_its_report_says_what_was_found(found, taught, tmp_path):
+    folder = tmp_path / "run"
+    filmed = [*"--size 64 --seconds 1.6 --crop none --data".split(), str(found)]
+    train.main([*WHOLE, *filmed, "--out", str(folder)])
+    entry, = (entry for entry in logged(folder) if "sound" in entry)
+    assert "in time" in entry["sound"] and entry["sound"] in (folder / "report.md").read_text()
+    assert len(logged(folder, "curation")) == 3 and len(logged(folder, "post-training")) == 4
+    arms = {(e["arm"], e["sampler"]): e["held_out"] for e in logged(folder) if "arm" in e}
+    assert "sync_confidence" in arms["post-trained", "ode"]
+
+
+def test_footage_that_cannot_teach_is_taken_as_it_is(videos, found, before, taught, monkeypatch, tmp_path,
+                                                     capsys):
+    """Too few clips are not even tried; and a network may have learned nothing, as an untrained one."""
+    few = footage.learn(flags(videos[0], "--seconds", "1"), None)
+    assert not taught and few.sync == few.reward_sync == "none"
+    assert "sound is taken as it is: 6 clips are too few to teach a sync network" in capsys.readouterr().out
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(footage, "train_sync", lambda *_: SyncNetwork())
+    nothing = footage.learn(flags(found), None)
+    assert "% of held-out pairs, and should in 80%; add footage" in nothing.said and nothing.sync == "none"
+    assert by_name(nothing.clips).keys() == before.keys()
+
+
+def test_limits_are_what_the_sound_of_others_exceeds_by_chance():
+    """Distances of shifts by hand. Of a hundred curves of others, ten dip by 1 and the rest by .5."""
+    def dips(**by):                                  # at k = 4: _4; at -7: m7
+        curve = torch.full((31,), 2.0)
+        for name, depth in by.items():
+            curve[15 + int(name.replace("_", "").replace("m", "-"))] -= depth
+        return curve
+    others = torch.stack([dips(_9=1.0)] * 10 + [dips(_9=0.5)] * 90).view(20, 5, 31)
+    expected = [(dips(_0=1.1), 0), (dips(_4=1.1), 4), (dips(m7=1.1), -7), (dips(_4=0.9), None),
+                (dips(), None), (dips(_1=1.1), 0), (dips(_4=1.1, _0=0.2), 0)]        # better, but by chance
+    own, late = zip(*expected)
+    assert footage.verdicts(torch.stack(own), others) == list(late)
