@@ -154,6 +154,11 @@ def offset_curve(visual: Tensor, sound: Tensor) -> Tensor:
     return torch.stack([apart(k).norm(dim=-1).mean(1) for k in range(-SYNC_SHIFTS, SYNC_SHIFTS + 1)], 1)
 
 
+def depth(curve: Tensor) -> Tensor:
+    """Say how well the best shift of an `offset_curve` (..., 31) fits: median_k D_k - min_k D_k."""
+    return curve.median(-1).values - curve.amin(-1)
+
+
 @torch.no_grad()
 def sync_metrics(net: SyncNetwork, frames: Tensor, audio: Tensor) -> dict[str, Tensor]:
     """Measure how well lips and sound go together, as SyncNet does, by a network of our own.
@@ -171,7 +176,7 @@ def sync_metrics(net: SyncNetwork, frames: Tensor, audio: Tensor) -> dict[str, T
     device = next(net.parameters()).device
     curve = offset_curve(net.visual(frames.to(device)), net.sound(audio.to(device))).cpu()
     least, best = curve.min(1)
-    return {"sync_distance": least, "sync_confidence": curve.median(1).values - least,
+    return {"sync_distance": least, "sync_confidence": depth(curve),
             "sync_offset": (SYNC_SHIFTS - best).float(), "sync_own": curve[:, SYNC_SHIFTS]}
 
 

@@ -55,7 +55,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import Clip, Clips, cached, folder_clips, hear, pixels, sounds
+from data import Clip, Clips, cached, hear, pixels, sounds
 from extras.files import MediaError, fitting, one_line
 from extras.media import FPS
 from extras.flags import parse_arguments
@@ -111,7 +111,7 @@ def load_clips(args: argparse.Namespace, watch: int = 0) -> tuple[Clips, list[Cl
     """
     size, seed = args.config.size, HELD_OUT_SEED + args.seed
     if args.data:
-        train, held_out = args.footage.clips if args.footage else footage_clips(args)
+        train, held_out = args.footage.clips if args.footage else footage_clips(args.data, args)
     else:
         train = synthetic_clips(args.clips, size, args.seconds, args.seed, world=args.world)
         held_out = list(synthetic_clips(args.validate_clips, size, args.seconds, seed))
@@ -573,7 +573,8 @@ def train(args: argparse.Namespace, start: float) -> None:
         raise MediaError(args.out, f"holds a run; go on with --resume {shlex.quote(str(args.out))}, choose "
                                    "another --out, or begin anew there with --overwrite")
     judge = make_judge(args) if args.curate or args.updates else None
-    reward_sync(args), measuring_sync(args)                  # all this before the minutes that would be lost
+    reward_sync(args)                                        # all this before the minutes that would be lost
+    measuring_sync(args)
     with rank_zero_first():
         args.footage = learn(args, judge)
     curates, reinforces = later_stages(args, judge)
@@ -637,8 +638,7 @@ def exemplars(run: Run) -> tuple[list[Clip], list[Clip]]:
     args = run.args
     if not args.exemplars:
         return run.picks.lively, run.picks.smooth
-    parts = folder_clips(args.exemplars, args.config.size, args.seconds, args.crop, frames=args.frames)
-    clips = spread([clip for part in parts for clip in part], EXEMPLARS)
+    clips = spread([clip for part in footage_clips(args.exemplars, args) for clip in part], EXEMPLARS)
     return clips, clips
 
 

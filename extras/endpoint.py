@@ -4,19 +4,22 @@
     python train.py --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-Omni-7B
 
 A clip is sent as an mp4 with its sound. The answer is one token, whose log-probabilities give the rating.
-The openai client sends a request again, in pauses of up to 8 s, until a server that restarts is back.
+The openai client retries with backoff, which bridges seconds; `patience` bridges the minutes of a restart.
 """
 
 import math
 import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
-from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from urllib.parse import urlsplit
 
 import openai
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data import to_bytes, video_uri
 from extras.files import MediaError, first_line
@@ -29,7 +32,7 @@ from reward import ASPECTS, JudgeError, Ratings, drop_unrated, expected_rating, 
 VLLM = {"mm_processor_kwargs": {"use_audio_in_video": True, "fps": FPS, "second_per_grid_ts": [2 / FPS]},
         "media_io_kwargs": {"video": {"num_frames": -1}}}
 OUTAGE = openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError      # these may pass
-TIMEOUT, PAUSE = 120.0, 8.0                          # seconds of silence, and between two tries, at most
+PAUSE = 5.0                                          # seconds between two rounds of the client's own retries
 
 
 def digit_probabilities(answer) -> Tensor:
@@ -58,52 +61,71 @@ class RemoteJudge:
 
     One worker asks all questions about a clip in turn, video first: the server finds it in its prefix cache.
 
-    Args: patience: seconds for which an endpoint that is down or busy is asked again; at_once: requests under
-          way.
+    Args: timeout: seconds of silence after which a request has failed; patience: seconds for which an
+          endpoint that is down or busy is asked again; at_once: requests under way.
     """
 
     window = None                                    # videos are judged whole
 
-    def __init__(self, url: str, model: str, patience: float = 180.0, at_once: int = 4):
+    def __init__(self, url: str, model: str, timeout: float = 120.0, patience: float = 180.0,
+                 at_once: int = 4):
         if not url.startswith(("http://", "https://")):
             raise MediaError(url, "is not the address of a judge; pass one like http://localhost:8000/v1")
-        if not 0 <= patience < 1e6:
-            raise MediaError("--judge-patience", f"must be seconds, 0 or more, got {patience}")
-        self.url, self.model, self.at_once = url, model, at_once
+        if not (timeout > 0 and patience >= 0):
+            raise MediaError("--judge-timeout and --judge-patience", "must be above 0, and at least 0")
+        self.url, self.model, self.patience, self.at_once = url, model, patience, at_once
         self.fingerprint = model                     # for a cache of its ratings
+        self.waiting = False                         # in an outage
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"             # a file ends in a newline
         try:
             host = urlsplit(url).hostname or ""
             local = host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
             http = openai.DefaultHttpxClient(trust_env=not local)                # which would name a proxy
-            self.client = openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, http_client=http,
-                                        max_retries=2 + math.ceil(patience / PAUSE))
+            self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, http_client=http)
         except Exception as error:                   # no address, or a proxy that httpx cannot use
             raise MediaError(url, f"cannot be asked: {first_line(error)}") from None
 
     def rate(self, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Ratings:
-        """Rate clips as `Judge.rate` does. Raises: JudgeError where a request fails."""
-        with ThreadPool(self.at_once) as pool:       # an error, or Ctrl-C, ends the pool
-            try:
-                answers = list(pool.imap(self.ask_all, zip(frames, audio)))
-            except openai.OpenAIError as error:
-                remedy = "check --judge-model, the key in OPENAI_API_KEY and the server"
-                if isinstance(error, OUTAGE):
-                    remedy = ("wait longer with --judge-patience, or check that the server runs and needs no "
-                              "proxy")
-                raise JudgeError(self.url, f"{reason(error)}; {remedy}") from None
-        return drop_unrated(expected_rating(torch.stack(answers)), names)
+        """Rate clips as `Judge.rate` does. Raises: JudgeError where a request fails; no other is begun."""
+        stop, pool = threading.Event(), ThreadPool(self.at_once)
+        try:
+            clips = [(i, frames[i], audio[i], stop) for i in range(len(names))]
+            answers = sorted(pool.imap_unordered(self.ask_all, clips))           # raises as soon as one fails
+            return drop_unrated(expected_rating(torch.stack([p for _, p in answers])), names)
+        except openai.OpenAIError as error:
+            remedy = "check --judge-model, the key in OPENAI_API_KEY and the server"
+            if isinstance(error, OUTAGE):
+                remedy = "wait longer with --judge-patience, or check that the server runs and needs no proxy"
+            raise JudgeError(self.url, f"{reason(error)}; {remedy}") from None
+        finally:
+            stop.set()                               # after Ctrl-C
+            pool.terminate()
 
-    def ask_all(self, clip: tuple[Tensor, Tensor]) -> Tensor:
-        """Ask all questions about one clip, frames and sound. Returns: p (aspects, digits)."""
-        frames, audio = clip
+    def ask_all(self, clip: tuple[int, Tensor, Tensor, threading.Event]) -> tuple[int, Tensor]:
+        """Ask all questions about one clip. Returns: its number, and p (aspects, digits)."""
+        i, frames, audio, stop = clip
         video = {"type": "video_url", "video_url": {"url": video_uri(to_bytes(frames.detach()).cpu(), audio)}}
-        return torch.stack([digit_probabilities(self.ask([video, {"type": "text", "text": prompt(aspect)}]))
-                            for aspect in ASPECTS])
+        answers = [self.ask([video, {"type": "text", "text": prompt(aspect)}], stop) for aspect in ASPECTS]
+        return i, torch.stack([digit_probabilities(answer) for answer in answers])
 
-    def ask(self, content: list[dict]):
-        """Send a request. Returns: the completion, or None where what came is no JSON."""
-        with suppress(ValueError):
-            return self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": content}], max_tokens=1,
-                temperature=0, logprobs=True, top_logprobs=20, extra_body=VLLM)
+    def ask(self, content: list[dict], stop: threading.Event):
+        """Send a request, and again in an outage for `patience` seconds. Returns: the completion, if any."""
+        until = time.monotonic() + self.patience
+        while not stop.is_set():
+            try:
+                answer = self.client.chat.completions.create(
+                    model=self.model, messages=[{"role": "user", "content": content}], max_tokens=1,
+                    temperature=0, logprobs=True, top_logprobs=20, extra_body=VLLM)
+                self.waiting = False
+                return answer
+            except openai.OpenAIError as error:
+                if not isinstance(error, OUTAGE) or time.monotonic() >= until:
+                    stop.set()                       # for the other workers
+                    raise
+                if not self.waiting:
+                    self.waiting = True              # of several workers one says so
+                    tqdm.write(f"note: {self.url}: {reason(error)}; asking again for {self.patience:.0f} s",
+                               file=sys.stderr)
+                stop.wait(PAUSE)
+            except ValueError:                       # what came is no JSON
+                return None

@@ -63,7 +63,8 @@ VALIDATION = [
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"      # of Config: they follow from flags of their own
 LOCAL = "data", "exemplars", "judge", "sync", "reward_sync", "calibration", "init_from"
 # What may differ from a run of before: how much at once, how long to wait, where things are, and more steps.
-LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judge_batch", "judge_patience"}
+LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judge_batch", "judge_timeout",
+         "judge_patience"}
 PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}
 GROW = {"steps", "curate_steps", "updates", "control"}
 # What is no part of a run.

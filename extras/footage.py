@@ -36,7 +36,7 @@ from data import Clips, cached, folder_clips, pixels, sounds
 from extras.media import FPS
 from extras.sync import save_sync, train_sync
 from reward import SYNC_SHIFTS, load_sync
-from sample import offset_curve
+from sample import depth, offset_curve
 
 STEPS = 150                        # of each network
 LEAST_CLIPS = 20                   # a minute: fewer are not even tried
@@ -57,9 +57,9 @@ class Footage:
     cpu_seconds: float = 0.0       # that the reward's network took
 
 
-def footage_clips(args: argparse.Namespace) -> tuple[Clips, Clips]:
-    """Read the clips of --data, those to train on and the held-out ones."""
-    return folder_clips(args.data, args.config.size, args.seconds, args.crop, frames=args.frames)
+def footage_clips(folder: str, args: argparse.Namespace) -> tuple[Clips, Clips]:
+    """Read the clips of --data or --exemplars: those to train on, and the held-out ones."""
+    return folder_clips(folder, args.config.size, args.seconds, args.crop, frames=args.frames)
 
 
 def lesson(clips: Clips, seed: int) -> Path:
@@ -88,11 +88,6 @@ def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]
     visual, sound = torch.cat(visual), torch.cat(sound)
     others = [offset_curve(visual, sound.roll(by, 0)) for by in range(1, min(OTHERS, len(clips) - 1) + 1)]
     return offset_curve(visual, sound), torch.stack(others, 1)
-
-
-def depth(curves: Tensor) -> Tensor:
-    """Say how well the best shift fits."""
-    return curves.median(-1).values - curves.amin(-1)
 
 
 def gain(curves: Tensor) -> Tensor:
@@ -160,7 +155,7 @@ def learn(args: argparse.Namespace, judge) -> Footage | None:
     named, or nothing is filmed."""
     if not args.data or judge is not None or args.sync or args.reward_sync:
         return None
-    train, held_out = footage_clips(args)
+    train, held_out = footage_clips(args.data, args)
     found, why = {}, f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}"
     if len(train) >= LEAST_CLIPS and held_out:
         recipe = {"footage": train.folder.name, "rows": [train.rows, held_out.rows], "frames": args.frames,

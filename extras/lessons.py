@@ -33,7 +33,7 @@ from grpo import Settings, drawing_step, stochastic_steps
 from model import estimate_pose, load_generator, pixel_grid, unwarp, warp
 from sample import evaluate, imitate, seeded_noise
 
-MATERIAL_FRAMES = 64                # of a clip; lessons are parts of it, so sound can be shifted
+MATERIAL_FRAMES = 64                # of a clip; lessons are windows of it, so sound can be shifted
 LESSON_FRAMES = 16, 48              # shortest and longest lesson
 SHIFT = 6                           # frames by which sound is moved at most
 REST = 0.3                          # deviation of a mouth; one that moves less is at rest
@@ -166,6 +166,11 @@ def act(face: Tensor, pose: Tensor, mouth: float, rest: float) -> Tensor:
     return warp(face[:1] + (rest + (mouth - rest) * near) * (face - face[:1]), rest * pose)
 
 
+def blur(x: Tensor, radius: float) -> Tensor:
+    """Blur (F, 3, S, S) by a Gaussian of this deviation in pixels."""
+    return gaussian_blur(x, 2 * math.ceil(2.5 * radius) + 1, radius)
+
+
 def whole(rng: torch.Generator, low: int, high: int) -> int:
     """Draw a whole number from low .. high - 1."""
     return torch.randint(low, high, (), generator=rng).item()
@@ -201,8 +206,7 @@ def spoil(fault: str, u: float, x: Tensor, mouth: Tensor, rng: torch.Generator) 
         past, w = (at - whole(rng, 2, 8)).clamp_min(0), 0.55 * u
         return (1 - w) * x + w * x[past], (1 - w) * mouth + w * mouth[past]
     if fault == "blur":
-        radius = (0.25 + 2 * u) * x.shape[-1] / 64
-        return gaussian_blur(x, 2 * math.ceil(2.5 * radius) + 1, radius), mouth
+        return blur(x, (0.25 + 2 * u) * x.shape[-1] / 64), mouth
     if fault == "noise":
         return x + 0.1 * u * normal(*x.shape), mouth
     if fault == "flicker":                           # light and tint tremble
@@ -231,7 +235,7 @@ class Lessons:
 
 def choose_sound(material: Material, voices: Material, row: int, start: int, frames: int,
                  rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Choose the sound of a part: mostly its own, or early or late, or mixed with another's, or another's.
+    """Choose the sound of a window: mostly its own, or early or late, or mixed with another's, or another's.
 
     Returns: sound (F * 640,), and the mouth that it calls for (F,).
     """
@@ -251,17 +255,17 @@ def choose_sound(material: Material, voices: Material, row: int, start: int, fra
 
 
 def make_lesson(material: Material, voices: Material, row: int, frames: int, rng: torch.Generator) -> tuple:
-    """Make one clip of known quality: which part, how lively, which sound, which fault.
+    """Make one clip of known quality: which window, how lively, which sound, which fault.
 
     Args: voices: whose sound may be heard instead. Returns: the fields of Lessons, for one clip.
     """
     start = whole(rng, 0, material.frames.shape[1] - frames + 1)
-    part = row, slice(start, start + frames)
-    x, seen = material.frames[part] / 255, material.mouth_seen[part]
+    window = row, slice(start, start + frames)
+    x, seen = material.frames[window] / 255, material.mouth_seen[window]
     lively, fault = material.lively[row].item(), material.fault[row].item()
     if material.face is not None and uniform(rng) < 0.6:         # act it, with less or more expression
         mouth, rest = uniform(rng, 0, 1.25), uniform(rng, 0, 1.25)
-        x = act(material.face[part] / 255, material.pose[part], mouth, rest)
+        x = act(material.face[window] / 255, material.pose[window], mouth, rest)
         seen = seen[0] + mouth * (seen - seen[0])
         lively = MOUTH_SHARE * min(mouth, 1) + (1 - MOUTH_SHARE) * min(rest, 1)
     if uniform(rng) < 0.1:                           # splice: for a while it does what it did at another time
@@ -282,17 +286,20 @@ def make_lesson(material: Material, voices: Material, row: int, frames: int, rng
 
 
 @torch.no_grad()
-def draw_lessons(good: Material, generated: Material | None, batch: int, seed: int,
-                 frames: int | None = None) -> Lessons:
-    """Draw a batch of one length: of good clips, and, last, three eighths in groups.
+def draw_lessons(good: Material, generated: Material | None, batch: int, seed: int, frames: int | None = None,
+                 rows: Sequence[int] | None = None) -> Lessons:
+    """Draw a batch of one length: of good clips, or given rows of them, and, last, three eighths in groups.
 
-    A group is of GROUP versions of one clip with one part, sound and fault: they differ in what was
+    A group is of GROUP versions of one clip with one window, sound and fault: they differ in what was
     generated, as those differ that GRPO compares. A seed gives the same lessons always.
     """
     rng = torch.Generator().manual_seed(seed)
     frames = frames or 2 * whole(rng, LESSON_FRAMES[0] // 2, LESSON_FRAMES[1] // 2 + 1)
     grouped = 0 if generated is None else batch * 3 // 8 // GROUP * GROUP
-    made = [make_lesson(good, good, whole(rng, 0, len(good)), frames, rng) for _ in range(batch - grouped)]
+    made = []
+    for i in range(batch - grouped):
+        row = whole(rng, 0, len(good)) if rows is None else rows[i]
+        made.append(make_lesson(good, good, row, frames, rng))
     while len(made) < batch:
         clip, same = whole(rng, 0, len(generated) // VERSIONS), whole(rng, 0, 2 ** 31)
         for version in torch.randperm(VERSIONS, generator=rng)[:GROUP].tolist():

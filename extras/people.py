@@ -4,8 +4,8 @@
     python -m extras.people study runs/one runs/other --out study     a page of pairs of videos, blind
     python -m extras.people tally votes-*.json --key study/key.json   what they preferred
 
-1. Agreement. The correlation of the judge's ratings with people's, and a monotone calibration of the judge's
-   scale to theirs, which --calibration of train.py takes.
+1. Agreement. The correlation of the judge's ratings with people's, how well people agree with people, and a
+   monotone calibration of the judge's scale to theirs, which --calibration of train.py takes.
 2. A study. Pairs of videos of two runs, same portrait, speech and noise; and its votes, with exact intervals.
 """
 
@@ -65,9 +65,20 @@ def spearman(a, b) -> float:
     return float(stats.spearmanr(a, b).statistic)
 
 
-def pairwise_accuracy(judge, truth) -> float:
-    """Share of the pairs that differ in the truth that the judge ranks alike; a tie is half right."""
-    return (1 + float(stats.somersd(truth, judge).statistic)) / 2
+def pairwise_accuracy(judge, truth, groups=None, least: float = 0.0) -> float:
+    """Share of the pairs that differ in the truth, by `least` or more, that the judge ranks alike.
+
+    A tie is half right. Args: judge, truth (n,); groups (n,): only pairs inside a group count, as in GRPO.
+    Returns: 0..1, nan without a pair.
+    """
+    judge, truth = np.asarray(judge, float), np.asarray(truth, float)
+    by_judge = judge[:, None] - judge                       # (n, n): item i against item j
+    by_truth = truth[:, None] - truth
+    counts = (by_truth != 0) & (np.abs(by_truth) >= least)
+    if groups is not None:
+        counts &= np.equal.outer(np.asarray(groups), np.asarray(groups))
+    right = (1 + np.sign(by_judge) * np.sign(by_truth)) / 2
+    return float(right[counts].mean()) if counts.any() else math.nan
 
 
 def bootstrap(statistic: Callable, *samples) -> tuple[float, float, float]:
@@ -83,6 +94,25 @@ def bootstrap(statistic: Callable, *samples) -> tuple[float, float, float]:
         draws = stats.bootstrap(samples, statistic, paired=True, vectorized=False, n_resamples=1000,
                                 method="percentile", rng=0).bootstrap_distribution
         return float(statistic(*samples)), *np.nanpercentile(draws, [2.5, 97.5]).tolist()
+
+
+def rater_ceiling(ratings: Sequence[Sequence[float]], n: int = 200) -> float:
+    """Measure how well people agree: Spearman between the means of two random halves of the raters.
+
+    Raters are anonymous, so every video's ratings are split by themselves, n times, for the mean. Half of the
+    raters are noisier than all: a judge compared with the mean of all may come out above it. Videos with one
+    rating say nothing; nan when fewer than two videos have more.
+    """
+    ratings, rng = [np.array(r, float) for r in ratings if len(r) > 1], np.random.default_rng(0)
+    if len(ratings) < 2:
+        return math.nan
+    trials = []
+    with warnings.catch_warnings():                  # halves in which all videos are equal have none
+        warnings.simplefilter("ignore")
+        for _ in range(n):
+            halves = [np.array_split(rng.permutation(r), 2) for r in ratings]
+            trials.append(spearman(*zip(*((a.mean(), b.mean()) for a, b in halves))))
+        return float(np.nanmean(trials))
 
 
 def isotonic(x, y) -> tuple[np.ndarray, np.ndarray]:
@@ -102,13 +132,14 @@ def align(scores: dict[str, Sequence[float]], ratings: RatingTable, out: Path) -
 
     Args: scores: video -> the judge's, in the order of ASPECTS. Returns: the table, to be printed.
     """
-    lines = [f"{'aspect':15}{'videos':>7}{'ratings':>9}   {'Spearman':22}pairs ranked alike"]
+    lines = [f"{'aspect':15}{'videos':>7}{'ratings':>9}   {'Spearman':22}{'pairs ranked alike':22}raters"]
     notes, calibration = [], {}
     for i, (aspect, rated) in enumerate(ratings.items()):
         judge, people = [scores[video][i] for video in rated], [np.mean(r) for r in rated.values()]
         rank, pairs = ("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(agreement, judge, people))
                        for agreement in (spearman, pairwise_accuracy))
-        lines.append(f"{aspect:15}{len(rated):7}{sum(map(len, rated.values())):9}   {rank:22}{pairs}")
+        lines.append(f"{aspect:15}{len(rated):7}{sum(map(len, rated.values())):9}   {rank:22}{pairs:22}"
+                     f"{rater_ceiling(list(rated.values())):.2f}")
         knots = np.array(isotonic(judge, people)) if len(rated) >= MIN_RATED else np.empty((2, 0))
         if knots.shape[1] > 1:                       # a single block would give every video the same reward
             calibration[aspect] = knots.tolist()
@@ -140,7 +171,8 @@ def align_judge(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- a study: let people choose
 
 STUDY_PAGE = Path(__file__).parents[1] / "assets" / "study.html"
-STUDY_SEED = 2_000_000           # drawn talkers of studies and tests: other people and speech
+CHOICES = ("left", "right", "tie")                   # of a rater, for each of ASPECTS and "overall"
+STUDY_SEED = 2_000_000           # drawn talkers of studies and exams: other people and speech
 STUDY_SECONDS = 3.0                 # of a clip, unless --max-seconds says otherwise
 STUDY_SIDE = 256                    # pixels that small pictures are enlarged to, at least half of it
 
@@ -221,19 +253,26 @@ def preferred_by_judge(pair: dict, aspect: str) -> str | None:
 def tally(paths: Sequence[Path], key_path: Path) -> str:
     """Count the votes of a study, aspect by aspect, and compare them with the judge's ratings in its key.
 
-    Intervals take every vote as independent: those of one rater, or on one pair, are not quite. Of two files
-    of one rater the last counts. Returns: the table. Raises: MediaError for what is not of this study.
+    Intervals take every vote as independent: those of one rater, or on one pair, are not quite.
+    Returns: the table. Raises: MediaError for bad files, another study's votes, a rater counted twice.
     """
-    key = read_json(key_path, "the key of a study", lambda k: k["pairs"] and k["a"] and k["b"])
-    raters, votes = {}, {aspect: [] for aspect in (*ASPECTS, "overall")}         # (a, b or tie; the judge's)
+    aspects = (*ASPECTS, "overall")
+    key = read_json(key_path, "the key of a study", lambda k: {k["study"], k["a"], k["b"]} and all(
+        {pair["left"], pair["right"]} == {"a", "b"} for pair in k["pairs"].values()))
+    raters = {}
+    votes = {aspect: [] for aspect in aspects}       # (a, b or tie; what the judge prefers)
     for path in paths:
-        read = read_json(path, "a file of votes on this study", lambda v: (
-            v["rater"] and v["study"] == key["study"] and v["votes"].keys() <= key["pairs"].keys()))
-        raters[read["rater"]] = read["votes"]
-    for name, choices in (vote for of_rater in raters.values() for vote in of_rater.items()):
-        pair = key["pairs"][name]
-        for aspect, choice in choices.items():
-            votes[aspect].append((pair.get(choice, "tie"), preferred_by_judge(pair, aspect)))
+        read = read_json(path, "a file of votes on this study", lambda v: v["rater"] and (
+            v["study"] == key["study"] and v["votes"].keys() <= key["pairs"].keys()
+            and all(aspect in aspects and choice in CHOICES
+                    for choices in v["votes"].values() for aspect, choice in choices.items())))
+        if read["rater"] in raters:
+            raise MediaError(path, f"is of the same rater as {raters[read['rater']]}; leave one out")
+        raters[read["rater"]] = path
+        for name, choices in read["votes"].items():
+            pair = key["pairs"][name]
+            for aspect, choice in choices.items():
+                votes[aspect].append((pair.get(choice, "tie"), preferred_by_judge(pair, aspect)))
     lines = [f"{len(raters)} raters, {len(key['pairs'])} pairs; a: {key['a']}, b: {key['b']}; 95% intervals",
              f"{'':15}{'a':>5}{'b':>5}{'no difference':>15}   {'a wins of a + b':24}the judge chooses alike"]
     for aspect, cast in votes.items():
@@ -267,8 +306,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     studies.add_argument("--seed", type=int, default=0, help="of clips, noise and sides (%(default)s)")
     studies.add_argument("--max-seconds", type=float, default=STUDY_SECONDS, help="of a clip (%(default)s)")
     for c in aligns, studies:
-        crop = "face" if c is studies else "none"
-        c.add_argument("--crop", type=crop_argument, default=crop, help=CROP_HELP)
+        c.add_argument("--crop", type=crop_argument, default="face" if c is studies else "none", help=CROP_HELP)
         c.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
         reward_flags.judge_flags(c)
     args = p.parse_args(argv)

@@ -34,9 +34,13 @@ def judge_flags(p: argparse.ArgumentParser) -> list[str]:
         g.add_argument("--judge-url", metavar="URL", help="ask an OpenAI-compatible endpoint, "
                        "http://host:port/v1, instead"),
         g.add_argument("--judge-model", metavar="NAME", help="the model's name at that endpoint"),
+        g.add_argument("--judge-timeout", type=float, default=120.0, metavar="SECONDS", help="of its silence "
+                       "after which a request is sent again (%(default)g)"),
         g.add_argument("--judge-patience", type=float, default=180.0, metavar="SECONDS", help="for which an "
                        "endpoint that is down or busy is waited for; then the run is saved and stops "
                        "(%(default)g)"),
+        g.add_argument("--judge-dtype", choices=("float32", "bfloat16", "float16"), help="(its own, else "
+                       "float32 on a CPU and bfloat16 elsewhere)"),
         g.add_argument("--judge-size", type=int, metavar="S", help="pixels per side at which it sees frames "
                        "(its own)"),
         g.add_argument("--judge-batch", type=int, default=8, help="clips at once, or requests under way "
@@ -55,7 +59,8 @@ def make_judge(args: argparse.Namespace):
         if not args.judge_model:
             raise MediaError("--judge-url", "needs --judge-model, the model's name at that server")
         from extras.endpoint import RemoteJudge      # here alone: it needs the openai client
-        return RemoteJudge(args.judge_url, args.judge_model, args.judge_patience, args.judge_batch)
+        return RemoteJudge(args.judge_url, args.judge_model, args.judge_timeout, args.judge_patience,
+                           args.judge_batch)
     if args.judge == "none":
         return None
     if args.judge == "default" and args.data:
@@ -65,7 +70,8 @@ def make_judge(args: argparse.Namespace):
         return None
     name = DEFAULT_JUDGE if args.judge == "default" else args.judge
     size = {"side": args.judge_size} if args.judge_size else {}
-    return Judge.load(name, device=args.device, batch=args.judge_batch, offload=args.judge_offload, **size)
+    return Judge.load(name, args.judge_dtype, batch=args.judge_batch, device=args.device,
+                      offload=args.judge_offload, **size)
 
 
 # ---------------------------------------------------------------- the reward
@@ -131,11 +137,13 @@ def reward_sync(args: argparse.Namespace) -> SyncNetwork | None:
 
 
 def read_json(path: Path, what: str, complete: Callable[[dict], bool]) -> dict:
-    """Read a JSON file. Raises: MediaError where it is broken, or `complete` does not hold of it."""
+    """Read a JSON file. Raises: MediaError where it is missing, broken, or `complete` does not hold of it."""
     try:
         read = json.loads(path.read_text())
         if not complete(read):
             raise ValueError("something is missing or misspelt")
+    except OSError as error:
+        raise MediaError(path, f"cannot be read ({error.strerror}); name {what}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MediaError(path, f"is not {what} ({str(error)[:80]}); save it again") from None
     return read
@@ -144,8 +152,10 @@ def read_json(path: Path, what: str, complete: Callable[[dict], bool]) -> dict:
 def load_calibration(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Read a calibration that extras/people.py fitted. Raises: MediaError if it is anything else."""
     def increasing(knots):
-        x, y = np.array(knots, float)
-        return x.size and (np.diff(x) > 0).all() and (np.diff(y) > 0).all()
+        knots = np.array(knots, float)
+        if knots.ndim != 2 or len(knots) != 2 or not knots.size:
+            return False
+        return np.isfinite(knots).all() and (np.diff(knots) > 0).all()
 
     read = read_json(Path(path), "a calibration that extras.people align wrote",
                      lambda c: c and set(c) <= set(ASPECTS) and all(map(increasing, c.values())))
@@ -163,7 +173,7 @@ def table(rewarded: reward.Reward, columns: dict[str, Scores]) -> str:
     lines.append(f"{'total':22}{totals}           sum of weight * component: more is better")
     if unrated := sum(scores.total.isnan().sum().item() for scores in columns.values()):
         lines.append(f"unrated videos, in no mean of ratings and totals: {unrated}")
-    if masses := [s.mass for s in columns.values() if s.mass is not None]:
+    if masses := [s.mass for s in columns.values() if getattr(s, "mass", None) is not None]:
         least = min(mass.min().item() for mass in masses)
         lines.append(f"the judge answers with digits, probability {least:.3f} or more")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""School: how the embedded judge is taught and tried; and the command that trains a sync network.
+"""School: how the embedded judge is taught, examined and tried; and the command that trains a sync network.
 
     python -m extras.school teach [--data DIR]         teach the judge, on drawn talkers or your clips
     python -m extras.school validate [--judge NAME]    can this judge hear, see and tell? on your clips?
@@ -15,8 +15,10 @@ B clips, F frames.
 
 import argparse
 import json
+import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -34,7 +36,7 @@ from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras import reward_flags
 from extras.lessons import (FAULTS, GROUP, LESSON_FRAMES, MATERIAL_FRAMES, VERSIONS, Lessons, Material, act,
                             draw_lessons, generated_material, good_material, spoil, whole)
-from extras.people import STUDY_SEED, bootstrap
+from extras.people import STUDY_SEED, bootstrap, pairwise_accuracy, spearman
 from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
 from reward import ASPECTS, Judge
@@ -248,17 +250,39 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
 def save_judge(judge: Judge, folder: Path, card: str) -> None:
     """Write the judge as transformers does; beside it judge.json (rubric, pixels, window, dtype: what counts
     are differences that bf16 would round away) and the card."""
-    judge.model.half().save_pretrained(folder)
-    judge.model.float()
-    judge.processor.save_pretrained(folder)
-    own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
-    (folder / "judge.json").write_text(json.dumps(own, indent=1) + "\n")
-    (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        judge.model.half().save_pretrained(temporary)
+        judge.model.float()
+        judge.processor.save_pretrained(temporary)
+        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
+        Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
+        Path(temporary, "README.md").write_text(card, "utf-8", "backslashreplace")
+        for path in Path(temporary).iterdir():
+            os.replace(path, folder / path.name)
 
 
 # ---------------------------------------------------------------- is a judge to be trusted?
 
 TRUSTED = 0.8                       # share of pairs that a judge must rank right, of each kind
+
+
+def exam(judge, good: Material, groups: int, of: int = 8) -> dict[str, tuple[tuple, tuple]]:
+    """Compare ratings of fresh lessons, `of` made from each of `groups` clips, with their quality.
+
+    Returns: aspect -> Spearman over all clips, and the share of pairs, made from one clip and at least half a
+    point apart, that are ranked right, as in GRPO's groups; each as (value, low, high) with a 95% interval.
+    """
+    score, quality = [], []
+    for g in range(groups):
+        lessons = draw_lessons(good, None, of, 99 * 1_000_003 + g, LESSON_FRAMES[1], [g % len(good)] * of)
+        names = [f"lesson {g}.{i}" for i in range(of)]
+        score.append(judge.rate(lessons.frames / 255, lessons.audio, names).score)
+        quality.append(lessons.quality)
+    group = torch.arange(groups).repeat_interleave(of)
+    pairs = lambda s, q, g: pairwise_accuracy(s, q, g, least=0.5)
+    return {aspect: (bootstrap(spearman, s, q), bootstrap(pairs, s, q, group))
+            for aspect, s, q in zip(ASPECTS, torch.cat(score).T, torch.cat(quality).T)}
 
 
 def spoilt_in_known_ways(good: Material) -> Iterator[tuple[str, str, Tensor, Tensor]]:
@@ -316,18 +340,16 @@ def battery(judge, good: Material) -> str:
 # ---------------------------------------------------------------- command line
 
 SIDE = 64                           # pixels that the embedded judge sees
-JUDGE_CLIPS, SYNC_CLIPS, EXAM_CLIPS = 1500, 1000, 64          # drawn talkers to teach on, and to try on
+JUDGE_CLIPS, SYNC_CLIPS, EXAM_CLIPS = 1500, 1000, 64          # drawn talkers to teach on, and to examine
 
 CARD = """# The embedded judge
 
 A Qwen2.5-Omni thinker that knows no language but its rubric (judge.json) and no clips but those like its
 training data: {data}. Made by `{command}`.
 
-How often it rates {clips} held-out clips higher than the same clips spoilt in known ways, with 95% intervals:
+Agreement with the quality of fresh held-out lessons (64 clips, 8 variants each; 95% intervals):
 
-```
 {table}
-```
 
 The lessons are graded faults, not ratings of people. It is for experiments and does not measure people.
 """
@@ -348,11 +370,13 @@ def train_judge(args: argparse.Namespace) -> None:
     generated = generated_material(args.generator, clips, args.seed) if args.generator else None
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
     teach(judge, good, generated, args.steps, args.tower_steps, seed=args.seed)
-    table = battery(judge, good_material(held_out))
+    table = "| aspect | Spearman | pairs of one clip ranked right |\n|---|---|---|"
+    for aspect, cells in exam(judge, good_material(held_out), EXAM_CLIPS).items():
+        table += f"\n| {aspect} |" + "".join(" {:.3f} ({:.3f} to {:.3f}) |".format(*cell) for cell in cells)
     data = f"{len(good)} clips of {args.data}" if args.data else f"{len(good)} drawn talkers"
     data += f", and {len(generated)} clips made by early generators" if generated else ""
     command = shlex.join(["python", "-m", "extras.school", *sys.argv[1:]])
-    save_judge(judge, args.out, CARD.format(data=data, command=command, clips=len(held_out), table=table))
+    save_judge(judge, args.out, CARD.format(data=data, command=command, table=table))
     print(f"{table}\n{args.out}: the judge and its card; to use it: --judge {args.out}")
 
 

@@ -5,6 +5,7 @@ by one column a frame, so that a decoded frame says which one it is.
 """
 
 import os
+import re
 import subprocess
 import time
 from functools import partial
@@ -14,7 +15,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from safetensors import SafetensorError
 
 import data
 from extras.media import normalise_loudness
@@ -80,6 +82,10 @@ def picture(path: Path) -> torch.Tensor:
     return data.load_portrait(path, 64)
 
 
+def blank(*size: int, mode: str = "RGB"):
+    return lambda path: Image.new(mode, size).save(path)
+
+
 def cut(path: Path) -> None:
     """Save the first two thirds of a file that was whole."""
     if path.suffix == ".mp4":
@@ -107,16 +113,19 @@ def sound(*arguments):
 
 
 @pytest.mark.parametrize("load, name, make, words", [
-    (picture, "8px.png", lambda path: Image.new("RGB", (8, 8)).save(path), "too few"),
+    (picture, "8px.png", blank(8, 8), "too few"), (picture, "strip.png", blank(40, 900), "strip"),
+    (picture, "200_megapixels.png", blank(20000, 10000, mode="1"), "20000x10000 are too many"),
     (picture, "cut.png", cut, "truncated"), (picture, "text.png", b"hello", "not a picture"),
     (picture, "phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC; export it"),
     (data.load_speech, "silence.wav", sound(SILENCE), "is silent"),
+    (data.load_speech, "10ms.wav", sound(SPEECH, "-t", 0.01), "10 ms"),
     (data.load_speech, "no_audio.mp4", lambda path: ffmpeg(*clock(), path), "no audio track"),
+    (data.load_speech, "riff.wav", b"RIFF", "not audio or video"),
     (data.load_speech, "empty.wav", b"", "is empty"),
     (data.load_speech, "missing.wav", None, "does not exist"),
     (clip, "cut.mp4", cut, "is cut off"), (clip, "sound.mp4", sound(SPEECH), "no video track"),
     (clip, "short.mp4", video(seconds=0.2), "a clip needs 25"),
-    (folder, "texts", texts, "none of its 1 videos")])
+    (folder, "nowhere", None, "is not there"), (folder, "texts", texts, "none of its 1 videos")])
 def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, name, make, words):
     path = tmp_path / name
     if isinstance(make, bytes):
@@ -133,7 +142,8 @@ def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, na
 
 @pytest.mark.parametrize("name, fps, extra", [
     ("a.mkv", "24000/1001", []),
-    ("vfr.mp4", "25", ["-vf", "select='not(mod(n,3))+lt(n,20)+eq(n,74)'", "-fps_mode", "vfr"])])
+    ("vfr.mp4", "25", ["-vf", "select='not(mod(n,3))+lt(n,20)+eq(n,74)'", "-fps_mode", "vfr"]),
+    ("anamorphic.mp4", "25", ["-vf", "scale=64:96,setsar=2"])])    # pixels twice as wide as high
 def test_frame_f_shows_the_time_f_over_25_whatever_the_file_s_rate(tmp_path, name, fps, extra):
     """75 frames; the clock reads f / 25 s to within a frame of the source, once its bar is in the square."""
     shown = clip(make_video(tmp_path / name, *extra, fps=fps))
@@ -157,22 +167,53 @@ def test_missing_sound_is_padded_if_it_starts_late_or_lacks_little_and_else_cuts
     assert not got.audio[silent].abs().gt(0.01).any() and got.audio[16500:25600].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("matrix, extent, width, tagged", [
-    ("bt709", "pc", 320, True), ("bt709", "tv", 1280, False), ("bt601", "tv", 320, False)])
-def test_a_video_shows_its_colours(tmp_path, matrix, extent, width, tagged):
-    """Full range as tagged, and untagged pictures by their size: skin and lips come out within 8."""
-    height, shown = width * 9 // 16, np.array([(224, 172, 140), (220, 40, 40)])
-    stripes = np.repeat(shown[None].astype(np.uint8), width // 2, 1).repeat(height, 0)
-    primaries, matrix_tag, range_tag = ("bt709", matrix, extent) if tagged else ["unknown"] * 3
-    tags = f"color_primaries={primaries}:color_trc={primaries}:colorspace={matrix_tag}:range={range_tag}"
-    subprocess.run([FFMPEG, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}",
+SHOWN = np.array([(224, 172, 140), (220, 40, 40), (128, 128, 128), (255, 255, 255)])       # skin, lips, greys
+WIDE = np.array([[.6274, .3293, .0433], [.0691, .9195, .0114], [.0164, .0880, .8956]])     # BT.709 to BT.2020
+
+
+def stored(transfer: str) -> np.ndarray:
+    """SHOWN as a file stores them, (4, 3) in [0, 1]: white is 203 cd/m2 where range is high (BT.2408)."""
+    if transfer == "bt709":
+        return SHOWN / 255
+    nits = 203 * (SHOWN / 255) ** 2.4 @ WIDE.T
+    if transfer == "smpte2084":
+        y = (nits / 10000) ** 0.1593017578125
+        return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+    scene = nits / 1000 / (nits / 1000 @ [0.2627, 0.678, 0.0593])[:, None] ** (0.2 / 1.2)
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene),
+                    0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)
+
+
+@pytest.mark.parametrize("matrix, tags, extent, width", [
+    ("bt709", ("bt709", "bt709"), "pc", 320),
+    ("bt709", None, "tv", 1280), ("bt601", None, "tv", 320),
+    ("bt2020nc", ("bt2020", "smpte2084"), "tv", 320), ("bt2020nc", ("bt2020", "arib-std-b67"), "tv", 320)])
+def test_a_video_shows_its_colours_in_srgb(tmp_path, matrix, tags, extent, width):
+    """Full and limited range, untagged large and small pictures, PQ and HLG of wide gamut: within 8."""
+    height = width * 9 // 16
+    stripes = np.repeat(stored(tags[1] if tags else "bt709")[None], width // 4, 1).repeat(height, 0)
+    primaries, transfer, *rest = (*tags, matrix, extent) if tags else ["unknown"] * 4
+    params = f"color_primaries={primaries}:color_trc={transfer}:colorspace={rest[0]}:range={rest[1]}"
+    subprocess.run([FFMPEG, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb48le", "-s", f"{width}x{height}",
                     "-r", "25", "-i", "-", "-f", "lavfi", "-i", SPEECH, "-shortest", "-vf",
-                    f"scale=out_color_matrix={matrix}:out_range={extent},format=yuv444p,"
-                    f"setparams={tags}", "-c:v", "libx264", "-preset", "ultrafast", "-crf", "8",
-                    tmp_path / "a.mp4"], input=stripes.tobytes() * 25, check=True)
-    frame = clip(tmp_path / "a.mp4").frames[5].float()                                       # (3, 32, 32)
-    for column, colour in zip((5, 27), shown):
-        assert (frame[:, 16, column] - torch.tensor(colour)).abs().max() <= 8
+                    f"scale=out_color_matrix={matrix}:out_range={extent},format=yuv444p10le,"
+                    f"setparams={params}",
+                    "-c:v", "libx264", "-crf", "8", "-preset", "ultrafast", tmp_path / "a.mp4"],
+                   input=(stripes * 65535).round().astype("<u2").tobytes() * 25, check=True)
+    frame = data.load_clip(tmp_path / "a.mp4", 90, crop=(0, 0, height)).frames[5].float()    # (3, 90, 90)
+    step = 90 * width // 4 // height                         # a stripe in it; the first two are whole
+    for i in (0, 1):
+        assert (frame[:, 45, i * step + step // 2] - torch.tensor(SHOWN[i])).abs().max() <= 8
+
+
+def test_an_interlaced_video_has_no_combs(tmp_path):
+    """A bar that moves 4 pixels a field has, in a frame, the same edge in rows that are neighbours."""
+    bar = "geq=lum='if(lt(X,mod(200*T,128)),200,30)':cb=128:cr=128"
+    ffmpeg("-f", "lavfi", "-i", f"color=black:s=128x96:r=50:d=2,format=yuv420p,{bar},"
+           "tinterlace=interleave_top,setfield=tff", "-f", "lavfi", "-i", SPEECH, "-t", 2,
+           "-flags", "+ilme+ildct", "-c:v", "mpeg2video", "-q:v", 2, tmp_path / "a.mpg")
+    frames = data.load_clip(tmp_path / "a.mpg", 96).frames[5:30, 0].float()          # (25, 96, 96)
+    assert (frames[:, 2:-2] - frames[:, 3:-1]).abs().mean() < 1.5     # 7 as it is stored
 
 
 # ---- Folders of video, and their cache ----------------------------------------------------------------
@@ -216,19 +257,38 @@ def test_one_long_video_is_cut_without_a_gap_and_its_end_is_held_out(tmp_path, d
     assert time_shown(train[1].frames)[0] == pytest.approx(31 / 25, abs=0.065)
 
 
-def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, decode, capsys):
+def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, decode, capsys):
+    """Whichever file a hash would hold out, with a window of 1.9 s it is one of the two long enough."""
+    for name, seconds in (("a.mp4", 2), ("b.mp4", 1.2), ("c.mp4", 1.2), ("d.mp4", 2)):
+        make_video(tmp_path / name, seconds=seconds)
+    train, held_out = decode(tmp_path, frames=48)
+    assert sorted(train.names + held_out.names) == ["a.mp4#0", "d.mp4#0"] and len(held_out) == 1
+    assert "2 clips are shorter than 1.92 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
+    with pytest.raises(data.MediaError, match="no clip of 4.00 s"):
+        decode(tmp_path, frames=100)
+
+
+def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, decode, capsys,
+                                                                           monkeypatch):
     """A loop ends, a second way to a file gives no second clip, a generated sample is no training clip."""
-    plain = make_video(tmp_path / "plain.mp4", seconds=1.2)
-    (tmp_path / "clips" / "run").mkdir(parents=True)
-    (tmp_path / "clips" / "run" / "log.jsonl").touch()
-    for name in (b"-dash.mp4", b"a: b 50%d.MP4", b"caf\xe9.mp4", b"run/sample.mp4"):
-        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "clips"), name))).write_bytes(plain.read_bytes())
-    for name, to in (("loop", ""), ("again.mp4", "-dash.mp4"), ("broken.mp4", "nowhere")):
-        (tmp_path / "clips" / name).symlink_to(tmp_path / "clips" / to)
-    train, held_out = decode(tmp_path / "clips")
-    assert sorted(train.names + held_out.names) == ["-dash.mp4#0", "a: b 50%d.MP4#0", "caf\\xe9.mp4#0"]
+    folder, elsewhere = tmp_path / "12:30", tmp_path / "elsewhere"
+    for place in (folder / "run", folder / ".hidden", elsewhere):
+        place.mkdir(parents=True)
+    plain = make_video(elsewhere / "linked.mp4", seconds=1.2)
+    for name in (b"-dash.mp4", b"a: b 50%d.MP4", b"caf\xe9.mp4", b"run/sample.mp4", b".hidden/x.mp4"):
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(plain.read_bytes())
+    (folder / "run" / "log.jsonl").touch()
+    (folder / "loop").symlink_to(folder)
+    (folder / "far").symlink_to(elsewhere)
+    (folder / "again.mp4").symlink_to(folder / "-dash.mp4")
+    (folder / "broken.mp4").symlink_to(folder / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    train, held_out = decode("12:30")
+    assert sorted(train.names + held_out.names) == ["-dash.mp4#0", "a: b 50%d.MP4#0", "caf\\xe9.mp4#0",
+                                                    "far/linked.mp4#0"]
     said = capsys.readouterr().out
-    assert "skipped run: is the folder of a run" in said and "skipped broken.mp4: cannot be read" in said
+    assert "skipped run: is the folder of a run" in said
+    assert "skipped broken.mp4: cannot be read (no such file" in said
 
 
 def test_adding_files_never_moves_one_from_training_to_held_out():
@@ -278,8 +338,12 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.cached(tmp_path, {"size": 3}, fail)
     assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
-    with pytest.raises(data.MediaError, match="cache cannot be written"):
-        data.cached(one / "clip", {}, build)
+    def fill(folder: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    for root, wrong in ((one / "clip", build), (tmp_path, fill)):
+        with pytest.raises(data.MediaError, match="cache cannot be written"):
+            data.cached(root, {}, wrong)
 
 
 # ---- Portraits ----------------------------------------------------------------------------------------
@@ -299,25 +363,56 @@ def test_a_portrait_is_the_centre_square_or_the_crop_named(tmp_path):
         data.load_portrait(path, 40, crop=(50, 15, 40))
 
 
-def test_a_huge_photo_is_upright_and_scaled_down_while_it_is_read(tmp_path):
-    """A crop of a JPEG of 25 megapixels is the same place as in the scene. Orientation 6 says: stored lying,
-    show turned clockwise by 90 degrees."""
+@pytest.mark.parametrize("kind, full", [(np.uint16, 65535), (np.int32, 65535), (np.float32, 1)])
+def test_greys_of_16_and_32_bits_are_not_cut_off(tmp_path, kind, full):
+    ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None], 64, 0)
+    Image.fromarray((ramp * (full / 255)).astype(kind)).save(tmp_path / "a.tiff")
+    portrait = data.load_portrait(tmp_path / "a.tiff", 32).float().mean((0, 1))
+    assert (portrait - torch.from_numpy(ramp[0]).float().view(32, 2).mean(1)).abs().max() < 6
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")   # red is green
+
+
+@pytest.mark.parametrize("mode, alpha", [("RGB", 255), ("P", 255), ("RGBA", 0)])
+@pytest.mark.parametrize("profile, shown", [(SWAPPED, (40, 220, 90)), (b"no profile", (220, 40, 90)),
+                                            (LAB, (220, 40, 90))])
+def test_a_photo_is_brought_to_srgb_by_a_profile_that_fits_it(tmp_path, mode, alpha, profile, shown):
+    """220, 40, 90 are other colours in other primaries; what is transparent is white."""
+    photo = Image.new("RGB", (64, 64), (220, 40, 90)).convert(mode)
+    if mode == "RGBA":
+        photo.putalpha(alpha)
+    photo.save(tmp_path / "a.png", icc_profile=profile)
+    want = torch.tensor(shown if alpha else (255, 255, 255))
+    assert (data.load_portrait(tmp_path / "a.png", 32)[:, 5, 5] - want).abs().max() <= 2
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_huge_photo_is_upright_and_scaled_down_while_it_is_read(tmp_path, orientation):
+    """A crop of a JPEG of 25 megapixels is the same place as in the scene, and as in a hundredth of that.
+    Orientation 6 says: stored lying, show turned clockwise by 90 degrees."""
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     scene = Image.fromarray(colours(600, 420))
-    scene.resize((6000, 4200)).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    want = scene.rotate(-90, expand=True).resize((60, 60), box=(100, 200, 280, 380))
-    portrait = data.load_portrait(tmp_path / "a.jpg", 60, crop=(1000, 2000, 1800)).float()
-    assert (portrait - torch.from_numpy(np.array(want)).permute(2, 0, 1)).abs().mean() < 3
+    upright = scene.rotate(-90, expand=True) if orientation == 6 else scene
+    want = torch.from_numpy(np.array(upright.resize((60, 60), box=(100, 200, 280, 380)))).permute(2, 0, 1)
+    for times in (1, 10):
+        scene.resize((600 * times, 420 * times)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+        crop = 100 * times, 200 * times, 180 * times
+        assert (data.load_portrait(tmp_path / "a.jpg", 60, crop).float() - want).abs().mean() < 3
 
 
 # ---- Speech -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments", [["-ar", 8000, "-c:a", "pcm_u8"], ["-ac", 2, "-af", "volume=0.02"]])
-def test_speech_of_any_rate_and_loudness_comes_out_alike(tmp_path, arguments):
+@pytest.mark.parametrize("name, arguments", [
+    ("8k_u8.wav", ["-ar", 8000, "-ac", 1, "-c:a", "pcm_u8"]),
+    ("quiet.flac", ["-ac", 2, "-af", "volume=0.02"])])
+def test_speech_of_any_container_and_rate_comes_out_alike(tmp_path, name, arguments):
     """3 s at 16 kHz, in time with the original, rms 0.1 over what is louder than -40 dB of the peak."""
-    ffmpeg("-f", "lavfi", "-i", SPEECH, *arguments, tmp_path / "a.wav")
-    heard = data.load_speech(tmp_path / "a.wav")
+    ffmpeg("-f", "lavfi", "-i", SPEECH, *arguments, tmp_path / name)
+    heard = data.load_speech(tmp_path / name)
     assert heard.dtype == torch.float32 and heard.ndim == 1 and abs(len(heard) - 48000) < 640
     active = heard[heard.abs() > 0.01 * heard.abs().max()]
     assert active.square().mean().sqrt() == pytest.approx(0.1, rel=0.02)
@@ -343,13 +438,14 @@ def test_what_is_no_speech_does_not_change_its_loudness(spoilt):
 
 
 @pytest.mark.parametrize("sounds, merge, number, channel", [
-    ([HUM, SPEECH], False, 2, 0), ([SPEECH, SPEECH], False, 1, 0),
-    ([SPEECH, SPEECH.replace("0.3*", "-0.3*")], True, 1, 1), ([SILENCE] * 11 + [SPEECH], True, 1, 12)])
+    ([SPEECH], True, 1, 0), ([SILENCE, SPEECH], False, 2, 0), ([HUM, SPEECH], False, 2, 0),
+    ([SPEECH, SPEECH], False, 1, 0), ([SPEECH, SPEECH.replace("0.3*", "-0.3*")], True, 1, 1),
+    ([SILENCE] * 11 + [SPEECH], True, 1, 12)])
 def test_the_track_and_the_channel_with_speech_are_heard(tmp_path, sounds, merge, number, channel):
     """A desktop's track before the microphone's, an inverted channel, one that speaks of twelve."""
     heard, track = data.read_speech(mixed(tmp_path / "a.mkv", *sounds, merge=merge))
     assert (track.number, track.channel) == (number, channel)
-    assert "hears" in track.note()
+    assert ("hears" in track.note()) == (len(sounds) > 1)
     alone = data.load_speech(mixed(tmp_path / "b.wav", SPEECH, merge=True))
     assert np.corrcoef(heard[:47000], alone[:47000])[0, 1] > 0.99
 
@@ -403,24 +499,52 @@ def test_a_batch_is_its_rows_and_long_speech_its_pieces():
 
 @pytest.mark.parametrize("n_samples, height, width", [(640, 64, 64), (16001, 33, 47)])
 def test_the_video_has_every_frame_and_all_of_the_sound(tmp_path, n_samples, height, width):
-    """ceil(T / 640) frames in; as many out, in order and colour; the sound as long as it was to within one
-    frame; as browsers play it: H.264 4:2:0 with AAC, the index in front, a stated colour matrix."""
-    shown = torch.arange(-(-n_samples // 640))[:, None] * 3 % 100 + torch.tensor([20, 140, 60])    # (F, 3)
-    frames = shown.to(torch.uint8)[:, :, None, None].expand(-1, 3, height, width)
+    """ceil(T / 640) frames in; as many out, in order; the sound as long as it was to within one frame."""
+    grey = torch.arange(-(-n_samples // 640)) * 3 % 200 + 20
+    frames = grey.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, height, width)
     audio = 0.3 * torch.sin(torch.arange(n_samples) / 10)
     path = tmp_path / "a.mp4"
     data.write_video(path, iter(frames), audio)
     out = pixels(path)
-    assert out.shape == (len(shown), height + height % 2, width + width % 2, 3)
-    assert np.abs(out.mean((1, 2)) - shown.numpy()).max() < 4
-    assert all(words in streams(path) for words in ("h264", "yuv420p(tv, bt709", "aac (LC)"))
-    assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
+    assert out.shape == (len(grey), height + height % 2, width + width % 2, 3)
+    assert np.abs(out[..., 1].mean((1, 2)) - grey.numpy()).max() < 3
     heard = np.frombuffer(ffmpeg("-i", path, "-map", "0:a", "-ar", 16000, "-f", "f32le", "-"), np.float32)
     assert abs(len(heard) - n_samples) <= 640
     if n_samples > 640:
         overlap = min(len(heard), n_samples)
         assert np.corrcoef(heard[:overlap], audio[:overlap])[0, 1] > 0.95    # 4 samples late would read 0.9
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_browsers_can_play_it_and_colours_survive(tmp_path):
+    """H.264 4:2:0 with AAC, the index in front, a stated colour matrix: red stays red to within 4 of 255."""
+    colour = torch.tensor([[200, 40, 60], [10, 220, 30], [30, 60, 230]], dtype=torch.uint8)
+    path = tmp_path / "a.mp4"
+    data.write_video(path, colour[:, :, None, None].expand(3, 3, 64, 64), torch.zeros(1920))
+    assert np.abs(pixels(path).mean((1, 2)) - colour.numpy()).max() < 4
+    assert all(words in streams(path) for words in ("h264", "yuv420p(tv, bt709", "aac (LC)"))
+    assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
+
+
+@pytest.mark.parametrize("name, arguments, seconds, kept", [
+    ("a.wav", ["-ac", 2, "-ar", 44100], None, r"aac \(LC\).*44100 Hz, stereo"),
+    ("a.mp3", ["-ac", 2, "-ar", 44100], None, "mp3.*44100 Hz, stereo"),
+    ("a.mp3", ["-ac", 2], 1.5, r"aac \(LC\).*48000 Hz, stereo"),
+    ("a.wav", ["-ar", 8000], None, "aac.*48000 Hz, mono"),
+    ("a.mka", ["-af", "atrim=start=1"], None, "aac.*48000 Hz, mono"),
+    ("a.wav", ["-af", "pan=12c|c11=c0"], None, "aac.*48000 Hz, mono")])
+def test_the_video_carries_the_sound_that_was_given(tmp_path, name, arguments, seconds, kept):
+    """At its own rate and with its channels, in time, as long as the video: a copy where browsers play it."""
+    ffmpeg("-f", "lavfi", "-i", SPEECH, *arguments, tmp_path / name)
+    speech, track = data.read_speech(tmp_path / name, seconds)
+    assert seconds is None or len(speech) == seconds * 16000
+    n_frames = -(-len(speech) // 640)
+    data.write_video(tmp_path / "a.mp4", torch.zeros(n_frames, 3, 32, 32, dtype=torch.uint8), track)
+    assert re.search(kept, streams(tmp_path / "a.mp4"))
+    heard = data.load_speech(tmp_path / "a.mp4")
+    assert abs(len(heard) - len(speech)) <= 640 and len(pixels(tmp_path / "a.mp4")) == n_frames
+    overlap = min(len(heard), len(speech))
+    assert np.corrcoef(heard[:overlap], speech[:overlap])[0, 1] > 0.95
 
 
 def test_an_error_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -433,6 +557,46 @@ def test_an_error_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path):
 
     with pytest.raises(RuntimeError, match="generator failed"):
         data.write_video(tmp_path / "a.mp4", frames(), torch.zeros(6400))
+    with pytest.raises(data.MediaError, match="no frame"):
+        data.write_video(tmp_path / "a.mp4", iter([]), torch.zeros(6400))
     assert (tmp_path / "a.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(data.MediaError, match="cannot be written"):          # before the first frame
-        data.write_video(tmp_path / "no" / "a.mp4", (pytest.fail("a frame") for _ in "ab"), torch.zeros(1280))
+
+
+def test_what_cannot_be_written_is_refused_before_the_first_frame(tmp_path):
+    asked = []
+    for path in tmp_path, tmp_path / "no" / "a.mp4":
+        with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
+            data.write_video(path, (asked.append(i) for i in range(3)), torch.zeros(1280))
+    assert not asked and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.mp4", "a.jpg"])
+def test_a_damaged_file_is_one_line_or_a_good_result(tmp_path, name):
+    """Ten times bytes are flipped, the end is cut off or a piece is cut out. The video that carries what was
+    heard decodes without a complaint."""
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    if name == "a.jpg":
+        Image.fromarray(colours()).save(path)
+    else:
+        make_video(path) if name == "a.mp4" else ffmpeg("-f", "lavfi", "-i", SPEECH, path)
+    whole, good = path.read_bytes(), 0
+    for turn in range(10):
+        raw, at = bytearray(whole), rng.integers(len(whole) // 3, len(whole), 8)
+        for i in at:
+            raw[i] ^= 255
+        path.write_bytes([raw, whole[: at[0]], whole[: min(at)] + whole[max(at) :]][turn % 3])
+        try:
+            if name == "a.jpg":
+                assert picture(path).shape == (3, 64, 64)
+                good += 1
+                continue
+            speech, track = data.read_speech(path)
+            frames = torch.zeros(-(-len(speech) // 640), 3, 32, 32, dtype=torch.uint8)
+            data.write_video(tmp_path / "out.mp4", frames, track)
+            good += 1
+            checked = subprocess.run([FFMPEG, "-v", "error", "-i", tmp_path / "out.mp4", "-f", "null", "-"],
+                                     capture_output=True)
+            assert not checked.stderr, turn
+        except data.MediaError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert good

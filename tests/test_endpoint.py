@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ import train
 from data import load_clip
 from extras import endpoint
 from extras.endpoint import RemoteJudge
+from extras.files import MediaError
 from reward import ASPECTS, JudgeError, prompt
 from tiny import SHAPE, logged, state
 
@@ -46,12 +47,14 @@ def serving(answer):
                 seen.append({"path": self.path, "key": self.headers["Authorization"], "body": body})
                 k = len(seen) - 1
             status, headers, data = answer(k, body)
-            with suppress(OSError):                  # where the client gave up, as it should
+            try:
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
+            except OSError:
+                pass                                 # the client gave up, as it should
 
         def log_message(self, *_):
             pass
@@ -67,7 +70,8 @@ def serving(answer):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A proxy that would fail every request that takes it."""
+    """Short pauses, and a proxy that would fail every request that takes it."""
+    monkeypatch.setattr(endpoint, "PAUSE", 0.05)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
         monkeypatch.delenv(name.upper(), raising=False)
@@ -110,18 +114,25 @@ def test_a_request_holds_the_whole_clip_before_the_question_and_asks_for_log_pro
     assert len(load_clip(tmp_path / "sent.mp4", 32).frames) == 30        # with sound, or it would be refused
 
 
-def test_scores_stand_at_their_clip_and_aspect(no_media):
-    """Of eight clips, three requests under way at once."""
+def test_scores_stand_at_their_clip_and_aspect_and_as_many_requests_as_asked_for_are_under_way(no_media):
+    now, most, lock = 0, 0, threading.Lock()
+
     def answer(k, body):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.03)
+        with lock:
+            now -= 1
         video, question = body["messages"][0]["content"]
         aspect = [prompt(aspect) for aspect in ASPECTS].index(question["text"])
-        time.sleep(0.01 * (k % 3))
         return 200, {}, completion(**{f"{1 + (int(video['video_url']['url']) + aspect) % 5}": 0.9})
 
     with serving(answer) as (url, seen):
-        score = RemoteJudge(url, "m", at_once=3).rate(*clips(8)).score
+        score = RemoteJudge(url.replace("127.0.0.1", "0.0.0.0"), "m", at_once=3).rate(*clips(8)).score
     assert score.tolist() == [pytest.approx([1 + (i + j) % 5 for j in range(3)]) for i in range(8)]
-    assert len(seen) == 24
+    assert most == 3 and len(seen) == 24
 
 
 @pytest.mark.parametrize("odd", [
@@ -138,11 +149,12 @@ def test_an_answer_that_is_no_rating_drops_one_clip_and_says_so(no_media, capsys
 
 # ---------------------------------------------------------------- an endpoint that fails
 
-def test_an_outage_is_waited_out(no_media):
-    """The first 12 requests find the server busy: more than the client's own retries would bridge."""
+def test_an_outage_is_waited_out_and_told_once(no_media, capsys):
+    """The first 12 requests find the server busy: more than the client's own retries bridge."""
     with serving(lambda k, body: BUSY if k < 12 else (200, {}, GOOD)) as (url, seen):
-        ratings = RemoteJudge(url, "m", patience=80, at_once=2).rate(*clips(2))
+        ratings = RemoteJudge(url, "m", patience=30, at_once=2).rate(*clips(2))
     assert ratings.score.flatten().tolist() == pytest.approx([GOOD_SCORE] * 6) and len(seen) == 12 + 6
+    assert capsys.readouterr().err.count("asking again for 30 s") == 1
 
 
 GONE = "http://127.0.0.1:9/v1"
@@ -154,15 +166,24 @@ NO_KEY = 401, {}, b'{"error": {"message": "Invalid key"}}'
     (lambda k, body: (time.sleep(0.4), (200, {}, GOOD))[1], "timed out.*--judge-patience"),
     (lambda k, body: NO_KEY, "401.*Invalid key.*check --judge-model")],
     ids=["gone", "silent", "refused"])
-def test_what_fails_for_good_ends_with_one_line_and_nothing_more_is_asked(
-        no_media, monkeypatch, answer, said):
-    """Of twenty clips, three questions each, few more than those that two workers had begun are asked."""
-    monkeypatch.setattr(endpoint, "TIMEOUT", 0.1)
+def test_what_fails_for_good_ends_with_one_line_and_nothing_more_is_asked(no_media, answer, said):
+    """Of twenty clips no more than those that two workers had begun, three tries each."""
     with serving(answer) as (url, seen):
         with pytest.raises(JudgeError, match=f"http://127.*: .*{said}") as caught:
-            RemoteJudge(url if answer else GONE, "m", patience=0, at_once=2).rate(*clips(20))
-        time.sleep(1)                                # the other worker may still repeat its own request
-        assert "\n" not in str(caught.value) and len(seen) < 20
+            RemoteJudge(url if answer else GONE, "m", timeout=0.1, patience=0, at_once=2).rate(*clips(20))
+        time.sleep(0.1)
+        assert "\n" not in str(caught.value) and len(seen) <= 2 * 3
+
+
+def test_what_cannot_be_asked_is_named_and_a_server_elsewhere_is_asked_through_the_proxy(no_media):
+    """The proxy's password stays secret."""
+    with pytest.raises(JudgeError, match=r"http://judge\.invalid/v1: .*refused.*proxy") as caught:
+        RemoteJudge("http://judge.invalid/v1", "m", patience=0).rate(*clips(1))
+    assert "secret" not in str(caught.value)
+    for url, timeout, said in (("localhost:8000", 1, "is not the address"),
+                               ("http://localhost/v1", 0, "must be above 0")):
+        with pytest.raises(MediaError, match=said):
+            RemoteJudge(url, "m", timeout)
 
 
 # ---------------------------------------------------------------- a run whose judge fails
@@ -170,6 +191,7 @@ def test_what_fails_for_good_ends_with_one_line_and_nothing_more_is_asked(
 RUN = [*SHAPE, *"--clips 6 --steps 2 --curate 0 --updates 4 --looks 1 --watch-clips 2 --prompts 2 --group 3 "
        "--rollout-steps 3 --draws 1 --parts 1 --judge-model m --judge-batch 1".split()]
 REQUESTS = 2 * 3 * 3                                 # of an update: prompts, group, aspects
+RATING = 6 * 3                                       # of all training clips, once, before the first update
 
 
 def rated(k: int, body: dict) -> tuple:
@@ -193,6 +215,15 @@ def test_a_run_whose_judge_is_away_is_saved_and_resumes_bit_equal(unmeasured, tm
         train.main(["--resume", str(stopped), "--judge-patience", "1"])
     one, other = (state(folder, "post.pt") for folder in (whole, stopped))
     assert other["update"] == 4 and all(torch.equal(v, other["model"][k]) for k, v in one["model"].items())
+
+
+def test_a_run_leaves_an_unrated_video_out_and_counts_it(tmp_path):
+    """One odd answer, in the second update: in the log and in the report."""
+    with serving(lambda k, body: (200, {}, ODD) if k == RATING + 20 else rated(k, body)) as (url, _):
+        flags = ["--updates", "2", "--judge-url", url, "--judge-model", "odd"]
+        train.main([*RUN, *flags, "--out", str(tmp_path)])
+    unrated = [e["components"]["total"]["unrated"] for e in logged(tmp_path, "post-training")]
+    assert unrated == [0, 1] and "| unrated videos | 1 |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_judge_that_leaves_a_tenth_unrated_ends_the_run():

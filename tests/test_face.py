@@ -1,6 +1,7 @@
 """The head is found and framed: one steady square, or one line that says what to do."""
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -144,3 +145,49 @@ def test_a_photo_is_cut_as_the_clips_of_the_run_unless_told(trained, given, foun
     monkeypatch.setattr(face, "frame_of", lambda pictures, path: (1, 2, 3))
     monkeypatch.setattr(face, "find_spec", lambda name: True)
     assert face.photo_square(tmp_path / "me.png", given, tmp_path) == found
+
+
+def test_a_picture_that_is_framed_already_stays_nearly_whole(photo):
+    x, y, side = face.frame_of([np.asarray(photo)])
+    square = np.asarray(photo.crop((x, y, x + side, y + side)))
+    again = np.array(face.frame_of([square]))
+    assert again[2] > 0.9 * side and again[:2].max() < 0.07 * side
+
+
+def test_the_larger_of_two_unlike_faces_is_framed():
+    assert face.square_of([[box(0, 0, 50), box(300, 100, 100)]], 640, 360)[0] > 200
+
+
+def test_a_head_that_wanders_is_refused():
+    with pytest.raises(MediaError, match="moves"):
+        face.square_of([[box(40 * i, 100, 60)] for i in range(10)], 640, 360)
+
+
+def test_without_dlib_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    face._detector.cache_clear()
+    with pytest.raises(MediaError, match="pip install dlib-bin"):
+        face.find_faces(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_a_head_that_drifts_has_a_square_for_each_half(monkeypatch):
+    """Twelve looks of 7 pixels each: too far for one square of 111, not for two."""
+    found = [[box(100 + 7 * i, 80, 60)] for i in range(12)]
+    seen = face.Seen(found, 640, 360, [])
+    assert [part[:2] for part in face.steady(seen, 0, 144, 25, "me.mp4")] == [(0, 72), (72, 144)]
+
+
+def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):
+    sound = 0.1 * torch.randn(10 * FPS, SAMPLES_PER_FRAME)
+    sound[50:75], sound[125:200] = 0, 0              # one second, three seconds
+    monkeypatch.setattr(face, "load_speech", lambda path: sound.flatten())
+    assert face.runs(face.speaks("me.wav")) == [(0, 125), (125, 200), (200, 250)]
+
+
+def test_the_drawing_shows_what_is_cut():
+    """Left the picture with a red square, right the square alone."""
+    picture = np.zeros((100, 200, 3), np.uint8)
+    picture[20:60, 100:140] = (0, 0, 255)
+    shown = np.asarray(face.show(picture, (100, 20, 40), side=100))
+    assert shown.shape == (100, 300, 3)
+    assert (shown[5:95, 205:295] == (0, 0, 255)).all() and (shown[20, 100:140, 0] > 200).any()

@@ -21,7 +21,7 @@ import sample
 import train
 from extras import session
 from extras.files import MediaError
-from model import load_generator
+from model import Generator, load_generator
 from test_endpoint import GOOD, serving
 from tiny import ALONE, POST, TINY, WHOLE, assert_same_bits, logged, state
 
@@ -351,3 +351,56 @@ def test_the_line_that_train_prints_works_and_the_seed_is_obeyed(finished, tmp_p
             for seed in (0, 0, 1)]
     assert made[0].shape == (5, 3, 32, 32)
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_sigterm_while_data_are_prepared_is_one_line(tmp_path):
+    """Two thousand talkers are being drawn."""
+    with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
+        wait_for((tmp_path / "run").exists, process)
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1].replace("\r", "\n").strip().splitlines()[-1]
+    assert said == "stopped; start it again: it was before the first checkpoint, so nothing was kept"
+
+
+def test_the_log_is_json_that_every_reader_takes(tmp_path):
+    session.Log(tmp_path, 0.0)(loss=float("nan"), parts=[{"kl": float("inf")}, 1.5], best=-float("inf"))
+    def refuse(name): raise AssertionError(name)
+    entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    assert entry["loss"] is None and entry["parts"] == [{"kl": None}, 1.5] and entry["best"] is None
+
+
+def test_tensorboard_gets_the_numbers_of_each_step_and_its_absence_is_one_line(tmp_path, monkeypatch):
+    """Against a stub of torch.utils.tensorboard, which needs the package."""
+    written = []
+    board = SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar))
+    stub = SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    log = session.Log(tmp_path, 0.0, tensorboard=True)
+    log(arm="pretrained", held_out={"psnr": 30.0})
+    log(stage="post-training", update=3, reward=1.5, parts=[{"kl": 0.25, "ratio_max": [1.0, 2.0]}], note="")
+    assert written == [tmp_path / "tensorboard", *((f"post-training/{name}", value, 3) for name, value in (
+        ("update", 3), ("reward", 1.5), ("parts/0/kl", 0.25), ("parts/0/ratio_max/0", 1.0),
+        ("parts/0/ratio_max/1", 2.0)))]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MediaError, match="--tensorboard: wants the package of this name; pip install"):
+        session.Log(tmp_path, 0.0, tensorboard=True)
+
+
+def test_a_run_whose_clips_have_changed_says_so(tmp_path, capsys):
+    """It had five; there are six now."""
+    (tmp_path / "log.jsonl").write_text('{"seconds": 1, "config": {}, "clips": 5}\n')
+    args = train.parse_arguments(TINY)
+    clips, held_out, _ = train.load_clips(args)
+    train.describe(Generator(args.config), clips, held_out, args, session.Log(tmp_path, 0.0))
+    assert "had 5 training clips before, and has 6 now" in capsys.readouterr().out
+    assert logged(tmp_path)[-1]["clips"] == 6
+
+
+def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(finished, tmp_path):
+    """Also where the command repeats the run's own flags."""
+    run = copy(finished, tmp_path / "run")
+    rewrite(run, grad_clip=1.0, codec_steps=900, compile=False, refit_codec=False)
+    same = train.parse_arguments([*WHOLE, "--control", "--resume", str(run)])
+    assert vars(same).keys() == vars(train.parse_arguments(["--resume", str(run)])).keys()
+    assert same.steps == 6 and not hasattr(same, "grad_clip")

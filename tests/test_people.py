@@ -2,28 +2,34 @@
 
 import base64
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 import torch
 
-from data import write_video
+import reward
+from data import load_clip, write_video
 from extras import people, reward_flags
 from extras.files import MediaError
 from extras.people import align, pairwise_accuracy, read_ratings, tally
 from extras.reward_flags import load_calibration
 from model import Config, Generator, save_generator
 from reward import ASPECTS
-from tiny import CONFIG, Bright
+from tiny import CONFIG
 
 
 # ---------------------------------------------------------------- agreement with people
 
 def test_pairs_that_differ_in_the_truth_are_counted_and_a_tie_is_half_right():
-    """By hand: of the six pairs the judge ties one; of two alike in the truth, one pair is left out."""
-    assert pairwise_accuracy([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(5.5 / 6)
-    assert pairwise_accuracy([3, 2, 1], [1, 2, 2]) == 0
+    """By hand: of the six pairs the judge ties one; only pairs of one group count, or those a point apart."""
+    judge, truth = [1, 2, 2, 4], [1, 3, 2, 4]
+    assert pairwise_accuracy(judge, truth) == pytest.approx(5.5 / 6)
+    assert pairwise_accuracy(judge, truth, [0, 1, 1, 0]) == pytest.approx(1.5 / 2)
+    assert pairwise_accuracy(judge, truth, least=2) == 1
+    assert pairwise_accuracy([3, 2, 1], [1, 2, 2.1], least=1) == 0
+    assert math.isnan(pairwise_accuracy([1, 2], [3, 4], [0, 1]))
 
 
 def test_the_table_tells_agreement_and_saves_what_can_be_fitted(tmp_path):
@@ -33,11 +39,23 @@ def test_the_table_tells_agreement_and_saves_what_can_be_fitted(tmp_path):
                "motion": {"v0": [2, 3], "v1": [2, 3]}}
     table = align({f"v{i}": [i, -i, i] for i in range(7)}, ratings, tmp_path / "c.json").splitlines()
     assert table[1].split()[:3] == ["lip_sync", "7", "14"] and table[1].count("1.00 [1.00, 1.00]") == 2
+    assert table[1].endswith(" 1.00") and table[2].endswith(" nan")
     assert "-1.00 [-1.00, -1.00]" in table[2] and "0.00 [0.00, 0.00]" in table[2]
+    assert table[3].split()[:4] == ["motion", "2", "4", "nan"]
     assert "expressiveness: no calibration" in table[4] and "motion: no calibration" in table[5]
     calibration = load_calibration(tmp_path / "c.json")
     assert [k.tolist() for k in calibration["lip_sync"]] == [list(range(7)), [1 + i / 2 for i in range(7)]]
     assert set(calibration) == {"lip_sync"}
+
+
+class Bright:
+    """A judge that rates how bright a clip is."""
+
+    window = None
+
+    def rate(self, frames, audio, names):
+        bright = frames.mean((1, 2, 3, 4))[:, None]
+        return reward.Ratings(1 + bright * torch.tensor([1.0, 2, 3]), torch.ones(len(frames), 3))
 
 
 def test_videos_that_people_rated_are_rated_by_the_judge(tmp_path, monkeypatch, capsys):
@@ -53,18 +71,18 @@ def test_videos_that_people_rated_are_rated_by_the_judge(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.count("1.00 [1.00, 1.00]") == 6
     x, y = load_calibration(tmp_path / "c.json")["lip_sync"]
     assert y.tolist() == [1, 1.5, 2, 2.5, 3, 3.5]
-    assert (x - 1) / 4 == pytest.approx(40 / 255 * np.arange(6), abs=0.02)
+    assert x == pytest.approx(1 + 40 / 255 * np.arange(6), abs=0.02)
 
 
 # ---------------------------------------------------------------- a study of preferences: blind and paired
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two generators of random weights."""
+    """Three generators of random weights, the last of other pictures."""
     folder = tmp_path_factory.mktemp("secretly")
-    for seed, name in enumerate(("amber", "birch")):
+    for seed, (name, more) in enumerate({"amber": {}, "birch": {}, "large": {"size": 64}}.items()):
         torch.manual_seed(seed)
-        model = Generator(Config(**CONFIG))
+        model = Generator(Config(**CONFIG | more))
         model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
         for weight in model.parameters():        # those that start at zero would hide the noise
             weight.data.normal_(std=0.2)
@@ -101,25 +119,40 @@ def test_the_page_knows_pairs_and_nothing_of_runs(made):
     assert "http" not in html                                             # it loads nothing
 
 
-def test_a_pair_has_one_clip_and_one_noise_and_the_seed_chooses_them(made, runs, tmp_path):
-    """A run against itself gives the same bytes on both sides; these are a's side in a study of two. The same
-    seed makes the same page and key, byte for byte; another has other clips."""
-    _, page, _ = make(runs, tmp_path / "self", "amber", "amber")
-    for own, pair in zip(page["pairs"], made[1]["pairs"]):
-        side, other = ("left", "right") if made[2]["pairs"][pair["id"]]["left"] == "a" else ("right", "left")
-        assert own["left"] == own["right"] == pair[side] != pair[other]
-    assert len({own["left"] for own in page["pairs"]}) == 6
+def test_the_seed_makes_the_study(made, runs, tmp_path):
+    """The same seed: the same page and key, byte for byte; another: other clips."""
     assert make(runs, tmp_path / "same", "amber", "birch") == made
     _, page, key = make(runs, tmp_path / "other", "amber", "birch", "--seed", "1", "--clips", "2")
     clips = [{pair["clip"] for pair in each["pairs"].values()} for each in (made[2], key)]
     assert page["study"] != made[1]["study"] and not clips[0] & clips[1]
 
 
+def test_a_pair_has_one_clip_and_one_noise_and_the_key_says_whose_is_whose(made, runs, tmp_path):
+    """A run against itself gives the same bytes on both sides; these are a's side in a study of two."""
+    _, page, _ = make(runs, tmp_path / "self", "amber", "amber")
+    for own, pair in zip(page["pairs"], made[1]["pairs"]):
+        side, other = ("left", "right") if made[2]["pairs"][pair["id"]]["left"] == "a" else ("right", "left")
+        assert own["left"] == own["right"] == pair[side] != pair[other]
+    assert len({own["left"] for own in page["pairs"]}) == 6
+
+
+def test_the_judge_rates_what_the_page_shows(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_flags, "make_judge", lambda args: Bright())
+    _, page, key = make(runs, tmp_path / "s", "amber", "birch", "--clips", "2")
+    for pair, side in ((pair, side) for pair in page["pairs"] for side in ("left", "right")):
+        (tmp_path / "v.mp4").write_bytes(base64.b64decode(pair[side].removeprefix("data:video/mp4;base64,")))
+        shown = load_clip(tmp_path / "v.mp4", 256)
+        assert shown.frames.shape == (28, 3, 256, 256) and shown.audio.abs().max() > 0.1
+        bright = shown.frames.float().mean().item() / 255
+        rated = key["pairs"][pair["id"]]["judge"][key["pairs"][pair["id"]][side]]
+        assert rated == pytest.approx([1 + bright, 1 + 2 * bright, 1 + 3 * bright], abs=0.03)
+
+
 # ---------------------------------------------------------------- votes, and what cannot be used
 
-VOTES = {"study": "s1", "rater": "r1", "votes": {
-    "001": {"lip_sync": "left", "overall": "tie"}, "002": {"lip_sync": "right", "motion": "right"},
-    "003": {"lip_sync": "left"}}}
+VOTES = {"study": "s1", "rater": "r1", "votes": {"001": {"lip_sync": "left", "overall": "tie"},
+                                                 "002": {"lip_sync": "right", "motion": "right"},
+                                                 "003": {"lip_sync": "left"}}}
 
 
 @pytest.fixture
@@ -147,20 +180,48 @@ def test_votes_are_counted_for_the_run_that_stood_there(files, capsys):
     assert lines["expressiveness"] == "expressiveness 0 0 0 no vote -"
 
 
-NO_RATING = "line [23]: want text"
+NO_RATING = "line [23]: want text in UTF-8 that begins with video,aspect,rating"
 NO_VOTES = "votes.json: is not a file of votes on this study"
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("r.csv", "", "holds no ratings"), ("r.csv", "video,aspect,rating\nv,motion,6\n", NO_RATING),
+    ("r.csv", "", "holds no ratings"),
     ("r.csv", "video,aspect,rating\nv,motion,3\nv,beauty,3\n", NO_RATING),
-    ("c.json", '{"motion": [[2, 1], [1, 2]]}', "is not a calibration"),
-    ("key.json", json.dumps(VOTES), "key.json: is not the key of a study"),
-    ("votes.json", json.dumps(VOTES | {"study": "s2"}), NO_VOTES)])
+    ("r.csv", "video,aspect,rating\nv,motion,6\n", NO_RATING),
+    ("r.csv", b"\xff\xd8\xff\xe0\x00", "want text in UTF-8"),
+    ("c.json", None, "cannot be read"),
+    ("c.json", {"beauty": [[1], [1]]}, "is not a calibration"),
+    ("c.json", {"motion": [[2, 1], [1, 2]]}, "is not a calibration"),
+    ("key.json", VOTES, "key.json: is not the key of a study"),
+    ("votes.json", "{", NO_VOTES),
+    ("votes.json", VOTES | {"study": "s2"}, NO_VOTES),
+    ("votes.json", VOTES | {"votes": {"001": {"lip_sync": "both"}}}, NO_VOTES),
+    ("votes.json", VOTES | {"rater": "r2"}, "votes.json: is of the same rater as .*more.json")])
 def test_a_file_that_cannot_be_used_is_named_in_one_line(files, name, content, said):
-    (files / name).write_text(content)
+    path = files / name
+    path.unlink(missing_ok=True)
+    if content is not None:
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     read = {"r.csv": read_ratings, "c.json": load_calibration}.get(
         name, lambda path: tally([files / "more.json", files / "votes.json"], files / "key.json"))
     with pytest.raises(MediaError, match=said) as caught:
-        read(files / name)
+        read(path)
     assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("command, said", [
+    ("study {runs}/amber {runs}/nowhere --out {tmp}/s", "holds no config.json"),
+    ("study {runs}/amber {runs}/large --out {tmp}/s", "makes pictures of 64 pixels"),
+    ("study {runs}/amber {runs}/birch --out {tmp}", "is the key of a study that may have votes"),
+    ("study {runs}/amber {runs}/birch --out {tmp}/s --max-seconds .5", "--max-seconds must be at least 1"),
+    ("align {tmp}/nothing.csv --out {tmp}", "name the file to write the calibration to"),
+    ("align {tmp}/nothing.csv --out {tmp}/no/c.json", "name the file to write the calibration to"),
+    ("align {tmp}/nothing.csv", "No such file"),
+    ("tally votes.json", "required: --key")])
+def test_a_command_that_cannot_be_done_is_one_line_and_writes_nothing(runs, tmp_path, command, said, capsys):
+    (tmp_path / "key.json").write_text("{}")
+    with pytest.raises((MediaError, OSError, SystemExit)) as end:
+        people.main(command.format(runs=runs, tmp=tmp_path).split())
+    assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("key.json", "{}")]

@@ -205,3 +205,10 @@ def test_a_model_that_cannot_be_used_is_named_with_the_reason(tmp_path, load, ma
     make(tmp_path)
     with pytest.raises(ValueError, match=words):
         load(str(tmp_path))
+
+
+def test_flags_that_do_not_fit_the_trunk_end_with_a_usage_line(tmp_path, capsys):
+    language_model(tmp_path)
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--init-from", str(tmp_path), "--width", "64", "--out", str(tmp_path / "run")])
+    assert "--init-from fixes --width; leave it out" in capsys.readouterr().err.splitlines()[-1]

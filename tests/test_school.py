@@ -1,4 +1,4 @@
-"""What school promises: lessons of known quality, a judge that learns, and a battery that can be failed."""
+"""What school promises: lessons of known quality, a judge that learns, and an exam that can be failed."""
 
 from itertools import islice
 from types import SimpleNamespace
@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as nnf
 from scipy.stats import spearmanr
 
+from data import Clip
 from extras import school
-from extras.lessons import FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil
-from extras.school import battery, rating_loss, save_judge, spoilt_in_known_ways, teach, tiny_judge
-from reward import ASPECTS, Judge
+from extras.files import MediaError
+from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil,
+                            true_mouths)
+from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, spoilt_in_known_ways,
+                           teach, tiny_judge, vision_loss)
+from extras.talkers import render_talker
+from reward import ASPECTS, DEFAULT_JUDGE, Judge
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +27,13 @@ def good(strangers) -> Material:
 @pytest.fixture(scope="module")
 def half(good) -> Material:
     return Material(*[field[:8] for field in vars(good).values()])
+
+
+@pytest.fixture(scope="module")
+def generated(good) -> Material:
+    """Three clips in six versions that differ in brightness alone."""
+    frames, *rest = [field[:3].repeat_interleave(6, 0) for field in list(vars(good).values())[:6]]
+    return Material(frames // torch.arange(1, 7).repeat(3).view(-1, 1, 1, 1, 1).byte(), *rest)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +63,28 @@ def test_a_lesson_is_labelled_by_what_was_done(good):
     assert spearmanr(lively[worst == 0], change[worst == 0]).statistic > 0.5
 
 
+def test_a_seed_gives_the_same_lessons_and_another_gives_others(good, generated):
+    one, two, other = (draw_lessons(good, generated, 12, seed) for seed in (3, 3, 4))
+    for a, b in zip(vars(one).values(), vars(two).values()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert one.frames.shape != other.frames.shape or not torch.equal(one.frames, other.frames)
+
+
 def test_mouths_at_rest_count_as_if_they_moved_a_little():
     torch.manual_seed(0)
     a = torch.randn(2000, dtype=torch.float64)
     unit = (a - a.mean()) / a.std(correction=0)
     assert lip_mismatch(a, 3 * a + 1) < 1e-7 and lip_mismatch(a, -a) == 1
     assert lip_mismatch(0.5 * REST * unit, unit).item() == pytest.approx(0.125 ** 0.5)     # half of REST
+
+
+def test_the_mouths_of_real_clips_are_read_by_a_proxy_that_follows_the_truth():
+    """Without their truth, drawn talkers are real clips; one at a time, as the axis is that of one face."""
+    for i in range(2):
+        clip = render_talker(i, 31, 64, 256)
+        parts = [Clip("part", *part) for part in zip(clip.frames.split(64), clip.audio.split(64 * 640))]
+        truth = clip.truth["opening"] * clip.truth["width"]
+        assert torch.corrcoef(torch.stack([true_mouths(parts, 64).flatten(), truth]))[0, 1] > 0.8
 
 
 def held(y):
@@ -139,8 +167,45 @@ def test_a_few_lessons_lower_the_loss_and_the_judge_survives_the_disk(good, tmp_
     torch.testing.assert_close(*logits, atol=0.02, rtol=0)               # half precision on disk
 
 
+def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good, generated, monkeypatch):
+    """Sixty small steps without the language model: both mouths are read better, by the same readouts."""
+    judge = tiny_judge()
+    text, readouts = judge.model.model.layers[0].mlp.up_proj.weight.clone(), Hints(judge)
+    monkeypatch.setattr(school, "Hints", lambda judge: readouts)
+
+    @torch.no_grad()
+    def errors():
+        hints, rng = Hints(judge), torch.Generator().manual_seed(7)
+        hints.load_state_dict(readouts.state_dict())
+        losses = vision_loss(judge, hints, good, None, rng), audio_loss(judge, hints, good, rng)
+        for hook in hints.hooks:
+            hook.remove()
+        readouts.answers.clear()                                          # they heard it, too
+        return [loss.item() for loss in losses]
+
+    before = errors()
+    with monkeypatch.context() as patch:
+        patch.setattr(school, "TOWER_PAIRS", 16)
+        patch.setattr(school, "TOWER_FRAMES", 300)
+        teach(judge, good, None, 0, tower_steps=60)
+    assert all(after < 0.8 * first for first, after in zip(before, errors()))
+    assert torch.equal(text, judge.model.model.layers[0].mlp.up_proj.weight)
+    of_generated = vision_loss(judge, Hints(judge), good, generated, torch.Generator().manual_seed(7))
+    assert of_generated.isfinite() and of_generated != before[0]
+
+
 # ---------------------------------------------------------------- the embedded judge
 
+def test_the_embedded_judge_is_small_and_carries_its_card():
+    size = sum(path.stat().st_size for path in DEFAULT_JUDGE.iterdir())
+    assert size < 8e6 and "extras.school teach" in (DEFAULT_JUDGE / "README.md").read_text()
+
+
+def test_the_embedded_judge_agrees_with_the_quality_of_fresh_lessons(embedded, good):
+    result = exam(embedded, good, 24)                                     # its card says as much, of 64 clips
+    for aspect, least in zip(ASPECTS, (0.93, 0.80, 0.70)):
+        (rank, *_), (pairs, *_) = result[aspect]
+        assert rank > least and pairs > 0.80, (aspect, rank, pairs)
 
 
 def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, half, monkeypatch):
@@ -153,3 +218,21 @@ def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, ha
     monkeypatch.setattr(school, "spoilt_in_known_ways", lambda good: islice(spoilt_in_known_ways(good), 6))
     deaf = SimpleNamespace(rate=lambda x, audio, names: embedded.rate(x, audio[:1].expand_as(audio), names))
     assert "lip_sync: do not trust it" in battery(deaf, half)
+
+
+# ---------------------------------------------------------------- the command line
+
+@pytest.mark.parametrize("command, said", [
+    ("validate --judge none", "cannot be validated"),
+    ("validate --judge-url http://127.0.0.1:9/v1", "needs --judge-model"),
+    ("validate --judge nothing/at/all", "cannot be loaded as a judge"),
+    ("validate --clips 0", "--clips must be at least 2"),
+    ("teach --tower-steps -1", "--tower-steps must be at least 0"),
+    ("sync --steps 0", "--steps must be at least 1"),
+])
+def test_what_cannot_be_done_is_one_line(command, said, strangers, monkeypatch, capsys):
+    monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: strangers)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((MediaError, SystemExit)) as end:
+        school.main(command.split())
+    assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]

@@ -3,7 +3,9 @@ controls."""
 
 import json
 import math
+import shutil
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ import sample
 import train
 from data import Clip, Clips
 from extras.files import MediaError, fitting
+from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
 from model import Generator, load_generator
-from reward import COMPONENTS, REWARD_SYNC, JudgeError, load_sync
+from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
 from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, logged, state
 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
@@ -154,10 +157,50 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
     assert len(logged(folder, "curation")) == len(logged(folder, "post-training")) == 1
 
 
-def test_exemplars_are_the_lively_and_the_smooth_picks():
+def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
+    """Two groups of three clips, spread over the set; the judge goes away before the second."""
+    monkeypatch.setattr(train, "RATED_AT_ONCE", 3)
+    judge = judge_of("away")
+    rate = judge.rate
+
+    def away(*clips):
+        if judge.asked:
+            raise JudgeError("http://judge", "is away")
+        return rate(*clips)
+    judge.rate = away
+    with pytest.raises(JudgeError, match="is away"):
+        picks(judge)
+    judge.rate = rate
+    assert numbers(picks(judge)[0].lively) == [0, 1, 2, 3, 4, 5]
+    assert [name.split("-")[2] for name in judge.asked] == ["0", "2", "4", "1", "3", "5"]
+
+
+def test_exemplars_are_the_picks_or_the_clips_of_a_folder(videos):
     picked = train.Picks(torch.arange(2), ["lively"], ["smooth"])
-    run = train.Run(train.parse_arguments(TINY), None, None, [], None, picked)
-    assert train.exemplars(run) == (["lively"], ["smooth"])
+    for flags in [], ["--exemplars", str(videos[0])]:
+        run = train.Run(train.parse_arguments([*TINY, *flags]), None, None, [], None, picked)
+        lively, smooth = train.exemplars(run)
+        if flags:
+            assert lively == smooth and {clip.name for clip in lively} == {f"{i}.mp4#0" for i in range(8)}
+        else:
+            assert (lively, smooth) == (["lively"], ["smooth"])
+
+
+def test_flags_choose_the_reward():
+    args = train.parse_arguments([*TINY, "--weights", "background=2,seams=0"])
+    clips, _, _ = train.load_clips(args)
+    make = lambda args: train.make_reward(args, None, clips, clips, args.config.chunk_frames)
+    weights = {k: c.weight for k, c in COMPONENTS.items() if k[6:] not in ASPECTS and k != "seams"}
+    assert make(args).weights == weights | {"background": 2.0}
+    alone = make(train.parse_arguments([*TINY, "--reward-sync", "none"]))
+    assert alone.sync is None and "sync" not in alone.weights
+
+
+def test_clips_in_which_nothing_moves_are_refused():
+    args = train.parse_arguments(TINY)
+    clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
+    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
+        train.fit_codec(Generator(args.config), clips, args)
 
 
 # ---------------------------------------------------------------- the stages of a whole run
@@ -366,5 +409,29 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(full, unmeasured,
     monkeypatch.setattr(train.FlowMatching, "take_step", fail)
     with pytest.raises(MediaError, match="^pretraining: does not fit into memory; lower --batch[^\n]*$"):
         train.main([*ALONE, "--out", str(tmp_path)])
+
+
+def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste, unmeasured, tmp_path):
+    """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation
+    took."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    name, other = "more pretraining", folder / "control" / "GRPO-without-curation" / "state.pt"
+    shutil.rmtree(folder / "control" / "more-pretraining")
+    torch.save(state(other.parent) | {"cpu_seconds": 0.2}, other)
+    before = (folder / "log.jsonl").read_text()
+    train.main(["--resume", str(folder)])
+    steps = [e["step"] for e in logged(folder, name)]
+    assert steps == [*range(1, len(steps) + 1)]                        # those of the first time are gone
+    added = [e for e in logged(folder) if "control" in e and json.dumps(e) not in before]
+    assert [e["control"] for e in added] == [name] and 0.2 <= added[0]["cpu_seconds"] < 0.8
+
+
+@pytest.mark.parametrize("full", FULL, ids=["cuda", "python", "cpu", "worker"])
+def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are(full):
+    def fail(*_):
+        raise full
+    with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
+        rate_whole(SimpleNamespace(window=None, rate=fail), torch.zeros(1, 8, 3, 32, 32),
+                   torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
     with pytest.raises(RuntimeError, match="shapes"), fitting("this", "that"):
         raise RuntimeError("shapes do not match")
