@@ -357,7 +357,7 @@ def test_sigterm_while_data_are_prepared_is_one_line(tmp_path):
     """Two thousand talkers are being drawn."""
     with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
         wait_for((tmp_path / "run").exists, process)
-        time.sleep(2)
+        time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=120)[1].replace("\r", "\n").strip().splitlines()[-1]
     assert said == "stopped; start it again: it was before the first checkpoint, so nothing was kept"
