@@ -228,9 +228,9 @@ class Clips(Sequence):
     """The clips `rows` of a cache folder: `clips[i]` is a Clip, `clips[a:b]` are Clips.
 
     safetensors maps a clip's file while the clip is held: pages are read when touched, and writing to a
-    tensor never reaches the file. A file has some sound from before and after its clip: where index["late"]
-    says by how many frames a row's sound is late, the clip has that of so many frames later, and loses frames
-    where there is none.
+    tensor never reaches the file. A file has some sound from before and after its clip. Where a row's sound
+    is late by so many frames (index["late"], in memory only), it is read from so much later, and frames for
+    which there is no sound are dropped.
     """
 
     def __init__(self, folder: str | Path, rows: Sequence[int] | None = None, index: dict | None = None):
@@ -350,7 +350,8 @@ def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: Cr
 
 def _held_out(names: Iterable[str]) -> set[str]:
     """Choose the held-out files by the hash of their names: those below HELD_OUT, but at least one and never
-    all. A file's hash never changes, so adding files moves none from training to held-out."""
+    all. A file's hash never changes, so adding files moves none from training to held-out, but
+    where there are so few that "at least one" or "never all" decides."""
     rank = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
     below = sum(value < HELD_OUT for value in rank.values())
     return set(sorted(rank, key=rank.get)[: min(max(below, 1), len(rank) - 1)])

@@ -5,8 +5,9 @@
 
        x' = mean + step_std eps,     mean = c_x x + c_v velocity,     p(x' | x) = N(mean, step_std^2).
 
-   Only a window of steps is made so, never the first (sigma = 1, where there is nothing yet to choose from)
-   and never the last (whose noise would stay in the picture); the others stay ODE steps.
+   Only some neighbouring steps, the drawing steps, are made so: never the first (sigma = 1, where there is
+   nothing yet to choose from), never the last (whose noise would stay in the picture). The others stay ODE
+   steps.
 2. A rollout. G videos of one portrait and one speech, a group, are generated chunk by chunk by the same
    `generate()`, cache and all, that serves sampling. Every draw is kept: x, x', log-probability.
 3. A reward. Each video is judged as a whole, and, where a component can say when, chunk by chunk: a draw is
@@ -14,7 +15,7 @@
    moment, and credit that is not shared with the rest of the video is less noisy.
 4. An advantage: how much better than its group a video is. Each component is a z-score within its group,
 
-       z_i = (reward_i - mean_group reward_i) / max(std_group reward_i, floor)
+       z_i = (component_i - group mean) / max(group std, floor)
        advantage = clamp( sum_i weight_i z_i, -5, 5 ).
 
    A judge may fail to rate a video. Its advantage is 0, and the others are compared as if it were not there.
@@ -31,8 +32,8 @@
        ratio = exp(log_prob - old_log_prob)
        loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight kl
 
-The ratio is one per chunk and draw, not one per video: each draw is an action of its own, and the product of
-all of them would leave the clip's range as soon as any one did. Equal weights are not equal forces: the
+The ratio is one per chunk and draw, not one per video: each draw is an action of its own, and one product of
+all would be clipped for all of them together. Equal weights are not equal forces: the
 gradient of a log-probability goes with c_v / step_std, more for late draws. Log-probabilities are means over
 a chunk's N x C latent elements, so a ratio moves N x C times less than that of a sum would: clip is 1e-4
 where PPO has 0.2 (at N x C = 1280, 0.2 / 1280 = 1.6e-4). All is fp32, where cached and parallel
@@ -40,11 +41,12 @@ log-probabilities are 1e-7 apart; in bf16 it is 5e-4, more than the clip.
 
 Deviations from the papers. Flow-GRPO (2505.05470) normalises the total reward, here each component (as
 DanceGRPO, 2505.07818); its KL is the closed form, here the squared velocity difference, which weighs all
-noise levels alike. The window is MixGRPO's (2507.21802), but drawn anew for every update. The parallel
-rescoring and the credit per chunk are this project's. FlowPortrait's own hyper-parameters are not public.
+noise levels alike. The drawing steps are MixGRPO's window (2507.21802), but chosen anew for every update. The
+parallel rescoring and the credit per chunk are this project's. FlowPortrait's own hyper-parameters are not
+public.
 
-Shapes: P prompts, G group, B = P G rollouts (a group stands together), K chunks, M draws of the window,
-F frames, N tokens, C channels, S pixels per side.
+Shapes: P prompts (a portrait and a speech each), G group, B = P G rollouts (a group stands together),
+K chunks, M draws, F frames, N tokens, C channels, S pixels per side.
 """
 
 import math
@@ -123,8 +125,8 @@ def stochastic_steps(rollout_steps: int) -> list[tuple[float, float]]:
     return list(zip(sigmas, sigmas[1:]))[1:-1]
 
 
-def window(settings: Settings, rng: torch.Generator) -> list[tuple[float, float]]:
-    """Choose the M consecutive steps (sigma, next_sigma) that draw in an update."""
+def drawing_steps(settings: Settings, rng: torch.Generator) -> list[tuple[float, float]]:
+    """Choose the M neighbouring steps (sigma, next_sigma) that draw in an update."""
     steps = stochastic_steps(settings.rollout_steps)
     at = int(torch.randint(len(steps) - settings.draws + 1, (), generator=rng))
     return steps[at:at + settings.draws]
@@ -175,7 +177,7 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
 
     Args:
         portrait: (P, 3, S, S) in [0, 1].    mel: (P, K T, mel_channels).
-        steps: the window, (sigma, next_sigma) of each of the M draws.
+        steps: (sigma, next_sigma) of each of the M draws.
         rng: on the CPU; of the initial and of the fresh noise.
         mine: the prompts to make here; the noise of all is drawn, so that it is the same whoever makes it.
 
@@ -185,14 +187,14 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
     shape = model.config.video_tokens, model.config.channels
     portrait, mel = portrait[mine].repeat_interleave(g, 0), mel[mine].repeat_interleave(g, 0)
 
-    def draw(each):
+    def gaussian(each):
         return torch.randn(p, each, *shape, generator=rng)[mine].flatten(0, 1).to(mel.device)
 
     def fresh(chunk):
-        return draw(g)
+        return gaussian(g)
 
     def initial(chunk):
-        return fresh(chunk) if settings.group_noise == "different" else draw(1).repeat_interleave(g, 0)
+        return fresh(chunk) if settings.group_noise == "different" else gaussian(1).repeat_interleave(g, 0)
 
     draws = []
     step = drawing_step(settings, steps, fresh, lambda *draw: draws.append(draw))
@@ -218,7 +220,7 @@ def reward_to_go(reward: Tensor, discount: float) -> Tensor:
 
 def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings, chunks: int,
                floors: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, dict[str, float]]]:
-    """Compare every video with its group, component by component (equation 4 above), in float64.
+    """Compare every video with its group, component by component (step 4 above), in float64.
 
     Args:
         scores: components name -> (B,), and with credit "chunk" per_chunk name -> (B, K). A video of
@@ -229,8 +231,8 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
 
     Returns:
         advantage (B, K) fp32; and per component its mean, its mean group std, and `flat`, the share of groups
-        whose std is below the floor; under "total" the share of groups in which every advantage is 0, and the
-        number of unrated videos.
+        and chunks whose std is not above the floor; under "total" the share of groups in which every
+        advantage is 0, and the number of unrated videos.
 
     Raises: ValueError where a reward is infinite.
     """
@@ -283,7 +285,7 @@ def check_rescoring(model: Generator, rollout: Rollout, settings: Settings, tole
     This is the correctness test of the whole method: were they apart, every ratio would be wrong from the
     start. Measured, trained `tiny` model: 1e-7 apart in fp32, 2e-4 to 5e-4 in bf16.
 
-    Args: tolerance: of means. Returns: the largest difference of log-probabilities.
+    Args: tolerance: how far means may be apart. Returns: the largest difference of log-probabilities.
     Raises: RuntimeError where it exceeds what the tolerance allows.
     """
     gap = (rescore(model, rollout, settings)[0] - rollout.old_log_prob).abs()
@@ -306,7 +308,7 @@ def surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor
     """The clipped objective of PPO (1707.06347, eq. 7), negated: no gain beyond a ratio of 1 ± clip.
 
     Args: log_ratio, advantage: of any one shape.
-    Returns: loss, ratio, and where the clip stops the gradient, above (ratio too high) and below; likewise.
+    Returns: loss, ratio, and where the clip stops the gradient, ratio too high and too low; of that shape.
     """
     ratio = log_ratio.exp()
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -317,8 +319,8 @@ def grpo_loss(model: Generator, reference: Generator, rollout: Rollout, advantag
               settings: Settings) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of rollouts with their advantages (B, K), and what to log.
 
-    Logged: ratio_mean and ratio_max, (M,), noisiest step first; clip_high and clip_low, the share of draws
-    whose gradient the clip stops; kl to the reference, the squared velocity difference.
+    Logged: loss, without the KL; ratio_mean and ratio_max, (M,), highest sigma first; clip_high and clip_low,
+    the share of draws whose gradient the clip stops; kl to the reference, the squared velocity difference.
     """
     log_prob, velocity = rescore(model, rollout, settings)
     log_ratio = log_prob - rollout.old_log_prob                                            # (B, M, K)

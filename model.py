@@ -12,14 +12,16 @@ What you learn here, in the order of the file:
    chunk is denoised given the blocks up to its own: one mask serves training, generation, and rescoring.
 3. Flow matching. The network predicts the clean latent, which becomes a velocity, (x_sigma - clean) / sigma
    (kernels/flow_step.py). Each chunk has a noise level sigma of its own.
-4. Generation. `generate` denoises a chunk against a rolling cache of keys and values, writes the finished
-   chunk into the cache, and goes on: constant memory and time per chunk, for speech of any length.
+4. Generation. `generate` writes a block, the last finished chunk and the next sound, into a rolling cache of
+   keys and values, and denoises the next chunk against it: constant memory and time per chunk, for speech of
+   any length.
 
 The paper's sizes and training data are not public. Chosen here: a linear codec (it fits in seconds), a trunk
 shaped like a Qwen3 layer (so that one can be loaded), a portrait outside rotary time (never far away).
 
-Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy segments, N video tokens per chunk,
-C channels, S pixels per side, L tokens of a sequence, H heads, D head dim.
+Shapes: B batch, K chunks, T frames per chunk, F = K T frames, M noisy copies of the video ("segments"; in
+GRPO one per draw), N video tokens per chunk, C channels, S pixels per side, L tokens of a sequence, H heads,
+D head dim.
 """
 
 import json
@@ -43,7 +45,7 @@ from kernels.flow_step import flow_step, sigma_schedule
 
 POSE = 6                    # parameters of an affine head pose
 POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the pose is measured on pictures of this size, in so many steps
-SAMPLING_STEPS = 2          # of the flow per chunk: of a small model more steps show more errors
+SAMPLING_STEPS = 2          # flow steps per chunk; more of them show more of a small model's errors
 PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
 
 
@@ -232,8 +234,8 @@ class MotionCodec(nn.Module):
         std = variance.flip(-1)[..., : c.channels].clamp_min(0).sqrt()           # (N, C), falling
         # Half-whitening: components of deviations 1, 1/4, 1/100 become latents of 1, 1/2, 1/10. Left alone,
         # the last would drown in the flow's noise; whitened to 1, 1, 1, what is hardly seen would count like
-        # lips. The 1 is the strongest component of all windows, but of the pose a 4: what a head does next,
-        # given where it is, is a small part of its range, and few flow steps smooth it away.
+        # lips. Windows share one scale: the strongest component of all gets deviation 1. The pose's strongest
+        # gets 4: what a head does next is a small part of its range, and few flow steps smooth it away.
         strongest = std.amax(-1, keepdim=True)
         strongest[:-1] = strongest[:-1].max()
         strongest[-1] /= 4 ** 2
@@ -241,7 +243,10 @@ class MotionCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Encode clips (B, F, 3, S, S) in [0, 1], F = K T, to latents (B, K, N, C): 1, or 4, at most."""
+        """Encode clips (B, F, 3, S, S) in [0, 1], F = K T, to latents (B, K, N, C).
+
+        On the clips of `fit` their deviation is 1 at most, the pose's 4.
+        """
         pose, residual = self.analyse(frames)
         windows = self.cut(residual.flatten(0, 1)) * self.analysis               # (N-1, B F, 3, side, side)
         tokens = self._gather(pose, windows.flatten(2) @ self.space)             # (N, B K, T k)
@@ -297,7 +302,7 @@ class KVCache:
         self.keys, self.values = torch.empty((2, *shape), device=device, dtype=dtype)
 
     def update(self, k: Tensor, v: Tensor, write: bool) -> tuple[Tensor, Tensor]:
-        """Return the keys and values that are kept, and the new (B, H_kv, L, D), which stay if `write`."""
+        """Store keys and values (B, H_kv, L, D), for good if `write`. Returns: all that queries may see."""
         n, held = k.shape[2], min(self.written, self.sink + self.ring)
         at = slice(held, held + n)                               # behind the ring, to be overwritten
         if write:
@@ -322,7 +327,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def per_token(levels: Tensor, layout: Layout) -> Tensor:
-    """Hand (B, 1 + M K, C), the context's and each noisy chunk's, to their tokens: (B, L, C)."""
+    """Repeat a vector per noise level, (B, 1 + M K, width), for the tokens that have it: (B, L, width).
+
+    The first level is the context's, the others are the noisy chunks'.
+    """
     context = levels[:, :1].expand(-1, layout.context_length, -1)
     return torch.cat([context, levels[:, 1:].repeat_interleave(layout.video, 1)], 1)
 
@@ -353,8 +361,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor], layout: Layout | None = None,
                 cache: KVCache | None = None, write: bool = False) -> Tensor:
-        """Transform tokens (B, L, width): in training a whole sequence, conditions (B, 1 + M K, width) of its
-        context and noisy chunks; in generation tokens of one (B, 1, width), against the cache."""
+        """Transform tokens (B, L, width).
+
+        Training: layout, and condition (B, 1 + M K, width), of the context and of each noisy chunk.
+        Generation: cache, and condition (B, 1, width), as all tokens have one noise level.
+        """
         modulation = self.modulation(condition)
         if layout is not None:
             modulation = per_token(modulation, layout)                           # (B, L, 6 width)
@@ -394,7 +405,7 @@ def ode_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, chunk
 class Generator(nn.Module):
     """Portrait, sound and clean past in; velocity of the noisy chunks out."""
 
-    checkpointing = False         # True: training keeps the inputs of blocks alone, computes the rest twice
+    checkpointing = False         # True: training keeps only the layers' inputs, and computes the rest twice
 
     def __init__(self, config: Config):
         super().__init__()
@@ -462,8 +473,8 @@ class Generator(nn.Module):
 
         Args:
             portrait: (B, 3, S, S) in [0, 1].
-            mel: (B, K T, mel_channels), or a data.LogMel, which is made as it is read.
-            clean: (B, K, N, C) the context; its last chunk is no one's past and is not read.
+            mel: (B, K T, mel_channels).
+            clean: (B, K, N, C) the past that is shown; its last chunk is no one's past and is not read.
             noisy: (B, M, K, N, C), M independently noised copies.    sigma: (B, M, K).
             heard: (B,) bool, false where the sound is dropped.
 
@@ -497,7 +508,7 @@ class Generator(nn.Module):
 
     def read(self, caches: list[KVCache], x: Tensor, sigma: float, rope: tuple[Tensor, Tensor],
              write: bool) -> Tensor:
-        """Run tokens (B, L, width) of one noise level through the trunk, against the caches of its blocks."""
+        """Run tokens (B, L, width) of one noise level through the trunk, against its layers' caches."""
         condition = F.silu(self.embed_sigma(torch.full((len(x), 1), sigma, device=x.device)))
         for block, cache in zip(self.blocks, caches):
             x = block(x, condition, rope, cache=cache, write=write)
@@ -507,7 +518,7 @@ class Generator(nn.Module):
     def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor],
                  steps: int = SAMPLING_STEPS, guidance: float = 1.0,
                  step: Callable[..., Tensor] = ode_step) -> Iterator[tuple[Tensor, Tensor]]:
-        """Generate video chunk by chunk: denoise a chunk against the cache, then write it into the cache.
+        """Generate chunk by chunk: write the chunk before and the next sound into the cache, then denoise.
 
         Args:
             portrait: (B, 3, S, S) in [0, 1].

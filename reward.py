@@ -151,7 +151,7 @@ class Judge:
         """Load a folder, or, where `name` is no folder, a model of the hub: naming one asks for its download.
 
         Args:   dtype: None for judge.json's, else float32 on a CPU and bfloat16 elsewhere; settings: of the
-                constructor, before those of judge.json.
+                constructor; they override judge.json's.
         Raises: MediaError where there is no such model, or one that cannot watch and hear.
         """
         import transformers                          # here: it takes seconds, and not every use needs a judge
@@ -187,7 +187,7 @@ class Judge:
 
     def read(self, frames: Tensor, audio: Tensor, text: str) -> dict:
         """Tokenize clips (B, F, 3, S, S) uint8 with sound (B, F * 640), each after the same text."""
-        # Silent defaults are 2 frames a second, 317 pixels, 30 s of sound, pictures before sound.
+        # Left alone, the processor takes 2 frames a second, 317 pixels, 30 s of sound, pictures before sound.
         size = {} if self.side is None else {"min_pixels": self.side ** 2, "max_pixels": self.side ** 2}
         self.processor.feature_extractor.n_samples = audio.shape[1]
         return self.processor(text=[text] * len(frames), videos=list(frames), audio=list(audio.numpy()),
@@ -204,7 +204,8 @@ class Judge:
         for question in questions:
             ids = self.processor.tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids
             ids = ids.to(self.device).expand(len(frames), -1)
-            # A clip spans fewer instants than tokens: text goes on at the last instant + 1, on all axes.
+            # Positions count instants, and a clip has fewer of them than tokens. Text goes on at its last
+            # instant + 1, on all three axes.
             after = length + torch.arange(ids.shape[1], device=self.device)
             place = (after + self.model.rope_deltas.view(-1, 1)).expand(3, len(frames), -1)
             logits.append(self.model(input_ids=ids, position_ids=place, past_key_values=cache).logits[:, -1])
@@ -248,9 +249,9 @@ def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tu
 
 
 def calibrate(scores: Tensor, knots: tuple[Sequence[float], Sequence[float]]) -> Tensor:
-    """Map scores to people's scale, linearly between the centres of the blocks that extras/people.py fitted.
+    """Map scores to people's scale, linearly between the centres of the steps that extras/people.py fitted.
 
-    The fit itself is a staircase: inside a block two videos would earn the same reward and GRPO would learn
+    The fit itself is a staircase: on a step two videos would earn the same reward and GRPO would learn
     nothing. Between centres every improvement counts. Beyond the outermost, the scale ends.
     """
     return torch.as_tensor(np.interp(scores.cpu(), *knots), dtype=scores.dtype, device=scores.device)
@@ -377,16 +378,18 @@ class Exemplars:
         def mean(values):
             return torch.cat([v.flatten() for v in values]).mean().item()
 
-        lively, smooth = videos(lively), videos(smooth)
-        ranges = {}
-        for name, filmed in (("activity", lively), ("smoothness", smooth), ("seams", smooth)):
+        def ranges(filmed, *names):
             views = [filmed] if codec is None else [filmed, [by_codec(video) for video in filmed]]
-            means = [mean(temporal(video, chunk_frames)[name] for video in view) for view in views]
-            ranges[name] = min(means), max(means)
+            measured = [[temporal(video, chunk_frames) for video in view] for view in views]
+            means = {name: [mean(of[name] for of in view) for view in measured] for name in names}
+            return {name: (min(values), max(values)) for name, values in means.items()}
+
+        lively, smooth = videos(lively), videos(smooth)
         stray = torch.stack([(video - video[:, :1]).abs().mean((0, 1, 2)) for video in smooth]).mean(0)
         still = torch.exp(-stray / STILL_DEVIATION)
         return cls(still, mean(straying(video, video[:, 0], still) for video in smooth),
-                   mean(likeness(video, video[:, 0]) for video in smooth), ranges)
+                   mean(likeness(video, video[:, 0]) for video in smooth),
+                   ranges(lively, "activity") | ranges(smooth, "smoothness", "seams"))
 
 
 # ---------------------------------------------------------------- the sync network
@@ -491,7 +494,7 @@ def load_sync(folder: str | Path) -> SyncNetwork:
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the reward. Of all, more is better; regularisers reach 0 where the exemplars are."""
+    """A part of the reward; more is better. Regularisers are 0 at the exemplars' level, negative off it."""
 
     weight: float                  # in the total; 0 switches it off
     floor: float                   # least group deviation to divide by: smaller ones nobody can see
@@ -530,7 +533,7 @@ class Reward:
 
     Args:    judge: anything with `rate(frames, audio, names)` and `window`; None: ratings are left out.
              exemplars: what good clips show; weights: name -> weight, where not that of COMPONENTS.
-             calibration: aspect -> knots; sync: the reward's own SyncNetwork; None: it is left out.
+             calibration: aspect -> knots of `calibrate`; sync: the reward's SyncNetwork; None: none.
     """
 
     def __init__(self, judge, exemplars: Exemplars, weights: dict[str, float] | None = None,

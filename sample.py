@@ -4,9 +4,10 @@
 
 The video is generated chunk by chunk and written as it comes, in constant memory: speech may have any length.
 
-All metrics that no reward contains stand here. sample.py imports reward.py, never the reverse, so a generator
-trained on the reward can be measured by them. (The embedded judge was taught by some of the same signals;
-extras/school.py says how far.) How a mouth is read from pixels stands in extras/mouths.py.
+The held-out metrics stand here. Some resemble a part of the reward (amplitude, jerk, seam_ratio, still_psnr);
+lip_correlation, offset and mouth_psnr resemble none. sample.py imports reward.py, never the reverse. (The
+embedded judge was taught by some of the same signals; extras/school.py says how far.) extras/mouths.py reads
+mouths from pixels.
 
 A video is (F, 3, S, S), uint8 or float in [0, 1]; B clips, F frames, S pixels per side.
 """
@@ -35,7 +36,7 @@ from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork
 
 # ---------------------------------------------------------------- generate
 
-def generator(seed: int, index: int, device="cpu") -> torch.Generator:
+def seeded_rng(seed: int, index: int, device="cpu") -> torch.Generator:
     """Return a random generator of its own for each (seed, index). Drawn on the CPU, its numbers are the same
     on every machine; the many of a pretraining step are quicker drawn where they are used."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + index)
@@ -47,8 +48,8 @@ def seeded_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...],
 
     Every video has a random generator of its own, so it does not depend on the batch in which it is made.
     """
-    generators = [generator(seed, i) for i in indices]
-    return lambda chunk: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    rngs = [seeded_rng(seed, i) for i in indices]
+    return lambda chunk: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
 
 
 @torch.no_grad()
@@ -334,6 +335,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    remedy = "lower --max-seconds, --steps or --size, or use --device cpu"
-    with one_line("stopped; nothing was written", remedy):
+    with one_line("stopped; nothing was written", "use --device cpu"):
         main()

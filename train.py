@@ -14,20 +14,21 @@
 
        x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ max(U(0, 1), 0.02) per chunk
 
-   and the generator, which sees the portrait, the sound and the clean past of each chunk, learns the velocity
+   and the generator, which sees the portrait, the sound and the past of each chunk (with a little noise, as
+   its own past will have errors), learns the velocity
 
        loss = w(sigma) * |predicted velocity - (noise - clean)|^2,      w = min(sigma / 0.2, 1)^2.
 
    The weight tames the division by sigma near the clean end, where the network predicts the clean latent.
    The generator learns what it is shown: late lips, mumbling mouths, trembling cameras.
 2. Curation. The judge rates every clip once, and training goes on with the same loss on the clips that it
-   rates highest. A network that is fine-tuned on these can only become as good as they are.
+   rates highest. What is fine-tuned on these can only become as good as they are.
 3. Post-training by GRPO (grpo.py explains it). Groups of videos of training prompts are generated and scored
    by the reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
 
 Every stage after pretraining looks at watched clips on the way, and keeps the moving average of the weights
-that did best on them. Other clips are reported. `--control` spends the CPU time of post-training otherwise:
-on more pretraining, on more curation, and on GRPO without curation.
+that did best on them. Other clips are reported. `--control` adds three arms: more curation for the CPU time
+of post-training; GRPO without curation, as many updates; more pretraining for the CPU time of that.
 
 All random numbers of a step come from a generator keyed by (seed, step), so a resumed run repeats an unbroken
 one (but for controls, which end by CPU time). What stands beside the method is in extras: flags.py,
@@ -72,7 +73,7 @@ from extras.session import (Log, at_once, carry_out, clear, continues, fingerpri
 from extras.talkers import FAULTS, synthetic_clips
 from model import Generator, load_generator
 from reward import ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, rate_whole
-from sample import generator, sync_metrics
+from sample import seeded_rng, sync_metrics
 
 WATCHED = 100_000                  # the first of the talkers that are watched, beyond any that are reported
 CODEC_CLIPS = 256                  # enough to fit the codec's components
@@ -94,7 +95,7 @@ class Latents:
     """A set of clips as the trainer sees it, all in memory: pixels appear only in the portraits."""
 
     portrait: Tensor               # (B, 3, S, S) uint8
-    mel: Tensor                    # (B, F, mel_channels)
+    mel: Tensor                    # (B, F, mel_channels) of log_mel, or of a speech encoder
     clean: Tensor                  # (B, K, N, C)
 
     def __len__(self) -> int:
@@ -118,8 +119,9 @@ def load_clips(args: argparse.Namespace, watch: int = 0) -> tuple[Clips, list[Cl
         if watch:
             held_out += synthetic_clips(watch, size, args.seconds, seed, first=WATCHED)
     if not (train and held_out):
-        raise MediaError(args.data, f"has too few clips of {args.frames / FPS:.2f} s ({len(train)} to train "
-                                    f"on, {len(held_out)} held out); add files or lower --seconds")
+        raise MediaError(args.data or "--clips",
+                         f"has too few clips of {args.frames / FPS:.2f} s, {len(train)} to train on, "
+                         f"{len(held_out)} held out; add files or lower --seconds")
     if args.updates and len(train) < args.prompts:
         raise MediaError(args.data or "--clips", f"{len(train)} clips are too few; lower --prompts")
     watch = min(watch, len(held_out) // 2) if args.data else watch       # a folder has what it has
@@ -239,10 +241,10 @@ def draw_batch(data: Latents, args: argparse.Namespace, step: int) -> tuple[Tens
     """Draw the batch of a step; every process draws all of it and returns its own rows.
 
     Returns: portrait (B, 3, S, S) in [0, 1], mel (B, F, mel_channels), clean (B, 1, K, N, C),
-    context (B, K, N, C), noise (B, 1, K, N, C), sigma (B, 1, K), heard (B,).
+    context (B, K, N, C), the past to show, noise (B, 1, K, N, C), sigma (B, 1, K), heard (B,).
     """
     device = args.device
-    draw = dict(generator=generator(args.seed, step, device), device=device)
+    draw = dict(generator=seeded_rng(args.seed, step, device), device=device)
     rows = torch.randint(len(data), (args.batch,), **draw).cpu()
     clean = data.clean[rows].to(device)                                              # (B, K, N, C)
     sigma = torch.rand(clean.shape[:2], **draw).clamp_min(0.02)[:, None]
@@ -273,7 +275,8 @@ def snapshot(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Stage:
-    """Weights that change step by step, their moving average, and the best average that the looks have seen.
+    """Weights that change step by step, their moving average, and the best average so far, which looks at the
+    watched clips decide.
 
     A stage ends after `total` steps or, if it is a control, when it has spent `budget` seconds of CPU time.
     """
@@ -395,9 +398,9 @@ class PostTraining(Stage):
         """
         args, group, optimizer = self.args, self.settings.group, self.optimizers[0]
         clock = [time.perf_counter()]
-        rng = generator(args.seed, POST_STREAM + self.step)
+        rng = seeded_rng(args.seed, POST_STREAM + self.step)
         rows = torch.randperm(len(self.data), generator=rng)[: args.prompts]
-        steps = grpo.window(self.settings, rng)
+        steps = grpo.drawing_steps(self.settings, rng)
         prompts = self.data[rows]
 
         # Roll out: a group of videos of each prompt. Then score. Neither changes anything yet.
@@ -410,7 +413,7 @@ class PostTraining(Stage):
             clock.append(time.perf_counter())
             scores = self.score(rollout, [self.clips[i] for i in rows[shard()]])
 
-        # Advantage: how much better than its group each video is. Then those of this process's videos.
+        # Advantage: compare each video with its group, then keep the rows of this process.
         advantage, components = grpo.advantages(scores, self.reward.weights, self.settings,
                                                 rollout.latents.shape[1], self.reward.floors)        # (B, K)
         self.count_unrated(components["total"]["unrated"], len(advantage))
@@ -424,8 +427,8 @@ class PostTraining(Stage):
             part, part_advantage, logs = rollout[at:at + size], advantage[at:at + size], []
             optimizer.zero_grad()
             for i in range(0, len(part), args.micro_batch):
-                few, few_advantage = (x[i:i + args.micro_batch] for x in (part, part_advantage))
-                loss, log = grpo.grpo_loss(self.trained, self.reference, few, few_advantage, self.settings)
+                few, credit = part[i:i + args.micro_batch], part_advantage[i:i + args.micro_batch]
+                loss, log = grpo.grpo_loss(self.trained, self.reference, few, credit, self.settings)
                 (loss * len(few) / len(part)).backward()
                 logs.append((log, len(few) / len(part) / world()))
             norm = clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
@@ -448,9 +451,9 @@ class PostTraining(Stage):
         audio = sounds(prompts, rollout.frames.shape[1]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
         scores = self.reward(rollout.frames, audio, rollout.portrait, names, self.settings.credit == "chunk")
-        return Scores(gather_groups(scores.total, group), *(
-            {name: gather_groups(values, group) for name, values in part.items()}
-            for part in (scores.components, scores.per_chunk)))
+        components, per_chunk = ({name: gather_groups(values, group) for name, values in part.items()}
+                                 for part in (scores.components, scores.per_chunk))
+        return Scores(gather_groups(scores.total, group), components, per_chunk)
 
     def count_unrated(self, unrated: int, videos: int) -> None:
         """Raise JudgeError where the judge leaves too many videos unrated; single ones are only left out."""
@@ -476,7 +479,7 @@ class Run:
 
 
 def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: Log) -> FlowMatching:
-    """Make a new generator with its codec fitted, or go on with one of before. The caller sets its data."""
+    """Make the stage of pretraining, with a new generator or a loaded one. The caller sets its data."""
     torch.manual_seed(args.seed)
     stage = FlowMatching("pretraining", None, args, args.steps)
     if args.resume:
@@ -527,7 +530,7 @@ def post_train(run: Run, start: dict[str, Tensor], name: str = "post-training") 
 
 
 def control_arms(run: Run, arms: dict[str, dict], spent: float) -> dict[str, dict[str, Tensor]]:
-    """Spend the CPU time of post-training otherwise, from the same starts. Returns: arm -> weights.
+    """Train the controls from the same starts. Returns: arm -> weights.
 
     More curation goes on from the curated generator, for as long as its post-training took. GRPO without
     curation starts from the pretrained one, and more pretraining takes as long as that.
@@ -542,8 +545,8 @@ def control_arms(run: Run, arms: dict[str, dict], spent: float) -> dict[str, dic
         carry_out(stage, run.watched, run.log)
         return stage
 
-    # Without curation, videos from shared noise have equally late lips, and there is nothing to compare.
-    # And there is farther to go: at 6e-4 the lips reached .38 in 75 updates.
+    # Without curation, videos from shared noise are equally late: there is nothing to compare. There is also
+    # farther to go: at a rate of 6e-4 lip_correlation was only .38 after 75 updates.
     settings = replace(args.settings, group_noise="different")
     apart = argparse.Namespace(**vars(args) | {"settings": settings, "post_lr": UNCURATED_LR})
     stages = []
@@ -573,7 +576,7 @@ def train(args: argparse.Namespace, start: float) -> None:
         raise MediaError(args.out, f"holds a run; go on with --resume {shlex.quote(str(args.out))}, choose "
                                    "another --out, or begin anew there with --overwrite")
     judge = make_judge(args) if args.curate or args.updates else None
-    reward_sync(args)                                        # all this before the minutes that would be lost
+    reward_sync(args)                                        # fail now, not after minutes of work
     measuring_sync(args)
     with rank_zero_first():
         args.footage = learn(args, judge)
@@ -597,12 +600,12 @@ def train(args: argparse.Namespace, start: float) -> None:
 
     resume, anew = (shlex.join([flag, str(args.out)]) for flag in ("--resume", "--pretrained"))
     with fitting("pretraining", "lower --batch, or give --checkpointing"):
-        arms = {PRETRAINED: carry_out(pretraining, [], log)}
+        arms = {PRETRAINED: carry_out(pretraining, [], log)}     # an arm: weights that are reported
         if curates and len(run.picks.curated):
             keep_arm(loaded(arms[PRETRAINED], args), PRETRAINED, args)
             arms[CURATED] = curate(run, arms[PRETRAINED]).kept
     if reinforces:
-        *_, (last, weights) = arms.items()
+        last, weights = list(arms.items())[-1]
         keep_arm(loaded(weights, args), last, args)
         codec = pretraining.model.codec
         run.reward = make_reward(args, judge, *exemplars(run), args.config.chunk_frames, codec)

@@ -5,7 +5,7 @@ The sequence of a clip of K chunks is a clean context followed by M noisy copies
     context  [portrait | audio 0] [video 0 | audio 1] ... [video K-2 | audio K-1]      K blocks
     noisy    [video 0] [video 1] ... [video K-1]                                       M times
 
-Blocks are equally long if the portrait, as "video -1", counts to block 0; for the mask it stands apart. The
+Blocks are equally long if the portrait, as "video -1", is counted in block 0; the mask treats it apart. The
 rule, for a query of block or chunk i:
 
     the portrait      sees itself only: it is a sink whose keys never depend on the sound
@@ -25,10 +25,10 @@ never sees the clean answer (video i, which stands in block i+1) nor another noi
 The same rule read row by row is what a rolling key/value cache of W blocks holds, which is why one
 parallel pass can rescore what was generated chunk by chunk.
 
-In PyTorch the mask is an (L, L) matrix of booleans, read by an attention that multiplies every query with
-every key. But row by row the rule is at most three runs of keys, and column by column a few runs of queries,
-so that the kernels need no mask, only bounds. Tiles are aligned with blocks and chunks, so that all rows of a
-tile have the same bounds:
+The rest is about the kernels; skip it at first. In PyTorch the mask is an (L, L) matrix of booleans, read by
+an attention that multiplies every query with every key. But row by row the rule is at most three runs of
+keys, and column by column a few runs of queries, so that the kernels need no mask, only bounds. Tiles are
+aligned with blocks and chunks, so that all rows of a tile have the same bounds:
 
     a tile of queries of noisy chunk i sees         a tile of keys of block i is seen by
 
@@ -105,7 +105,7 @@ def coordinates(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def may_see(query: Tensor, query_segment: Tensor, key: Tensor, key_segment: Tensor, window: int) -> Tensor:
-    """The rule above, from the coordinates of queries and keys."""
+    """The rule above. query, key: block or chunk (portrait: -1); segments: 0 is context, 1.. noisy copies."""
     past = (key_segment == 0) & (key <= query) & ((key > query - window) | (key == -1))
     own_chunk = (query_segment == key_segment) & (key == query) & (key_segment != 0)
     return past | own_chunk

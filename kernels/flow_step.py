@@ -21,8 +21,8 @@ velocity,
     precise    as cps, with as much fresh noise as the SDE of flow-sde has on the way (arXiv 2605.23522):
                step_std = next_sigma sqrt(1 - r^(a^2)),  r = next_sigma (1 - sigma) / (sigma (1 - next_sigma))
 
-The arithmetic is nothing, the memory everything. Fused, a draw reads x, velocity and noise and writes x', 16
-bytes an element in fp32; PyTorch, operation by operation, moves about 116.
+The step is bound by memory traffic, not by arithmetic. Fused, a draw reads x, velocity and noise and writes
+x', 16 bytes an element in fp32; PyTorch, operation by operation, moves about 116.
 
     row r of x     |<-- BLOCK -->|<-- BLOCK -->|<-- .. |      one program a block, its elements in registers:
     velocity       |             |             |       |      mean, x' and z = (x' - mean) / step_std
@@ -45,12 +45,12 @@ def sigma_schedule(steps: int) -> list[float]:
     """Return the `steps + 1` noise levels of a sampler, from 1 (noise) down to 0 (clean), equally spaced."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, got {steps}")
-    return [1 - i / steps for i in range(steps)] + [0.0]
+    return [1 - i / steps for i in range(steps + 1)]
 
 
 def step_coefficients(sampler: str, sigma: float, next_sigma: float,
                       noise_level: float = 0.0) -> tuple[float, float, float]:
-    """Return (c_x, c_v, step_std) of a step: the formulas above, sorted by x and velocity.
+    """Return (c_x, c_v, step_std) of a step: the formulas above, collected by x and velocity.
 
     Args:
         sampler: "ode", "flow-sde", "cps" or "precise".

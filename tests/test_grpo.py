@@ -21,7 +21,7 @@ def rng(seed=0):
 
 
 def roll_out(model, settings=SMALL, prompts=2, chunks=3, seed=0):
-    steps = grpo.window(settings, rng())
+    steps = grpo.drawing_steps(settings, rng())
     return grpo.roll_out(model, *inputs(model, chunks, prompts), settings, steps, rng(seed))
 
 
@@ -46,7 +46,7 @@ def test_the_window_never_touches_sigma_1_or_the_last_step(steps, draws):
     """M consecutive steps of the schedule; every allowed place is reached."""
     settings, levels, starts = Settings(rollout_steps=steps, draws=draws), sigma_schedule(steps), set()
     for seed in range(300):
-        window = grpo.window(settings, rng(seed))
+        window = grpo.drawing_steps(settings, rng(seed))
         start = levels.index(window[0][0])
         assert window == [(levels[i], levels[i + 1]) for i in range(start, start + draws)]
         assert window[0][0] < 1 and window[-1][1] > 0

@@ -351,7 +351,7 @@ def grpo_update(model):
     """A rollout, its rescoring in one pass to 1e-6 (cache and mask hold the same), and the gradient."""
     settings, rng = replace(SMALL, group=2, kl_weight=0.0), torch.Generator().manual_seed(0)
     portrait, mel = (t.to(DEVICE) for t in inputs(model, 2, 1))
-    rollout = grpo.roll_out(model, portrait, mel, settings, grpo.window(settings, rng), rng)
+    rollout = grpo.roll_out(model, portrait, mel, settings, grpo.drawing_steps(settings, rng), rng)
     assert grpo.check_rescoring(model, rollout, settings) <= 1e-6
     advantage = torch.tensor([[1.0], [-0.5]], device=DEVICE).expand(2, 2)
     loss, _ = grpo.grpo_loss(model, model, rollout, advantage, settings)

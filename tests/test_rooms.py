@@ -25,6 +25,8 @@ ARROWS = {
     "extras.score": {"data", "sample", "extras.arguments", "extras.reward_flags", "extras.talkers"},
     "train": MAIN | {"extras.flags", "extras.footage", "extras.measuring", "extras.pretrained", "extras.processes",
                      "extras.report", "extras.reward_flags", "extras.session", "extras.talkers"},
+    "extras.rivals": {"data", "model", "reward", "sample", "train", "extras.flags", "extras.measuring", "extras.report",
+                      "extras.reward_flags", "extras.session"},
     "kernels.bench": {"data", "kernels", "model", "grpo"},
     "extras.talkers": {"data"},
     "extras.mouths": {"data", "model"},

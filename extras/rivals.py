@@ -1,0 +1,169 @@
+"""What else the judge and the minutes of post-training could buy: the rivals of GRPO, on a finished run.
+
+    python train.py --control                          first, a run with its controls
+    python -m extras.rivals runs/tiny                  then this; it writes runs/tiny/rivals/rivals.json
+
+shifted sound       the pretrained model, with its sound shifted by the median offset that the reward's sync
+                    network measures in its videos of watched clips
+curated in time     the same network measures the offset of every training clip, and its sound is shifted back
+                    (the rule of LatentSync, 2412.09262); then curation, as in train.py
+best of N           the curated model: N videos of each clip, from other noise; the one with the best ratings
+rejection sampling  the curated model, fine-tuned for the CPU time of post-training on the best of N videos of
+                    its own of training prompts (RAFT, 2304.06767)
+
+All are measured as train.py measures its arms: on the run's held-out clips, by the ODE, from the same noise.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import train
+from data import Clip, hear, pixels, sounds
+from extras.files import MediaError, one_line, replacing
+from extras.flags import parse_arguments
+from extras.measuring import loaded, mouth_distance
+from extras.media import SAMPLES_PER_FRAME
+from extras.report import CURATED, PRETRAINED
+from extras.reward_flags import make_judge, measuring_sync, reward_sync
+from extras.session import Log, plain_json
+from model import load_generator
+from reward import SyncNetwork, rate_whole
+from sample import evaluate, imitate, seeded_noise, seeded_rng, summary, sync_metrics
+
+BEST_OF = 4, 16
+PROMPTS, SAMPLES = 32, 4           # of a round of rejection sampling,
+ROUND = 50                         # and the training steps until the next
+OWN_STREAM = 900_000               # where the random numbers of its own videos begin
+
+
+def shifted(clip: Clip, frames: int) -> Clip:
+    """Let a clip's sound come some frames later."""
+    return replace(clip, audio=clip.audio.roll(frames * SAMPLES_PER_FRAME))
+
+
+def lateness(net: SyncNetwork, videos: Tensor, clips: list[Clip]) -> Tensor:
+    """Measure by how many frames the lips of videos (B, F, 3, S, S) come after their clips' sound."""
+    return sync_metrics(net, videos, sounds(clips, videos.shape[1]))["sync_offset"]
+
+
+def rated(judge, videos: Tensor, clips: list[Clip]) -> Tensor:
+    """Return the sum of the judge's ratings, (B,)."""
+    return rate_whole(judge, videos, sounds(clips, videos.shape[1]), [clip.name for clip in clips])[0].sum(1)
+
+
+def best_of(n: int, model, judge, clips: list[Clip], args: argparse.Namespace) -> Tensor:
+    """Generate each clip n times, and keep the video that the judge rates best."""
+    best, most = None, torch.full((len(clips),), -torch.inf)
+    for take in tqdm(range(n), f"best of {n}", leave=False):
+        videos = imitate(model, clips, args.frames, args.sampling_steps, seed=args.seed + 1000 * take)
+        ratings = rated(judge, videos, clips)
+        best = videos if best is None else best
+        best[ratings > most] = videos[ratings > most]
+        most = most.maximum(ratings)
+    return best
+
+
+def curated_in_time(run: train.Run, judge, net: SyncNetwork) -> train.FlowMatching:
+    """Put every training clip in time, and fine-tune on what is then rated highest."""
+    args, frames = run.args, run.args.frames
+    late = [int(lateness(net, pixels([clip], frames), [clip])) for clip in tqdm(run.clips, "measuring")]
+    clips = [shifted(clip, by) for clip, by in zip(run.clips, late)]
+    ratings = [rated(judge, pixels([clip], frames), [clip]) for clip in tqdm(clips, "rating", leave=False)]
+    picked = torch.cat(ratings).argsort(descending=True)[: round(args.curate * len(clips))]
+    data = run.data[picked]
+    encoder, device = args.config.audio_encoder, args.device
+    data.mel = torch.stack([hear(clips[i].audio, frames, encoder, device) for i in picked])
+    return train.FlowMatching("curated in time", data, args, args.curate_steps, first=args.steps)
+
+
+class RejectionSampling(train.FlowMatching):
+    """Fine-tuning on the generator's own videos of training prompts, the best of each so far."""
+
+    def __init__(self, run: train.Run, judge, budget: float):
+        super().__init__("rejection sampling", None, run.args, budget=budget, first=run.args.steps)
+        self.run, self.judge = run, judge
+
+    def take_step(self) -> dict:
+        if self.data is None or self.step % ROUND == 0:
+            own = self.best_own()
+            self.data = own if self.data is None else train.Latents(
+                *(torch.cat(pair) for pair in zip(vars(self.data).values(), vars(own).values())))
+        return super().take_step()
+
+    @torch.no_grad()
+    def best_own(self) -> train.Latents:
+        """Generate SAMPLES videos of each of PROMPTS training prompts. Returns: the best of each."""
+        run, args = self.run, self.args
+        rng = seeded_rng(args.seed, OWN_STREAM + self.step)
+        rows = torch.randperm(len(run.clips), generator=rng)[:PROMPTS].repeat_interleave(SAMPLES)
+        prompts, model = run.data[rows], loaded(self.average, args)
+        noise = seeded_noise(args.seed + OWN_STREAM + self.step, range(len(rows)),
+                             (args.config.video_tokens, args.config.channels), args.device)
+        made = model.generate((prompts.portrait / 255).to(args.device), prompts.mel.to(args.device), noise,
+                              args.sampling_steps)
+        latents, videos = zip(*((latent.cpu(), video.cpu()) for latent, video in made))
+        ratings = rated(self.judge, torch.cat(videos, 1), [run.clips[row] for row in rows])
+        best = ratings.view(-1, SAMPLES).argmax(1) + torch.arange(0, len(rows), SAMPLES)
+        return train.Latents(prompts.portrait[best], prompts.mel[best], torch.stack(latents, 1)[best])
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("run", type=Path, help="a finished run on drawn talkers, with curation and post-training")
+    folder = p.parse_args(argv).run
+    args = parse_arguments(["--resume", str(folder)])
+    judge, net, measures = make_judge(args), reward_sync(args), measuring_sync(args)
+    for name in "curate.pt", "post.pt", CURATED:
+        if args.data or judge is None or not (folder / name).exists():
+            raise MediaError(folder, "is no finished run on drawn talkers with a judge and all three stages")
+    clips, held_out, watched = train.load_clips(args, args.watch_clips)
+    pretrained, curated = (load_generator(folder / arm).to(args.device) for arm in (PRETRAINED, CURATED))
+    budget = torch.load(folder / "post.pt", map_location="cpu", weights_only=True)["cpu_seconds"]
+    args.out = folder / "rivals"
+    log, kept = Log(args.out, time.perf_counter()), args.out / "rivals.json"
+    args.out.mkdir(exist_ok=True)
+    values = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def measure(name: str, make: Callable[[], Tensor]) -> None:
+        if name in values:                           # what is finished is never made twice
+            return
+        start = time.process_time()
+        videos = make()
+        spent = time.process_time() - start
+        metrics = evaluate(videos, held_out, args.config.chunk_frames, measures)
+        distance = mouth_distance(videos, held_out, args)
+        print(f"{name}, {spent:.0f} s of CPU time:\n{summary(metrics)}\n"
+              f"  all clips together   Frechet distance of mouths {distance:.3f}")
+        values[name] = {metric: of_clips.tolist() for metric, of_clips in metrics.items()}
+        values[name] |= {"mouth_distance": distance, "cpu_seconds": spent}
+        with replacing(kept) as path:
+            path.write_text(plain_json(values))
+
+    def sampled(model, some: list[Clip]) -> Tensor:
+        return imitate(model, some, args.frames, args.sampling_steps, seed=args.seed)
+
+    def trained(stage: train.FlowMatching, start: str) -> Tensor:
+        train.load(stage, folder / start, anew=True)
+        return sampled(loaded(train.carry_out(stage, watched, log), args), held_out)
+
+    late = int(lateness(net, sampled(pretrained, watched), watched).median())
+    print(f"the pretrained model's lips are {late} frames late, says the reward's sync network")
+    measure("shifted sound", lambda: sampled(pretrained, [shifted(clip, -late) for clip in held_out]))
+    for n in BEST_OF:
+        measure(f"best of {n}", lambda: best_of(n, curated, judge, held_out, args))
+    run = train.Run(args, log, clips, watched, train.encode(pretrained, clips, args.frames, args.device))
+    measure("rejection sampling", lambda: trained(RejectionSampling(run, judge, budget), "curate.pt"))
+    measure("curated in time", lambda: trained(curated_in_time(run, judge, net), "state.pt"))
+
+
+if __name__ == "__main__":
+    with one_line("stopped", "choose fewer clips"):
+        main()
