@@ -68,8 +68,8 @@ from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, jo
 from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED,
                            funnel)
 from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_sync
-from extras.session import (Log, at_once, carry_out, clear, continues, fingerprint, keep_arm, load, lock,
-                            resumable, save)
+from extras.session import (Log, at_once, carry_out, check_program, clear, continues, fingerprint,
+                            keep_arm, load, lock, resumable, save)
 from extras.talkers import FAULTS, synthetic_clips
 from model import Generator, load_generator
 from reward import ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, rate_whole
@@ -575,9 +575,9 @@ def train(args: argparse.Namespace, start: float) -> None:
     if (args.out / "config.json").exists() and not (args.resume or args.overwrite):
         raise MediaError(args.out, f"holds a run; go on with --resume {shlex.quote(str(args.out))}, choose "
                                    "another --out, or begin anew there with --overwrite")
+    check_program(args)
     judge = make_judge(args) if args.curate or args.updates else None
-    reward_sync(args)                                        # fail now, not after minutes of work
-    measuring_sync(args)
+    reward_sync(args), measuring_sync(args)                  # fail now, not after minutes of work
     with rank_zero_first():
         args.footage = learn(args, judge)
     curates, reinforces = later_stages(args, judge)

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -146,13 +147,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if local_name(before.data) not in (None, saved.get("data")):
             saved.pop("crop", None)                              # it was of other clips
     args = p.parse_args(argv, argparse.Namespace(**saved))       # where it has a value, no default is taken
-    args.command = sys.argv[1:] if argv is None else list(argv)
+    args.program, args.command = program(), sys.argv[1:] if argv is None else list(argv)
     args.pretrained = run if before.pretrained else None
     for name in LOCAL:
         setattr(args, name, local_name(getattr(args, name)))
     if run:
         compare(p, args, saved)
     return complete(p, args)
+
+
+def program() -> str:
+    """The command that was started: train.py, or a script with a judge or reward of its own that calls it."""
+    script = sys.modules["__main__"]
+    if not hasattr(script, "train") or Path(script.__file__).name == "train.py":
+        return "python train.py"
+    module = script.__spec__
+    return f"python -m {module.name}" if module else f"python {shlex.quote(sys.argv[0])}"
 
 
 def local_name(name: str | None) -> str | None:

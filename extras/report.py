@@ -119,6 +119,9 @@ def funnel(strengths: dict[str, Tensor], ratings: Tensor, picked: Tensor) -> lis
 
 
 def funnel_table(rows: list[dict]) -> Part:
+    def share(value):                                # none where nothing was picked
+        return "" if math.isnan(value) else f"{value:.0%}"
+
     def three(values):
         return " / ".join(f"{value:.1f}" for value in values)
 
@@ -126,8 +129,8 @@ def funnel_table(rows: list[dict]) -> Part:
             "found by", "AUC", "share of picks", "mean strength")
     return table(head, [
         (r["fault"], f"{r['share']:.0%}", f"{r['strength']:.2f}", three(r["rated_with"]),
-         three(r["rated_without"]), ASPECTS[r["aspect"]], f"{r['auc']:.2f}", f"{r['share_picked']:.0%}",
-         f"{r['strength_picked']:.2f}") for r in rows])
+         three(r["rated_without"]), ASPECTS[r["aspect"]], f"{r['auc']:.2f}", share(r["share_picked"]),
+         share(r["share_picked"]) and f"{r['strength_picked']:.2f}") for r in rows])
 
 
 # ---------------------------------------------------------------- what the log tells

@@ -166,7 +166,7 @@ def table(rewarded: reward.Reward, columns: dict[str, Scores]) -> str:
     """Write components and totals, means over clips, one column each."""
     lines = [f"{'':22}" + "".join(f"{name:>14}" for name in columns) + "   weight  range  meaning"]
     for name, weight in rewarded.weights.items():
-        values = "".join(f"{scores.components[name].nanmean().item():14.3f}" for scores in columns.values())
+        values = "".join(f"{scores.components[name].nanmean().item():14.4g}" for scores in columns.values())
         own = COMPONENTS.get(name, Component(weight, 0, "", ""))             # a reward of your own has others
         lines.append(f"{name:22}{values}{weight:9.2f}  {own.scale:6} {own.meaning}")
     totals = "".join(f"{scores.total.nanmean().item():14.3f}" for scores in columns.values())

@@ -256,7 +256,19 @@ def resumable(args: argparse.Namespace, start: float) -> Iterator[None]:
 
 def go_on(args: argparse.Namespace) -> str:
     """The command that goes on with a run: with what was given anew, if this one already did."""
-    return shlex.join(["python", "train.py", *(args.command if args.resume else ["--resume", str(args.out)])])
+    again = args.command if args.resume else ["--resume", str(args.out)]
+    return f"{args.program} {shlex.join(again)}"
+
+
+def check_program(args: argparse.Namespace) -> None:
+    """Raise MediaError where another script goes on with a run: judge or reward may be that script's own."""
+    def script(program: str) -> str:                 # by path or by -m, it is the same
+        return Path(shlex.split(program)[-1]).name.removesuffix(".py").split(".")[-1]
+
+    if args.resume:
+        before = json.loads((args.out / "config.json").read_text())["training"].get("program", args.program)
+        if script(before) != script(args.program):
+            raise MediaError(args.out, f"is a run of another script; {before} --resume {args.out} goes on")
 
 
 # ---------------------------------------------------------------- from beginning to end

@@ -3,12 +3,14 @@
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 
 import reward
 import train
+from extras.files import MediaError
 from tiny import POST, SHAPE, logged
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +47,19 @@ def test_a_component_of_your_own_is_one_like_the_others(example):
     assert len(updates) == 2 and all("hush" in entry["components"] for entry in updates)
     said = next(entry["rewarded"] for entry in log if "rewarded" in entry)
     assert "the lower face rests while nobody speaks" in said and "2.00" in said
+
+
+def test_a_run_goes_on_by_the_script_that_began_it(example, monkeypatch, tmp_path):
+    """Another one has another judge or reward. The report names the script, too."""
+    mine = SimpleNamespace(train=train, __file__="mine.py", __spec__=None)
+    with patch.dict(sys.modules, {"__main__": mine}):
+        log = example("own_reward", "--judge", "none", "--reward-sync", "none")
+    assert log[0]["command"].startswith("python own_reward --size 32")
+    with pytest.raises(MediaError, match="another script; python own_reward --resume"):
+        train.main(["--resume", str(tmp_path / "run"), "--updates", "3"])
+    mine.__spec__ = SimpleNamespace(name="somewhere.own_reward")                # by -m it is the same script
+    with patch.dict(sys.modules, {"__main__": mine}):
+        assert len([e for e in example("own_reward", "--resume", str(tmp_path / "run")) if "parts" in e]) == 2
 
 
 def test_readme_shows_the_examples_own_lines():

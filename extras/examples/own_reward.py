@@ -21,7 +21,10 @@ class OwnReward(reward.Reward):
     """The reward of the flags, and one more component."""
 
     def chunk_scores(self, frames: Tensor, audio: Tensor, portrait: Tensor) -> dict[str, Tensor]:
-        """frames (B, F, 3, S, S) in [0, 1], audio (B, F * 640), portrait (B, 3, S, S) -> name -> (B, K)."""
+        """Return name -> (B, K), on the CPU.
+
+        frames (B, F, 3, S, S) in [0, 1], audio (B, F * 640), portrait (B, 3, S, S).
+        """
         chunks = super().chunk_scores(frames, audio, portrait)
         loudness = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)).std(-1)[:, 1:]            # (B, F - 1)
         lower = frames[..., frames.shape[-2] // 2:, :]                                   # (B, F, 3, S/2, S)
@@ -31,8 +34,10 @@ class OwnReward(reward.Reward):
 
 
 if __name__ == "__main__":                           # processes that draw talkers import this file, too
-    reward.COMPONENTS["hush"] = reward.Component(1.0, 0.0005, "-1..0",
-                                                 "the lower face rests while nobody speaks")
+    # Choose a floor below the group_std that log.jsonl shows. Where "flat" is 1 there, all differences are
+    # below the floor, and count for less than the weight says.
+    reward.COMPONENTS["hush"] = reward.Component(weight=1.0, floor=0.0005, scale="-1..0",
+                                                 meaning="the lower face rests while nobody speaks")
     reward.WEIGHTS["hush"] = 1.0                     # now --weights knows it
     reward.Reward = OwnReward
     with one_line("stopped", "choose fewer --clips"):
