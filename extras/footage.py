@@ -165,12 +165,14 @@ def learn(args: argparse.Namespace, judge) -> Footage | None:
         found = json.loads((kept / "found.json").read_text())
         why = (f"what {len(train)} clips teach tells own sound from another's in {found['tells']:.0%} of "
                f"held-out pairs, and should in {TELLS:.0%}")
-    if "late" not in found:
-        print(said := f"sound is taken as it is: {why}; add footage")
-        return Footage((train, held_out), said)
     every = Clips(train.folder, train.rows + held_out.rows, train.index)
-    late = dict(zip(every.rows, found["late"]))
-    clips = in_time(train, late, args.frames), in_time(held_out, late, args.frames)
+    late = dict(zip(every.rows, found.get("late", ())))
+    clips = tuple(in_time(part, late, args.frames) if late else part for part in (train, held_out))
+    if late and not all(clips):
+        late, clips, why = {}, (train, held_out), "no clip to train on, or none to hold out, is found in time"
+    if not late:
+        print(said := f"sound is taken as it is: {why}; add footage")
+        return Footage(clips, said)
     said = told(every, {row for part in clips for row in part.rows}, late)
     print(said)
     network = lesson(Clips(train.folder, found["lessons"], train.index), 0)

@@ -135,6 +135,16 @@ def test_footage_that_cannot_teach_is_taken_as_it_is(videos, found, before, taug
     assert by_name(nothing.clips).keys() == before.keys()
 
 
+def test_where_nothing_would_be_held_out_sound_is_taken_as_it_is(found, before, taught, monkeypatch, tmp_path):
+    """A minute of footage has one or two clips held out, and the network may find that none of them fits."""
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(footage, "examine", lambda train, held_out, frames: {
+        "tells": 1.0, "lessons": train.rows, "late": [0] * len(train) + [None] * len(held_out)})
+    as_it_is = footage.learn(flags(found), None)
+    assert "or none to hold out, is found in time; add footage" in as_it_is.said and as_it_is.sync == "none"
+    assert by_name(as_it_is.clips).keys() == before.keys()
+
+
 def test_limits_are_what_the_sound_of_others_exceeds_by_chance():
     """Distances of shifts by hand. Of a hundred curves of others, ten dip by 1 and the rest by .5."""
     def dips(**by):                                  # at k = 4: _4; at -7: m7
