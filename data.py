@@ -89,9 +89,10 @@ def to_bytes(frames: Tensor) -> Tensor:
 
 
 def with_interval(values: Tensor) -> str:
-    """Write the mean of (B,) values ± its 95% confidence interval, nan of a single value."""
-    half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{values.mean().item():.3f}±{half:.3f}"
+    """Write the mean of (B,) values ± its 95% confidence interval, a single value without one."""
+    if len(values) == 1:
+        return f"{values.item():.3f}"
+    return f"{values.mean().item():.3f}±{1.96 * values.std().item() / math.sqrt(len(values)):.3f}"
 
 
 # ---- Speech as the generator hears it -----------------------------------------------------------------
@@ -247,7 +248,7 @@ class Clips(Sequence):
         row = self.rows[i]
         truth = load_file(self.folder / f"{row}.safetensors")
         frames, audio = truth.pop("frames"), truth.pop("audio")
-        start = int(truth.pop("before", 0)) + self.index.get("late", {}).get(row, 0)   # of the first's sound
+        start = int(truth.pop("before", 0)) + self.late([i])[0]                        # of the first's sound
         lost = max(0, -start)
         frames = frames[lost : max(lost, len(audio) // SAMPLES_PER_FRAME - start)]
         audio = audio[(start + lost) * SAMPLES_PER_FRAME :][: len(frames) * SAMPLES_PER_FRAME]
@@ -266,6 +267,10 @@ class Clips(Sequence):
     def lengths(self) -> list[int]:
         """Frames of each clip, by the index: a hundred thousand files are more than a process may map."""
         return [self.index["clips"][row][2] for row in self.rows]
+
+    def late(self, at: Iterable[int]) -> list[int]:
+        """By how many frames the sound of the clips at these positions was late in their files."""
+        return [self.index.get("late", {}).get(self.rows[i], 0) for i in at]
 
     def select(self, keep: Callable[[int], bool]) -> "Clips":
         """The clips at the positions i of these for which keep(i) is true."""
@@ -349,12 +354,12 @@ def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: Cr
 
 
 def _held_out(names: Iterable[str]) -> set[str]:
-    """Choose the held-out files by the hash of their names: those below HELD_OUT, but at least one and never
-    all. A file's hash never changes, so adding files moves none from training to held-out, but
-    where there are so few that "at least one" or "never all" decides."""
+    """Choose the held-out files by the hash of their names: those below HELD_OUT, but at least two and at
+    most half. A file's hash never changes, so adding files moves none from training to held-out, but where
+    there are so few that "at most half" decides."""
     rank = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
     below = sum(value < HELD_OUT for value in rank.values())
-    return set(sorted(rank, key=rank.get)[: min(max(below, 1), len(rank) - 1)])
+    return set(sorted(rank, key=rank.get)[: min(max(below, 2), len(rank) // 2)])
 
 
 def _split(sources: list[str]) -> tuple[set[int], str]:

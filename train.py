@@ -1,10 +1,8 @@
 """Teach portraits to speak: pretrain on what is found, fine-tune on what the judge picks, reinforce by it.
 
     python train.py                                    drawn talkers as found, two CPU cores, minutes
-    python train.py --data my_clips --size 64          your own video clips
-    python train.py --resume runs/tiny                 go on where a run was stopped
-    python train.py --resume runs/tiny --steps 6000    give a run more; its later stages are then done anew
-    python train.py --curate 0 --updates 0             pretraining alone
+    python train.py --data me.mp4 --out runs/me        your own video, or a folder of videos
+    python train.py --resume runs/tiny                 go on where a run was stopped, or, with --steps, further
     python train.py --control                          and what post-training's time would buy otherwise
     python train.py --pretrained runs/tiny --out runs/other     curate and post-train a finished run anew
     python train.py --pretrained runs/tiny --data my_clips --out runs/mine     train it first on other clips
@@ -184,7 +182,7 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
     for i in tqdm(range(groups), "rating", leave=False):
         rows = range(i, len(clips), groups)
         recipe = {"clips": clips.folder.name, "rows": [clips.rows[row] for row in rows],
-                  "frames": args.frames, "judge": judged}       # the folder is named by a hash of its content
+                  "frames": args.frames, "late": clips.late(rows), "judge": judged}
         kept = cached(None, recipe, partial(rate, rows))
         ratings[i::groups] = torch.from_numpy(np.load(kept / "ratings.npy"))
         spent += float((kept / "cpu_seconds").read_text())
@@ -199,7 +197,7 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
     Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with
     the highest sum tremble as all clips do. With neither a judge nor a network, nothing is curated.
     """
-    count, most = round(args.curate * len(clips)), min(EXEMPLARS, len(clips))
+    most = min(EXEMPLARS, len(clips))
     if judge is not None:
         ratings, spent = rate_clips(judge, clips, args)
     elif (sync := reward_sync(args)) is not None:
@@ -207,7 +205,7 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
         measured = [sync_metrics(sync, pixels([clip], args.frames), sounds([clip], args.frames))
                     for clip in tqdm(clips, "rating", leave=False)]
         ratings = torch.stack([m["sync_confidence"] for m in measured]).expand(-1, len(ASPECTS))
-        spent = time.process_time() - start + getattr(args.footage, "cpu_seconds", 0.0)
+        spent = time.process_time() - start
     else:
         return Picks(torch.empty(0, dtype=torch.long), spread(clips, most), spread(clips, most))
 
@@ -215,9 +213,11 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
         order = values.nan_to_num(-math.inf).argsort(descending=True, stable=True)[:n]
         return order[values[order].isfinite()]
 
-    curated = best(ratings.sum(1), count)
+    curated = best(ratings.sum(1), round(args.curate * len(clips)))
+    print(f"{len(curated)} of {len(clips)} training clips are picked")
     lively, smooth = ([clips[i] for i in best(ratings[:, ASPECTS.index(aspect)], most)]
                       for aspect in ("expressiveness", "motion"))
+    spent += getattr(args.footage, "cpu_seconds", 0.0)               # that its sync network took
     return Picks(curated, lively, smooth, None if judge is None else ratings, spent)
 
 
@@ -579,7 +579,7 @@ def train(args: argparse.Namespace, start: float) -> None:
     judge = make_judge(args) if args.curate or args.updates else None
     reward_sync(args), measuring_sync(args)                  # fail now, not after minutes of work
     with rank_zero_first():
-        args.footage = learn(args, judge)
+        args.footage = learn(args)
     curates, reinforces = later_stages(args, judge)
     with rank_zero_first():
         clips, held_out, watched = load_clips(args, args.watch_clips if curates or reinforces else 0)

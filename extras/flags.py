@@ -122,7 +122,7 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     of_reward = reward_flags(p)
     g = numbers(p, "validation", VALIDATION)
     g.add_argument("--sync", metavar="DIR", help="a sync network for these clips, from extras.school sync, "
-                   "or none (the one for drawn talkers; with --data none)")
+                   "or none (the one for drawn talkers; with --data one that is taught on them)")
     g = p.add_argument_group("generator", "its shape (by preset); model.Config explains each")
     g.add_argument("--init-from", metavar="NAME_OR_DIR", help="start the trunk as a Qwen3 language model, "
                    "and take its shape: a folder, or a name such as Qwen/Qwen3-0.6B; lower --muon-lr")

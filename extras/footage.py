@@ -1,6 +1,6 @@
 """Footage of people who speak: a sync network that it teaches itself finds what is out of sync.
 
-    python train.py --data me.mp4                  with no judge, and with neither --sync nor --reward-sync
+    python train.py --data me.mp4                  with neither --sync nor --reward-sync
 
 1. Teach a network (extras/sync.py) on the training clips. Most sound is in time, and that is what it learns.
    So a delay that all clips share is not found: it is what goes together.
@@ -69,9 +69,8 @@ def lesson(clips: Clips, seed: int) -> Path:
         save_sync(train_sync(clips, seed, STEPS), to, clips=clips.folder.name, seed=seed)
         (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
 
-    late = clips.index.get("late", {})
-    recipe = {"sync network": clips.folder.name, "rows": [(row, late.get(row, 0)) for row in clips.rows],
-              "seed": seed, "steps": STEPS}
+    rows = [*zip(clips.rows, clips.late(range(len(clips))))]
+    recipe = {"sync network": clips.folder.name, "rows": rows, "seed": seed, "steps": STEPS}
     return cached(None, recipe, teach)
 
 
@@ -150,10 +149,10 @@ def told(clips: Clips, kept: set[int], late: dict[int, int | None]) -> str:
     return f"sound of {len(clips)} clips: {'; '.join(parts)}"
 
 
-def learn(args: argparse.Namespace, judge) -> Footage | None:
-    """Teach networks on the clips of --data, and put the clips in time; None where a judge or a network is
-    named, or nothing is filmed."""
-    if not args.data or judge is not None or args.sync or args.reward_sync:
+def learn(args: argparse.Namespace) -> Footage | None:
+    """Teach networks on the clips of --data, and put the clips in time; None where there are none, or a
+    network is named."""
+    if not args.data or args.sync or args.reward_sync:
         return None
     train, held_out = footage_clips(args.data, args)
     found, why = {}, f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}"

@@ -4,7 +4,7 @@
 
 What is shipped, the embedded judge and two sync networks, knows drawn talkers only. So where --judge, --sync
 or --reward-sync is not given, it means the shipped one, or, with --data, none: but train.py teaches two sync
-networks where none of the three is given (extras/footage.py). What a flag names is used.
+networks where neither --sync nor --reward-sync is given (extras/footage.py). What a flag names is used.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def reward_flags(p: argparse.ArgumentParser) -> list[str]:
                        "python -m extras.people align wrote"),
         g.add_argument("--reward-sync", metavar="DIR", help="a sync network for the reward, from "
                        "python -m extras.school sync --seed 1; not the one of --sync, which measures; or "
-                       "none (the one for drawn talkers; with --data none)"),
+                       "none (the one for drawn talkers; with --data one that is taught on them)"),
         g.add_argument("--weights", type=weights_argument, default={}, metavar="NAME=W,...",
                        help="of components: " + ", ".join(f"{k} {w:g}" for k, w in WEIGHTS.items())),
     ]
@@ -173,7 +173,7 @@ def table(rewarded: reward.Reward, columns: dict[str, Scores]) -> str:
     lines.append(f"{'total':22}{totals}           sum of weight * component: more is better")
     if unrated := sum(scores.total.isnan().sum().item() for scores in columns.values()):
         lines.append(f"unrated videos, in no mean of ratings and totals: {unrated}")
-    if masses := [s.mass for s in columns.values() if getattr(s, "mass", None) is not None]:
-        least = min(mass.min().item() for mass in masses)
+    masses = [s.mass.min().item() for s in columns.values() if getattr(s, "mass", None) is not None]
+    if (least := min(masses, default=1)) < 1:
         lines.append(f"the judge answers with digits, probability {least:.3f} or more")
     return "\n".join(lines)

@@ -399,6 +399,8 @@ def validate_judge(args: argparse.Namespace) -> None:
     judge, (_, held_out) = reward_flags.make_judge(args), clips_for(args, 1)
     if judge is None:
         raise MediaError("--judge none", "cannot be validated; name a judge")
+    if len(held_out) < 2:
+        raise MediaError(args.data, f"has {len(held_out)} held-out clips, too few to validate on; add files")
     good = good_material(held_out[:args.clips])
     print(f"{len(good)} held-out clips, judge {args.judge_url or args.judge}\n{battery(judge, good)}")
 

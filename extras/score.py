@@ -4,6 +4,7 @@
 """
 
 import argparse
+import sys
 
 from data import folder_clips, load_clip, load_portrait
 from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         good, _ = folder_clips(args.data, args.size, 3.0, args.crop)
     else:
         good = synthetic_clips(64, args.size, 2.0)
+        print("note: compared with drawn talkers; for people, name clips of people with --data, and --judge, "
+              "--sync and --reward-sync of such clips", file=sys.stderr)
     reward = make_reward(args, make_judge(args), good, good, args.chunk_frames)
     sync = measuring_sync(args)
     for clip in clips:

@@ -315,4 +315,6 @@ def carry_out(stage, watched: list, log: Log) -> dict[str, torch.Tensor]:
     if watched:
         print(f"{stage.name}: kept {stage.unit} {stage.best['step']} of {stage.step}; "
               f"{stage.cpu_seconds:.0f} s of CPU time")
+    elif stage.name != "pretraining":
+        print(f"{stage.name}: too few held-out clips to watch any, so the last {stage.unit} is kept")
     return stage.kept

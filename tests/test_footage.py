@@ -61,7 +61,7 @@ def before(found) -> dict[str, Clip]:
 def test_late_and_early_sound_is_put_in_time_to_the_sample(found, taught):
     """Inside a stretch a clip keeps its frames, and hears the sound of its file so many frames later. At the
     beginning there is no earlier sound: that clip would be too short."""
-    clips = by_name(footage.learn(flags(found), None).clips)
+    clips = by_name(footage.learn(flags(found)).clips)
     for file, late, numbers in ("late6", 6, [0]), ("long-late5", 5, range(3)), ("long-early3", -3, [1, 2]):
         whole = load_clip(found / f"{file}.mp4", 64)
         for k in numbers:
@@ -73,7 +73,7 @@ def test_late_and_early_sound_is_put_in_time_to_the_sample(found, taught):
 
 
 def test_what_is_in_time_stays_as_it_was_and_one_line_counts_the_rest(found, before, taught, capsys):
-    footage_found = footage.learn(flags(found), None)
+    footage_found = footage.learn(flags(found))
     clips, said = by_name(footage_found.clips), capsys.readouterr().out.splitlines()[-1]
     untouched = [name for name in clips if name.split(".")[0].isdigit()]
     assert len(untouched) >= 29
@@ -90,9 +90,9 @@ def test_what_is_in_time_stays_as_it_was_and_one_line_counts_the_rest(found, bef
 def test_a_second_call_teaches_nothing_and_finds_the_same(found, taught, monkeypatch, tmp_path):
     """Three lessons: on all, on what is in time, and, for the reward, on what then is."""
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
-    first = footage.learn(flags(found), None)
+    first = footage.learn(flags(found))
     assert len(taught) == 3 and taught[0] >= taught[2] > taught[1]
-    again = footage.learn(flags(found), None)
+    again = footage.learn(flags(found))
     assert len(taught) == 3 and again.said == first.said
     assert by_name(again.clips).keys() == by_name(first.clips).keys()
     assert first.cpu_seconds == again.cpu_seconds > 0
@@ -101,14 +101,13 @@ def test_a_second_call_teaches_nothing_and_finds_the_same(found, taught, monkeyp
 def test_the_run_measures_and_rewards_by_what_was_taught(found, taught):
     args = flags(found)
     assert measuring_sync(args) is None and reward_sync(args) is None
-    args.footage = footage.learn(args, None)
+    args.footage = footage.learn(args)
     for net, folder in (measuring_sync(args), DEFAULT_SYNC), (reward_sync(args), REWARD_SYNC):
         expected = load_sync(folder).state_dict()
         assert all(torch.equal(weight, expected[name]) for name, weight in net.state_dict().items())
     assert "footage" not in train.parse_arguments.__globals__["flags"](args)
     for named in ["--sync", "none"], ["--reward-sync", str(REWARD_SYNC)]:
-        assert footage.learn(flags(found, *named), None) is None
-    assert footage.learn(args, judge := object()) is None and judge
+        assert footage.learn(flags(found, *named)) is None
 
 
 def test_one_command_does_all_three_stages_and_its_report_says_what_was_found(found, taught, tmp_path):
@@ -125,12 +124,12 @@ def test_one_command_does_all_three_stages_and_its_report_says_what_was_found(fo
 def test_footage_that_cannot_teach_is_taken_as_it_is(videos, found, before, taught, monkeypatch, tmp_path,
                                                      capsys):
     """Too few clips are not even tried; and a network may have learned nothing, as an untrained one."""
-    few = footage.learn(flags(videos[0], "--seconds", "1"), None)
+    few = footage.learn(flags(videos[0], "--seconds", "1"))
     assert not taught and few.sync == few.reward_sync == "none"
     assert "sound is taken as it is: 6 clips are too few to teach a sync network" in capsys.readouterr().out
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
     monkeypatch.setattr(footage, "train_sync", lambda *_: SyncNetwork())
-    nothing = footage.learn(flags(found), None)
+    nothing = footage.learn(flags(found))
     assert "% of held-out pairs, and should in 80%; add footage" in nothing.said and nothing.sync == "none"
     assert by_name(nothing.clips).keys() == before.keys()
 
@@ -140,7 +139,7 @@ def test_where_nothing_would_be_held_out_sound_is_taken_as_it_is(found, before, 
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
     monkeypatch.setattr(footage, "examine", lambda train, held_out, frames: {
         "tells": 1.0, "lessons": train.rows, "late": [0] * len(train) + [None] * len(held_out)})
-    as_it_is = footage.learn(flags(found), None)
+    as_it_is = footage.learn(flags(found))
     assert "or none to hold out, is found in time; add footage" in as_it_is.said and as_it_is.sync == "none"
     assert by_name(as_it_is.clips).keys() == before.keys()
 

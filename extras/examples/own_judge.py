@@ -1,22 +1,29 @@
 """A judge of your own: anything with `window`, `fingerprint` and `rate`.
 
     python -m extras.examples.own_judge --out runs/own-judge      with the flags of train.py, --resume too
+    python -m extras.examples.own_judge validate                  as python -m extras.school does
 
 The rules below stand for whatever you have: a network, a program, a service. They are short and poor: a face
 that trembles to the beat while its mouth holds still would please them.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
 import train
+from extras import reward_flags, school
 from extras.files import one_line
 from extras.media import SAMPLES_PER_FRAME
 from reward import Ratings
 
 
 class OwnJudge:
-    """Rate lips by how the lower face follows loudness, liveliness by its range, motion by trembling."""
+    """Rate lips by how the lower face follows loudness, liveliness by its range, motion by trembling.
+
+    Spread ratings over 1 to 5 on clips like yours: what is alike for all teaches nothing.
+    """
 
     window = None                                    # frames that it rates at once; None: any number
     fingerprint = "own judge, first version"         # ratings are kept under it: change it with the rules
@@ -46,6 +53,6 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":                           # processes that draw talkers import this file, too
-    train.make_judge = lambda args: OwnJudge()       # it also picks among the clips of --data
+    reward_flags.make_judge = train.make_judge = lambda args: OwnJudge()
     with one_line("stopped", "choose fewer --clips"):
-        train.main()
+        (school if sys.argv[1:2] == ["validate"] else train).main()
