@@ -10,6 +10,7 @@ import pytest
 
 import reward
 import train
+from extras import reward_flags
 from extras.files import MediaError
 from tiny import POST, SHAPE, logged
 
@@ -26,6 +27,7 @@ def example(monkeypatch, tmp_path):
         return logged(tmp_path / "run")
 
     with (patch.object(train, "make_judge", train.make_judge), patch.object(reward, "Reward", reward.Reward),
+          patch.object(reward_flags, "make_judge", reward_flags.make_judge),
           patch.dict(reward.COMPONENTS), patch.dict(reward.WEIGHTS)):
         yield run
 
@@ -38,6 +40,13 @@ def test_a_judge_of_your_own_picks_and_rewards(example):
     assert len(updates) == 2
     for entry in updates:
         assert all(1 <= entry["components"][f"judge_{aspect}"]["mean"] <= 5 for aspect in reward.ASPECTS)
+
+
+def test_a_judge_of_your_own_can_be_validated(example, monkeypatch, capsys):
+    """It fails, as its file says: it cannot tell a shift of three frames."""
+    monkeypatch.setattr(sys, "argv", ["own_judge", "validate", "--clips", "4"])
+    runpy.run_module("extras.examples.own_judge", run_name="__main__")
+    assert "lip_sync: do not trust it" in capsys.readouterr().out
 
 
 def test_a_component_of_your_own_is_one_like_the_others(example):
