@@ -18,8 +18,6 @@ velocity,
     cps        swap a part of the noise for fresh noise, the sum as large as before (CPS, arXiv 2509.05952):
                step_std = next_sigma sin(a pi / 2)
                mean = (1 - next_sigma) clean_hat + sqrt(next_sigma^2 - step_std^2) noise_hat
-    precise    as cps, with as much fresh noise as the SDE of flow-sde has on the way (arXiv 2605.23522):
-               step_std = next_sigma sqrt(1 - r^(a^2)),  r = next_sigma (1 - sigma) / (sigma (1 - next_sigma))
 
 The step is bound by memory traffic, not by arithmetic. Fused, a draw reads x, velocity and noise and writes
 x', 16 bytes an element in fp32; PyTorch, operation by operation, moves about 116.
@@ -38,7 +36,7 @@ from torch import Tensor
 
 from kernels import jit, tl, triton, use_triton
 
-STOCHASTIC = "flow-sde", "cps", "precise"
+STOCHASTIC = "flow-sde", "cps"
 
 
 def sigma_schedule(steps: int) -> list[float]:
@@ -53,7 +51,7 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
     """Return (c_x, c_v, step_std) of a step: the formulas above, collected by x and velocity.
 
     Args:
-        sampler: "ode", "flow-sde", "cps" or "precise".
+        sampler: "ode", "flow-sde" or "cps".
         sigma, next_sigma: noise levels, 1 >= sigma > next_sigma >= 0.
         noise_level: a, how much of the noise is fresh; 0 makes every sampler the ODE. cps: at most 1.
 
@@ -72,11 +70,7 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
         step_std = noise_level * math.sqrt(sigma / rest * (sigma - next_sigma))
         pull = step_std ** 2 / (2 * sigma)
         return 1 - pull, next_sigma - sigma - pull * (1 - sigma), step_std
-    if sampler == "cps":
-        step_std = next_sigma * math.sin(noise_level * math.pi / 2)
-    else:
-        r = next_sigma * (1 - sigma) / (sigma * (1 - next_sigma))
-        step_std = next_sigma * math.sqrt(1 - r ** noise_level ** 2)
+    step_std = next_sigma * math.sin(noise_level * math.pi / 2)
     kept = math.sqrt(next_sigma ** 2 - step_std ** 2)                # what is left of the old noise
     return 1 - next_sigma + kept, kept * (1 - sigma) - (1 - next_sigma) * sigma, step_std
 

@@ -92,7 +92,7 @@ def test_a_group_shares_its_initial_noise_or_not(group_noise):
 
 # ---------------------------------------------------------------- rescoring
 
-@pytest.mark.parametrize("sampler", ["flow-sde", "cps", "precise"])
+@pytest.mark.parametrize("sampler", ["flow-sde", "cps"])
 @pytest.mark.parametrize("window", [1, 50])
 def test_one_parallel_pass_repeats_the_log_probs_of_a_cached_rollout(sampler, window):
     """<= 1e-6 in fp32, also when the cache has rolled over."""
@@ -159,7 +159,7 @@ def test_a_rescoring_that_does_not_repeat_the_rollout_is_refused():
         check_rescoring(nudged(model), rollout, SMALL)
 
 
-@pytest.mark.parametrize("sampler", ["flow-sde", "cps", "precise"])
+@pytest.mark.parametrize("sampler", ["flow-sde", "cps"])
 @pytest.mark.parametrize("noise_level", [0.001, 0.01, 0.8])
 def test_with_little_noise_rescoring_is_as_exact_as_rounding_lets_it_be(sampler, noise_level):
     """Log-probabilities are further apart, by 1 / step_std, and a wrong context is still found."""
