@@ -6,7 +6,8 @@
    So a delay that all clips share is not found: it is what goes together.
 2. Teach it anew on the clips that it finds in time. From now on it measures.
 3. Try the sound of every clip, of held-out ones too, up to 15 frames early and late. With the distances D_k
-   between lips and the sound k frames later (sample.offset_curve),
+   between lips and the sound k frames later (sample.offset_curve), averaged over the clips of one stretch of a
+   video, as sound does not slip where nothing is cut,
 
        depth = median_k D_k - min_k D_k,      gain = D_0 - min_k D_k
 
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -89,6 +91,13 @@ def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]
     return offset_curve(visual, sound), torch.stack(others, 1)
 
 
+def together(curves: Tensor, clips: Clips) -> Tensor:
+    """Average the curves (B, ..., 31) of clips that are from one stretch: the first of it has no sound before."""
+    first = [load_file(clips.folder / f"{row}.safetensors")["before"] == 0 for row in range(max(clips.rows) + 1)]
+    stretch = torch.tensor(first).cumsum(0)[clips.rows]
+    return torch.stack([curves[stretch == number].mean(0) for number in stretch])
+
+
 def gain(curves: Tensor) -> Tensor:
     """Say how much better the best shift is than none."""
     return curves[..., SYNC_SHIFTS] - curves.amin(-1)
@@ -115,7 +124,7 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
         tells = (depth(own)[count:, None] > depth(others)[count:]).float().mean().item()
         if tells < TELLS:
             return {"tells": tells}
-        late, lessons = verdicts(own, others), rows
+        late, lessons = verdicts(together(own, every), together(others, every)), rows
         rows = [row for row, by in zip(train.rows, late) if by == 0]
         if rows == lessons or len(rows) < LEAST_CLIPS:
             break
@@ -157,8 +166,8 @@ def learn(args: argparse.Namespace) -> Footage | None:
     train, held_out = footage_clips(args.data, args)
     found, why = {}, f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}"
     if len(train) >= LEAST_CLIPS and held_out:
-        recipe = {"footage": train.folder.name, "rows": [train.rows, held_out.rows], "frames": args.frames,
-                  "steps": STEPS}
+        recipe = {"footage, by stretch": train.folder.name, "rows": [train.rows, held_out.rows],
+                  "frames": args.frames, "steps": STEPS}
         kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
             json.dumps(examine(train, held_out, args.frames))))
         found = json.loads((kept / "found.json").read_text())

@@ -144,6 +144,20 @@ def test_where_nothing_would_be_held_out_sound_is_taken_as_it_is(found, before, 
     assert by_name(as_it_is.clips).keys() == before.keys()
 
 
+def test_clips_of_one_stretch_are_measured_together(found, before):
+    """Files of one clip stand alone; the three pieces of a long one share their mean."""
+    clips, _ = folder_clips(found, 64, 1.6)
+    curves = torch.randn(len(clips), 2, 31, dtype=torch.float64)
+    mean = footage.together(curves, clips)
+    pieces = [i for i, name in enumerate(clips.names) if name.startswith("long-late5")]
+    assert len(pieces) == 3
+    for i, name in enumerate(clips.names):
+        if not name.startswith("long"):
+            assert torch.equal(mean[i], curves[i])
+    for i in pieces:
+        torch.testing.assert_close(mean[i], sum(curves[j] for j in pieces) / 3)
+
+
 def test_limits_are_what_the_sound_of_others_exceeds_by_chance():
     """Distances of shifts by hand. Of a hundred curves of others, ten dip by 1 and the rest by .5."""
     def dips(**by):                                  # at k = 4: _4; at -7: m7
