@@ -416,8 +416,7 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop
     if not clips:
         raise MediaError(folder, f"has no clip of {wanted}; add longer videos or lower --seconds")
     held_out, words = _split(clips.sources)
-    print(f"{printable(str(folder))}: {len(set(clips.sources))} files kept ({words}), "
-          f"{len(skipped)} skipped, {len(clips)} clips")
+    print(f"{printable(str(folder))}: {len(set(clips.sources))} files kept ({words}), {len(clips)} clips")
     return clips.select(lambda i: i not in held_out), clips.select(lambda i: i in held_out)
 
 

@@ -2,7 +2,7 @@
 
     python train.py                                    drawn talkers as found, two CPU cores, minutes
     python train.py --data me.mp4 --out runs/me        your own video, or a folder of videos
-    python train.py --resume runs/tiny                 go on where a run was stopped, or, with --steps, further
+    python train.py --resume runs/tiny                 go on where a run stopped, or, with --steps, further
     python train.py --control                          and what post-training's time would buy otherwise
     python train.py --pretrained runs/tiny --out runs/other     curate and post-train a finished run anew
     python train.py --pretrained runs/tiny --data my_clips --out runs/mine     train it first on other clips
@@ -632,7 +632,7 @@ def later_stages(args: argparse.Namespace, judge) -> tuple[bool, bool]:
     left_out += ["post-training"] if args.updates and not reinforces else []
     if left_out:
         print(f"no {' and no '.join(left_out)}: neither a judge nor a sync network knows these clips; "
-              "give --judge or --reward-sync (README tells how to make one)")
+              "give --judge, --reward-sync, or more footage")
     return curates, reinforces
 
 

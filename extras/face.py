@@ -308,12 +308,13 @@ def frame_at(path: Path, second: float) -> np.ndarray:
 
 
 def reasons(left_out: Sequence) -> str:
-    """Say why parts of a video are left out: seconds and how many, by reason."""
-    seconds, times = Counter(), Counter()
+    """Say why parts of a video are left out: seconds by reason, and when the first three of them begin."""
+    seconds, begins = Counter(), {}
     for start, stop, why in left_out:
         seconds[why] += (stop - start) / FPS
-        times[why] += 1
-    return ", ".join(f"{why} {seconds[why]:.0f} s ({times[why]})" for why in sorted(seconds))
+        begins.setdefault(why, []).append(f"{start // FPS // 60}:{start // FPS % 60:02}")
+    return ", ".join(f"{why} {seconds[why]:.0f} s (at {', '.join(begins[why][:3])}"
+                     f"{', ...' if begins[why][3:] else ''})" for why in sorted(seconds))
 
 
 def told(kept: Sequence, left_out: Sequence) -> str:

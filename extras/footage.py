@@ -6,8 +6,8 @@
    So a delay that all clips share is not found: it is what goes together.
 2. Teach it anew on the clips that it finds in time. From now on it measures.
 3. Try the sound of every clip, of held-out ones too, up to 15 frames early and late. With the distances D_k
-   between lips and the sound k frames later (sample.offset_curve), averaged over the clips of one stretch of a
-   video, as sound does not slip where nothing is cut,
+   between lips and the sound k frames later (sample.offset_curve), averaged over the clips of one stretch of
+   a video, as sound does not slip where nothing is cut,
 
        depth = median_k D_k - min_k D_k,      gain = D_0 - min_k D_k
 
@@ -54,6 +54,7 @@ class Footage:
 
     clips: tuple[Clips, Clips]     # to train on, and held out
     said: str                      # what was found
+    late: dict[str, int | None]    # clip -> frames by which its sound was late; None: no shift fits
     sync: Path | str = "none"
     reward_sync: Path | str = "none"
     cpu_seconds: float = 0.0       # that the reward's network took
@@ -92,9 +93,9 @@ def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]
 
 
 def together(curves: Tensor, clips: Clips) -> Tensor:
-    """Average the curves (B, ..., 31) of clips that are from one stretch: the first of it has no sound before."""
-    first = [load_file(clips.folder / f"{row}.safetensors")["before"] == 0 for row in range(max(clips.rows) + 1)]
-    stretch = torch.tensor(first).cumsum(0)[clips.rows]
+    """Average the curves (B, ..., 31) of clips of one stretch: its first has no sound before it."""
+    before = [load_file(clips.folder / f"{row}.safetensors")["before"] for row in range(max(clips.rows) + 1)]
+    stretch = (torch.stack(before) == 0).cumsum(0)[clips.rows]
     return torch.stack([curves[stretch == number].mean(0) for number in stretch])
 
 
@@ -172,7 +173,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
             json.dumps(examine(train, held_out, args.frames))))
         found = json.loads((kept / "found.json").read_text())
         why = (f"what {len(train)} clips teach tells own sound from another's in {found['tells']:.0%} of "
-               f"held-out pairs, and should in {TELLS:.0%}")
+               f"held-out pairs, and should in {TELLS:.0%} (near or below 50%, is theirs in time?)")
     every = Clips(train.folder, train.rows + held_out.rows, train.index)
     late = dict(zip(every.rows, found.get("late", ())))
     clips = tuple(in_time(part, late, args.frames) if late else part for part in (train, held_out))
@@ -180,11 +181,12 @@ def learn(args: argparse.Namespace) -> Footage | None:
         late, clips, why = {}, (train, held_out), "no clip to train on, or none to hold out, is found in time"
     if not late:
         print(said := f"sound is taken as it is: {why}; add footage")
-        return Footage(clips, said)
+        return Footage(clips, said, {})
     said = told(every, {row for part in clips for row in part.rows}, late)
     print(said)
     network = lesson(Clips(train.folder, found["lessons"], train.index), 0)
-    footage = Footage(clips, said, network)
+    named = {every.index["clips"][row][0]: by for row, by in late.items() if by != 0}
+    footage = Footage(clips, said, named, network)
     if args.curate or args.updates:
         footage.reward_sync = lesson(clips[0], 1)
         footage.cpu_seconds = float((footage.reward_sync / "cpu_seconds").read_text())

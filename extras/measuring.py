@@ -57,9 +57,9 @@ def held_out_score(metrics: dict[str, Tensor]) -> float:
     """Score a checkpoint on watched clips: correlation of the mouth with the true one, less wrong motion.
 
     No reward contains the correlation. Of real clips it counts beyond chance, the correlation with another
-    clip's lips: people begin and end their sentences alike. 10% too much or too little motion, of the mouth or
-    of all, costs 0.01 of it, so that a reward that is being hacked is not kept for its lips. 10% too much of
-    the head costs half as much, and too little nothing: a head sways as it likes.
+    clip's lips: people begin and end their sentences alike. 10% too much or too little motion, of the mouth
+    or of all, costs 0.01 of it, so that a reward that is being hacked is not kept for its lips. 10% too much
+    of the head costs half as much, and too little nothing: a head sways as it likes.
     """
     off = {name: math.log(max(metrics[name].mean().item(), 1e-6))
            for name in ("amplitude", "frame_change", "head")}
@@ -87,6 +87,7 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
         print(f"note: this run had {before[-1]} training clips before, and has {len(clips)} now")
     log(config=asdict(args.config), seed=args.seed, parameters=parameters, clips=len(clips),
         codec=means(codec), hardware=hardware(args.device, world()), sound=getattr(args.footage, "said", ""),
+        late=getattr(args.footage, "late", {}),
         command=f"{args.program} {shlex.join(args.command)}")
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(clips)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M "

@@ -65,8 +65,8 @@ def make_judge(args: argparse.Namespace):
         return None
     if args.judge == "default" and args.data:
         teach = shlex.join(["python", "-m", "extras.school", "teach", "--data", str(args.data)])
-        print(f"note: no judge: the embedded one knows drawn talkers only; teach one on your clips ({teach}) "
-              "or name another with --judge", file=sys.stderr)
+        print(f"note: no judge, as the embedded one knows drawn talkers only; --judge names one, and {teach} "
+              "teaches one", file=sys.stderr)
         return None
     name = DEFAULT_JUDGE if args.judge == "default" else args.judge
     size = {"side": args.judge_size} if args.judge_size else {}

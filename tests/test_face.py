@@ -85,7 +85,9 @@ def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
     write_video(tmp_path / "me.mp4", frames, 0.1 * torch.randn(5 * FPS * SAMPLES_PER_FRAME))
     kept, left_out = face.pieces(tmp_path / "me.mp4")
     assert [piece[:2] for piece in kept] == [(50, 125)] and left_out == [(0, 50, "no face")]
-    assert face.told(kept, left_out) == "3 s in 1 pieces; left out: no face 2 s (1)"
+    assert face.told(kept, left_out) == "3 s in 1 pieces; left out: no face 2 s (at 0:00)"
+    many = [(25 * second, 25 * second + 50, "no face") for second in (9, 65, 125, 3600)]
+    assert face.reasons(many) == "no face 8 s (at 0:09, 1:05, 2:05, ...)"
 
 
 def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch):
@@ -129,7 +131,7 @@ def test_one_video_becomes_clips_of_its_stretches(tmp_path, monkeypatch, capsys)
     kept, left_out = [(0, 60, (0, 0, 60)), (90, 150, (66, 2, 60))], [(60, 90, "no face")]
     monkeypatch.setattr(face, "pieces", lambda path: (kept, left_out))
     clips, held_out = folder_clips(tmp_path / "me.mp4", 16, 1.0, "face", tmp_path / "cache")
-    assert "skipped parts of me.mp4: no face 1 s (1)" in capsys.readouterr().out
+    assert "skipped parts of me.mp4: no face 1 s (at 0:02)" in capsys.readouterr().out
     both = [*clips, *held_out]
     assert [len(clip.frames) for clip in both] == [25, 25, 25, 25] and (clips.folder / "cut.jpg").exists()
     red = [clip.frames.float().mean((0, 2, 3))[0] > clip.frames.float().mean((0, 2, 3))[2] for clip in both]
