@@ -145,7 +145,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if before.pretrained:
         saved = {k: v for k, v in saved.items() if k in LOADS or k not in later}
         if local_name(before.data) not in (None, saved.get("data")):
-            saved.pop("crop", None)                              # it was of other clips
+            saved = {k: v for k, v in saved.items() if k not in ("crop", "seconds")}     # of other clips
     args = p.parse_args(argv, argparse.Namespace(**saved))       # where it has a value, no default is taken
     args.program, args.command = program(), sys.argv[1:] if argv is None else list(argv)
     args.pretrained = run if before.pretrained else None

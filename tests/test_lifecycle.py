@@ -309,8 +309,12 @@ def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
 
 
 def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, tmp_path):
-    other_clips = ["--pretrained", str(filmed), "--data", str(videos[1]), "--crop", "none", "--steps", "3",
+    """Where it is not said how these are cut, it is as for new clips, not as the run's were."""
+    other_clips = ["--pretrained", str(filmed), "--data", str(videos[1]), "--steps", "3",
                    "--curate", "0", "--updates", "0", "--out"]
+    args = train.parse_arguments([*other_clips, str(tmp_path / "none")])
+    assert (args.seconds, args.crop) == (3.0, "face") and args.batch == 2
+    other_clips = ["--crop", "none", "--seconds", "1", *other_clips]
     for name, *flags in ("run",), ("refitted", "--refit-codec"):
         train.main([*other_clips, str(tmp_path / name), *flags])
         one, other = state(filmed)["model"], state(tmp_path / name)["model"]
