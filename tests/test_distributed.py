@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from extras import session
+from extras import flags, session
 from extras.files import MediaError
 from extras.media import SAMPLES_PER_FRAME
 from tiny import SHAPE, Brightness, flat, logged
@@ -135,4 +135,5 @@ if __name__ == "__main__":
         teach(Path(sys.argv[1]))
     else:
         session.SAVE_MINUTES, train.FlowMatching.take_step = 0, falling(at=2)
+        flags.program = lambda: "python train.py"                            # which goes on with it
         train.main(sys.argv[2:])
