@@ -2,7 +2,6 @@
 
 import runpy
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -14,7 +13,6 @@ from extras import reward_flags
 from extras.files import MediaError
 from tiny import POST, SHAPE, logged
 
-ROOT = Path(__file__).parents[1]
 LESS = "--clips 6 --steps 2 --curate-steps 1 --updates 2 --group 2 --parts 1 --looks 1".split()
 
 
@@ -69,11 +67,3 @@ def test_a_run_goes_on_by_the_script_that_began_it(example, monkeypatch, tmp_pat
     mine.__spec__ = SimpleNamespace(name="somewhere.own_reward")                # by -m it is the same script
     with patch.dict(sys.modules, {"__main__": mine}):
         assert len([e for e in example("own_reward", "--resume", str(tmp_path / "run")) if "parts" in e]) == 2
-
-
-def test_readme_shows_the_examples_own_lines():
-    """The Python that README prints stands in a file, line for line."""
-    text = (ROOT / "README.md").read_text()
-    files = [path.read_text() for path in (ROOT / "extras" / "examples").glob("own_*.py")]
-    for block in text.split("```python\n")[1:]:
-        assert any(block.split("```")[0] in file for file in files)
