@@ -120,10 +120,10 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("run", type=Path, help="a finished run on drawn talkers, with curation and post-training")
     folder = p.parse_args(argv).run
     args = parse_arguments(["--resume", str(folder)])
+    stages = all((folder / name).exists() for name in ("curate.pt", "post.pt", CURATED))
+    if args.data or args.judge == "none" or not stages:
+        raise MediaError(folder, "is no finished run on drawn talkers with a judge and all three stages")
     judge, net, measures = make_judge(args), reward_sync(args), measuring_sync(args)
-    for name in "curate.pt", "post.pt", CURATED:
-        if args.data or judge is None or not (folder / name).exists():
-            raise MediaError(folder, "is no finished run on drawn talkers with a judge and all three stages")
     clips, held_out, watched = train.load_clips(args, args.watch_clips)
     pretrained, curated = (load_generator(folder / arm).to(args.device) for arm in (PRETRAINED, CURATED))
     budget = torch.load(folder / "post.pt", map_location="cpu", weights_only=True)["cpu_seconds"]

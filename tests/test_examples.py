@@ -9,7 +9,7 @@ import pytest
 
 import reward
 import train
-from extras import reward_flags
+from extras import reward_flags, session
 from extras.files import MediaError
 from tiny import POST, SHAPE, logged
 
@@ -64,6 +64,5 @@ def test_a_run_goes_on_by_the_script_that_began_it(example, monkeypatch, tmp_pat
     assert log[0]["command"].startswith("python own_reward --size 32")
     with pytest.raises(MediaError, match="another script; python own_reward --resume"):
         train.main(["--resume", str(tmp_path / "run"), "--updates", "3"])
-    mine.__spec__ = SimpleNamespace(name="somewhere.own_reward")                # by -m it is the same script
-    with patch.dict(sys.modules, {"__main__": mine}):
-        assert len([e for e in example("own_reward", "--resume", str(tmp_path / "run")) if "parts" in e]) == 2
+    for same in "python ./own_reward.py", "python -m somewhere.own_reward":
+        session.check_program(SimpleNamespace(resume=True, out=tmp_path / "run", program=same))
