@@ -248,7 +248,7 @@ class Clips(Sequence):
         row = self.rows[i]
         truth = load_file(self.folder / f"{row}.safetensors")
         frames, audio = truth.pop("frames"), truth.pop("audio")
-        start = int(truth.pop("before", 0)) + self.late([i])[0]                        # of the first's sound
+        start = int(truth.pop("before", 0)) + self.late(i)                             # of the first's sound
         lost = max(0, -start)
         frames = frames[lost : max(lost, len(audio) // SAMPLES_PER_FRAME - start)]
         audio = audio[(start + lost) * SAMPLES_PER_FRAME :][: len(frames) * SAMPLES_PER_FRAME]
@@ -268,9 +268,9 @@ class Clips(Sequence):
         """Frames of each clip, by the index: a hundred thousand files are more than a process may map."""
         return [self.index["clips"][row][2] for row in self.rows]
 
-    def late(self, at: Iterable[int]) -> list[int]:
-        """By how many frames the sound of the clips at these positions was late in their files."""
-        return [self.index.get("late", {}).get(self.rows[i], 0) for i in at]
+    def late(self, i: int) -> int:
+        """By how many frames the sound of clip i is late in its file."""
+        return self.index.get("late", {}).get(self.rows[i], 0)
 
     def select(self, keep: Callable[[int], bool]) -> "Clips":
         """The clips at the positions i of these for which keep(i) is true."""

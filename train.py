@@ -182,7 +182,7 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
     for i in tqdm(range(groups), "rating", leave=False):
         rows = range(i, len(clips), groups)
         recipe = {"clips": clips.folder.name, "rows": [clips.rows[row] for row in rows],
-                  "frames": args.frames, "late": clips.late(rows), "judge": judged}
+                  "frames": args.frames, "late": [clips.late(row) for row in rows], "judge": judged}
         kept = cached(None, recipe, partial(rate, rows))
         ratings[i::groups] = torch.from_numpy(np.load(kept / "ratings.npy"))
         spent += float((kept / "cpu_seconds").read_text())

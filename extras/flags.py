@@ -159,7 +159,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def program() -> str:
     """The command that was started: train.py, or a script with a judge or reward of its own that calls it."""
     script = sys.modules["__main__"]
-    if not hasattr(script, "train") or Path(script.__file__).name == "train.py":
+    if not hasattr(script, "train") or Path(getattr(script, "__file__", "train.py")).name == "train.py":
         return "python train.py"
     module = script.__spec__
     return f"python -m {module.name}" if module else f"python {shlex.quote(sys.argv[0])}"

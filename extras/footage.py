@@ -72,7 +72,7 @@ def lesson(clips: Clips, seed: int) -> Path:
         save_sync(train_sync(clips, seed, STEPS), to, clips=clips.folder.name, seed=seed)
         (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
 
-    rows = [*zip(clips.rows, clips.late(range(len(clips))))]
+    rows = [(row, clips.late(i)) for i, row in enumerate(clips.rows)]
     recipe = {"sync network": clips.folder.name, "rows": rows, "seed": seed, "steps": STEPS}
     return cached(None, recipe, teach)
 
@@ -92,10 +92,14 @@ def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]
     return offset_curve(visual, sound), torch.stack(others, 1)
 
 
-def together(curves: Tensor, clips: Clips) -> Tensor:
-    """Average the curves (B, ..., 31) of clips of one stretch: its first has no sound before it."""
+def stretches(clips: Clips) -> Tensor:
+    """Number the stretches that clips are from, (B,): the first clip of one has no sound before it."""
     before = [load_file(clips.folder / f"{row}.safetensors")["before"] for row in range(max(clips.rows) + 1)]
-    stretch = (torch.stack(before) == 0).cumsum(0)[clips.rows]
+    return (torch.stack(before) == 0).cumsum(0)[clips.rows]
+
+
+def together(curves: Tensor, stretch: Tensor) -> Tensor:
+    """Average the curves (B, ..., 31) of clips of one stretch (B,)."""
     return torch.stack([curves[stretch == number].mean(0) for number in stretch])
 
 
@@ -120,12 +124,13 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
     """
     rows, count = train.rows, len(train)
     every = Clips(train.folder, train.rows + held_out.rows, train.index)
+    stretch = stretches(every)
     for _ in range(2):
         own, others = distances(lesson(Clips(train.folder, rows, train.index), 0), every, frames)
         tells = (depth(own)[count:, None] > depth(others)[count:]).float().mean().item()
         if tells < TELLS:
             return {"tells": tells}
-        late, lessons = verdicts(together(own, every), together(others, every)), rows
+        late, lessons = verdicts(together(own, stretch), together(others, stretch)), rows
         rows = [row for row, by in zip(train.rows, late) if by == 0]
         if rows == lessons or len(rows) < LEAST_CLIPS:
             break

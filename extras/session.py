@@ -266,7 +266,8 @@ def check_program(args: argparse.Namespace) -> None:
         return Path(shlex.split(program)[-1]).name.removesuffix(".py").split(".")[-1]
 
     if args.resume:
-        before = json.loads((args.out / "config.json").read_text())["training"].get("program", args.program)
+        kept = json.loads((args.out / "config.json").read_text()).get("training", {})
+        before = kept.get("program", args.program)
         if script(before) != script(args.program):
             raise MediaError(args.out, f"is a run of another script; {before} --resume {args.out} goes on")
 

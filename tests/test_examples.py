@@ -64,5 +64,7 @@ def test_a_run_goes_on_by_the_script_that_began_it(example, monkeypatch, tmp_pat
     assert log[0]["command"].startswith("python own_reward --size 32")
     with pytest.raises(MediaError, match="another script; python own_reward --resume"):
         train.main(["--resume", str(tmp_path / "run"), "--updates", "3"])
+    with patch.dict(sys.modules, {"__main__": SimpleNamespace(train=train)}):            # a notebook has no file
+        assert train.parse_arguments([]).program == "python train.py"
     for same in "python ./own_reward.py", "python -m somewhere.own_reward":
         session.check_program(SimpleNamespace(resume=True, out=tmp_path / "run", program=same))

@@ -149,7 +149,7 @@ def test_clips_of_one_stretch_are_measured_together(found, before):
     """Files of one clip stand alone; the three pieces of a long one share their mean."""
     clips, _ = folder_clips(found, 64, 1.6)
     curves = torch.randn(len(clips), 2, 31, dtype=torch.float64)
-    mean = footage.together(curves, clips)
+    mean = footage.together(curves, footage.stretches(clips))
     pieces = [i for i, name in enumerate(clips.names) if name.startswith("long-late5")]
     assert len(pieces) == 3
     for i, name in enumerate(clips.names):
