@@ -153,6 +153,15 @@ def estimate_pose(frames: Tensor) -> Tensor:
     return pose.view(b, f, POSE)
 
 
+def rotation(new: Tensor, old: Tensor) -> Tensor:
+    """Return the rotation (..., k, k) that takes the columns of `new` (..., P, k) nearest to those of `old`
+    (orthogonal Procrustes, Schonemann 1966); none where `old` is not there yet, all zeros."""
+    if not old.any():
+        return torch.eye(new.shape[-1], device=new.device)
+    u, _, vh = torch.linalg.svd(new.mT @ old)
+    return u @ vh
+
+
 class MotionCodec(nn.Module):
     """Frames of a talking head as a few numbers: how the head moved, and what changed on the face.
 
@@ -215,7 +224,8 @@ class MotionCodec(nn.Module):
     @torch.no_grad()
     def fit(self, frames: Tensor) -> None:
         """Fit the components to clips (B, F, 3, S, S) in [0, 1], F a multiple of T; first frames: portraits.
-        Components are not centred: latent zero is the portrait itself."""
+        Components are not centred: latent zero is the portrait itself. Where the codec has been fitted
+        before, they are turned towards the old ones: a trunk keeps what it has learned of these."""
         c = self.config
         parts = [self.analyse(batch) for batch in frames.split(16)]
         pose, residual = (torch.cat(p) for p in zip(*parts))
@@ -226,12 +236,16 @@ class MotionCodec(nn.Module):
             torch.manual_seed(0)                                                 # of svd_lowrank's probes
             for n in range(c.grid ** 2):
                 window = (self.view(residual, n) * self.analysis[n]).flatten(1)  # (B F, 3 side side)
-                self.space[n] = torch.svd_lowrank(window[some], q=c.space_channels, niter=2)[2]
+                found = torch.svd_lowrank(window[some], q=c.space_channels, niter=2)[2]
+                self.space[n] = found @ rotation(found, self.space[n])
                 space.append(window @ self.space[n])
         tokens = self._gather(pose, torch.stack(space))                          # (N, B K, T k)
         variance, axes = torch.linalg.eigh(tokens.mT @ tokens / tokens.shape[1])
-        self.time.copy_(axes.flip(-1)[..., : c.channels])
-        std = variance.flip(-1)[..., : c.channels].clamp_min(0).sqrt()           # (N, C), falling
+        axes = axes.flip(-1)[..., : c.channels]
+        turn = rotation(axes, self.time)
+        self.time.copy_(axes @ turn)
+        variance = variance.flip(-1)[..., None, : c.channels].clamp_min(0) @ turn.square()
+        std = variance[:, 0].sqrt()                                              # (N, C)
         # Half-whitening: components of deviations 1, 1/4, 1/100 become latents of 1, 1/2, 1/10. Left alone,
         # the last would drown in the flow's noise; whitened to 1, 1, 1, what is hardly seen would count like
         # lips. Windows share one scale: the strongest component of all gets deviation 1. The pose's strongest

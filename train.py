@@ -494,7 +494,7 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: Log) -> 
             stage.step = 0 if args.further else args.steps
     elif args.init_from:
         load_trunk(stage.model, args.init_from)
-    if args.refit_codec or not (args.resume or args.pretrained):
+    if not (args.resume or args.pretrained) or args.further:
         if not rank():
             fit_codec(stage.model, clips, args)
         codec = stage.model.codec

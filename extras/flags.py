@@ -69,7 +69,7 @@ LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judg
 PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}
 GROW = {"steps", "curate_steps", "updates", "control"}
 # What is no part of a run.
-SESSION = {"config", "settings", "command", "resume", "pretrained", "further", "refit_codec", "overwrite",
+SESSION = {"config", "settings", "command", "resume", "pretrained", "further", "overwrite",
            "out", "device", "footage"}
 
 
@@ -95,7 +95,6 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
                    "--steps, --curate-steps or --updates, a finished one; other flags stay")
     g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew to "
                    "--out: a folder or a name on the hub; with --data, first train it for --steps on them")
-    g.add_argument("--refit-codec", action="store_true", help="to the clips of --data, with --pretrained")
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and defaults (%(default)s)")
     g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
@@ -256,8 +255,6 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 "name a folder of the run's own")
     if args.data and not Path(args.data).exists():
         p.error(f"{args.data} is not there; say where the clips are with --data")
-    if args.refit_codec and not (args.pretrained and args.further):
-        p.error("--refit-codec wants --pretrained RUN and other clips, --data")
     if args.crop == "face" and not args.data:
         args.crop = None                                         # that is the default
     if args.crop and not args.data:

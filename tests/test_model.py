@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
+import scipy
 import torch
 
 import model as m
@@ -197,6 +199,27 @@ def test_the_codec_returns_what_lies_in_its_components():
     assert (made - frames).square().mean() < 0.02 * still
     nothing = codec.decode(frames[:, 0], torch.zeros_like(latents))
     assert torch.allclose(nothing, frames[:, :1].expand_as(nothing), atol=1e-4)
+
+
+def test_a_codec_that_is_fitted_anew_spans_the_new_clips_and_keeps_what_its_components_meant():
+    """The old components, shuffled among themselves, come back in their order; scipy is the oracle."""
+    torch.manual_seed(0)
+    old, turn = (torch.linalg.qr(torch.randn(n, k))[0] for n, k in ((50, 8), (8, 8)))
+    new = torch.linalg.qr(old @ turn + 0.01 * torch.randn(50, 8))[0]
+    found = m.rotation(new, old)
+    assert np.allclose(found, scipy.linalg.orthogonal_procrustes(new.numpy(), old.numpy())[0], atol=1e-5)
+    assert (new @ found - old).abs().max() < 0.05 < (new - old).abs().max()
+    frames, others = torch.rand(2, 8, 8, 3, 32, 32)
+    codec, fresh = (MotionCodec(Config(size=32, space_channels=6, channels=24)) for _ in range(2))
+    codec.fit(frames)
+    before = codec.space.clone()
+    codec.fit(others)
+    fresh.fit(others)
+    assert torch.allclose(codec.space @ codec.space.mT, fresh.space @ fresh.space.mT, atol=1e-3)
+    assert (codec.space * before).sum() > (fresh.space * before).sum()
+    clips = codec.decode(others[:, 0], codec.encode(others))
+    assert torch.allclose(clips, fresh.decode(others[:, 0], fresh.encode(others)), atol=1e-2)
+    assert codec.encode(others).std((0, 1)).max() < 5
 
 
 @pytest.mark.parametrize("size, grid", [(32, 3), (60, 5)])
