@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 
 from data import Crop, load_speech
 from extras.files import MediaError, first_line, one_line, printable
-from extras.media import ACTIVE_RMS, FFMPEG, FPS, SAMPLES_PER_FRAME, read_picture
+from extras.media import ACTIVE_RMS, FFMPEG, FPS, PLAIN_FRAMES, SAMPLES_PER_FRAME, read_picture
 
 HEAD, UP = 1.85, 0.21            # the square's side, and its centre's height above the box's, in boxes
 WORK = 480                       # pixels of the shorter side in which faces of 80 pixels and more are found
@@ -171,8 +171,7 @@ class Seen:
 def watch(path: str | Path) -> Seen:
     """Look for faces and changes of scene in a video, in the memory of a picture. Raises: MediaError."""
     with tempfile.TemporaryDirectory() as folder:
-        graph = (f"[0:V:0]bwdif=mode=send_frame:deint=interlaced,fps={FPS}:start_time=0,"
-                 "scale=w='round(iw*sar)':h=ih,setsar=1,split=3[first][all][some];"
+        graph = (f"[0:V:0]{PLAIN_FRAMES},setsar=1,split=3[first][all][some];"
                  f"[all]scale=320:-2,scdet=t={CUT},metadata=print:key=lavfi.scd.time:file=cuts[cuts];"
                  f"[some]select='eq(mod(n,{LOOK}),{LOOK // 2})',"
                  f"scale={WORK}:{WORK}:force_original_aspect_ratio=increase[looks]")
