@@ -28,8 +28,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import Crop, load_speech
-from extras.files import MediaError, first_line, one_line, printable
-from extras.media import ACTIVE_RMS, FFMPEG, FPS, PLAIN_FRAMES, SAMPLES_PER_FRAME, read_picture
+from extras.files import MediaError, one_line, printable
+from extras.media import (ACTIVE_RMS, FFMPEG, FPS, PLAIN_FRAMES, SAMPLES_PER_FRAME, read_picture,
+                          run_ffmpeg)
 
 HEAD, UP = 1.85, 0.21            # the square's side, and its centre's height above the box's, in boxes
 WORK = 480                       # pixels of the shorter side in which faces of 80 pixels and more are found
@@ -175,12 +176,9 @@ def watch(path: str | Path) -> Seen:
                  f"[all]scale=320:-2,scdet=t={CUT},metadata=print:key=lavfi.scd.time:file=cuts[cuts];"
                  f"[some]select='eq(mod(n,{LOOK}),{LOOK // 2})',"
                  f"scale={WORK}:{WORK}:force_original_aspect_ratio=increase[looks]")
-        command = [*FFMPEG, "error", "-i", f"file:{Path(path).absolute()}", "-filter_complex", graph,
-                   "-map", "[first]", "-frames:v", "1", "first.png", "-map", "[cuts]", "-f", "null", "-",
-                   "-map", "[looks]", "-fps_mode", "passthrough", "-q:v", "2", "%08d.jpg"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise MediaError(path, f"cannot be watched ({first_line(done.stderr)}); use a video")
+        run_ffmpeg(Path(path), "-filter_complex", graph, "-map", "[first]", "-frames:v", "1", "first.png",
+                   "-map", "[cuts]", "-f", "null", "-",
+                   "-map", "[looks]", "-fps_mode", "passthrough", "-q:v", "2", "%08d.jpg", folder=folder)
         lines = Path(folder, "cuts").read_text().splitlines()
         times = [float(line.split("=")[1]) for line in lines if "scd.time" in line]
         width, height = Image.open(Path(folder, "first.png")).size

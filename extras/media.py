@@ -43,7 +43,7 @@ COPIED = "aac", "mp3", "opus", "flac"                # browsers play them in an 
 
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y", "-v"]
 FFMPEG_WORDS = {                                     # what ffmpeg says -> what it means
-    "'0:V:0'": "has no video track; use a file with a picture",
+    "matches no streams": "has no video track; use a file with a picture",
     "non positive size": "is smaller than the crop; choose x,y,size inside the picture",
     "no decoder found": "is in a format that ffmpeg cannot decode; convert it",
     "out_primaries": "needs a newer ffmpeg for its colours; pip install -U imageio-ffmpeg",
@@ -54,14 +54,15 @@ PLAIN_FRAMES = (f"bwdif=mode=send_frame:deint=interlaced,fps={FPS}:start_time=0,
                 "scale=w='round(iw*sar)':h=ih")                                     # of square pixels
 
 
-def run_ffmpeg(path: Path, *arguments: str) -> str:
-    """Run ffmpeg on one input, without arguments only to list its streams. Returns: what it says.
-    Raises: MediaError with plain words."""
+def run_ffmpeg(path: Path, *arguments: str, folder: str | None = None) -> str:
+    """Run ffmpeg on one input, in a folder for what it writes, and without arguments only to list its streams.
+    Returns: what it says. Raises: MediaError with plain words."""
     if not path.is_file() or not path.stat().st_size:
         state = "is a folder" if path.is_dir() else "is empty" if path.exists() else "does not exist"
         raise MediaError(path, f"{state}; name a file with sound or a picture")
     level = "error" if arguments else "info"
-    done = subprocess.run([*FFMPEG, level, "-i", f"file:{path}", *arguments], capture_output=True)
+    command = [*FFMPEG, level, "-i", f"file:{path.absolute()}", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True)
     said = done.stderr.decode(errors="replace").strip()
     if done.returncode and (arguments or "Input #0" not in said):
         if (full := os.strerror(errno.ENOSPC)) in said:              # no fault of the file

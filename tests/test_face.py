@@ -1,6 +1,7 @@
 """The head is found and framed: one steady square, or one line that says what to do."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
     assert face.told(kept, left_out) == "3 s in 1 pieces; left out: no face 2 s (at 0:00)"
     many = [(25 * second, 25 * second + 50, "no face") for second in (9, 65, 125, 3600)]
     assert face.reasons(many) == "no face 8 s (at 0:09, 1:05, 2:05, ...)"
+
+
+def test_a_broken_video_is_one_line_whatever_its_name(tmp_path):
+    """ffmpeg repeats the name, which need not be UTF-8."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    path.write_bytes(b"no video")
+    with pytest.raises(MediaError, match="is not audio or video, [^\n]*$"):
+        face.watch(path)
 
 
 def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch):
