@@ -93,9 +93,13 @@ def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]
 
 
 def stretches(clips: Clips) -> Tensor:
-    """Number the stretches that clips are from, (B,): the first clip of one has no sound before it."""
+    """Tell the stretches that clips are from apart, (B,): the first clip of one has no sound before it, if it
+    was not left out as it begins with an empty picture; then the file is another."""
     before = [load_file(clips.folder / f"{row}.safetensors")["before"] for row in range(max(clips.rows) + 1)]
-    return (torch.stack(before) == 0).cumsum(0)[clips.rows]
+    begun = (torch.stack(before) == 0).cumsum(0)[clips.rows].tolist()
+    stretch = list(zip(clips.sources, begun))
+    number = {name: i for i, name in enumerate(stretch)}
+    return torch.tensor([number[name] for name in stretch])
 
 
 def together(curves: Tensor, stretch: Tensor) -> Tensor:
@@ -172,7 +176,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
     train, held_out = footage_clips(args.data, args)
     found, why = {}, f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}"
     if len(train) >= LEAST_CLIPS and held_out:
-        recipe = {"footage, by stretch": train.folder.name, "rows": [train.rows, held_out.rows],
+        recipe = {"footage, by file and stretch": train.folder.name, "rows": [train.rows, held_out.rows],
                   "frames": args.frames, "steps": STEPS}
         kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
             json.dumps(examine(train, held_out, args.frames))))

@@ -55,7 +55,7 @@ PLAIN_FRAMES = (f"bwdif=mode=send_frame:deint=interlaced,fps={FPS}:start_time=0,
 
 
 def run_ffmpeg(path: Path, *arguments: str, folder: str | None = None) -> str:
-    """Run ffmpeg on one input, in a folder for what it writes, and without arguments only to list its streams.
+    """Run ffmpeg on one input, without arguments only to list its streams; `folder` is where it writes.
     Returns: what it says. Raises: MediaError with plain words."""
     if not path.is_file() or not path.stat().st_size:
         state = "is a folder" if path.is_dir() else "is empty" if path.exists() else "does not exist"
