@@ -78,9 +78,7 @@ def find_faces(picture: np.ndarray, work: int = WORK) -> list[Box]:
 
 def as_image(picture: np.ndarray) -> Image.Image:
     """Turn (3, H, W) or (H, W, 3) uint8 into Pillow's kind of picture."""
-    picture = np.asarray(picture)
-    picture = picture if picture.shape[-1] == 3 else picture.transpose(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(picture))
+    return Image.fromarray(picture if picture.shape[-1] == 3 else picture.transpose(1, 2, 0))
 
 
 def verdict(boxes: Sequence[Box]) -> str:
@@ -118,7 +116,7 @@ def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Sq
     """Find the square of a photo, [picture], or of some frames of a clip. Raises: MediaError."""
     pictures = [np.asarray(as_image(picture)) for picture in pictures]
     height, width, _ = pictures[0].shape
-    looks = list(pictures) * -(-SCALES // len(pictures))
+    looks = pictures * -(-SCALES // len(pictures))
     found = [find_faces(picture, scale(i)) for i, picture in enumerate(looks)]
     if not any(found):                               # a small face, or one that lies on its side
         found = [find_faces(picture, 2 * scale(i)) for i, picture in enumerate(looks)]
@@ -230,12 +228,14 @@ def marks(seen: Seen, heard: np.ndarray) -> list[tuple[int, str]]:
             why.append(face or ("" if heard[frame] else "no speech"))
         last, was = None, None
         for i, boxes in enumerate(seen.found[first:end], first):
-            for x, y, size, *_ in sorted(boxes, key=lambda box: -box[2])[:1]:
-                head = np.array([x + size / 2, y + size / 2, size])
-                if last is not None and (abs(head - was) > JUMP * was[2]).any():
-                    span = slice(max(start, last * LOOK - LOOK // 2), min(stop, (i + 1) * LOOK + LOOK // 2))
-                    why[span] = [reason or "head jumps" for reason in why[span]]
-                last, was = i, head
+            if not boxes:
+                continue
+            x, y, size, *_ = max(boxes, key=lambda box: box[2])
+            head = np.array([x + size / 2, y + size / 2, size])
+            if last is not None and (abs(head - was) > JUMP * was[2]).any():
+                span = slice(max(start, last * LOOK - LOOK // 2), min(stop, (i + 1) * LOOK + LOOK // 2))
+                why[span] = [reason or "head jumps" for reason in why[span]]
+            last, was = i, head
     return list(zip(scene, why))
 
 
@@ -329,7 +329,7 @@ def main() -> None:
             picture = np.asarray(read_picture(file, WORK)[0])
         except MediaError:                           # no picture: a video, or ffmpeg says what it is
             kept, left_out = pieces(file)
-            for start, stop, what in sorted([*kept, *left_out], key=lambda piece: piece[:2]):
+            for start, stop, what in sorted(kept + left_out):
                 what = what if isinstance(what, str) else f"--crop {','.join(map(str, what))}"
                 print(f"{start / FPS:8.2f} to {stop / FPS:8.2f} s: {what}")
             print(told(kept, left_out))
