@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import Crop, load_speech
+from data import MIN_FRAMES, Crop, load_speech
 from extras.files import MediaError, one_line, printable
 from extras.media import (ACTIVE_RMS, FFMPEG, FPS, PLAIN_FRAMES, SAMPLES_PER_FRAME, read_picture,
                           run_ffmpeg)
@@ -252,21 +252,20 @@ def steady(seen: Seen, start: int, stop: int, least: float, path: str | Path) ->
         return [*steady(seen, start, half, least, path), *steady(seen, half, stop, least, path)]
 
 
-def pieces(path: str | Path,
-           seconds: float = 1.0) -> tuple[list[tuple[int, int, Square]], list[tuple[int, int, str]]]:
-    """Cut a long video into stretches of `seconds` or more in which one person is seen and heard.
+def pieces(path: str | Path) -> tuple[list[tuple[int, int, Square]], list[tuple[int, int, str]]]:
+    """Cut a long video into stretches of a second or more in which one person is seen and heard.
     Returns: stretches (start, stop, square), and what is left out (start, stop, why), in frames of 40 ms."""
     heard = speaks(path)                             # first: what has no sound need not be watched
-    if len(heard) < seconds * FPS:
-        raise MediaError(path, f"has {len(heard)} frames with sound; a clip needs {seconds * FPS:.0f}")
+    if len(heard) < MIN_FRAMES:
+        raise MediaError(path, f"has {len(heard)} frames with sound; a clip needs {MIN_FRAMES}")
     seen = watch(path)
     marked = marks(seen, heard)
     kept, left_out = [], []
     for start, stop in runs(marked):
         _, why = marked[start]
-        if not why and stop - start < seconds * FPS:
+        if not why and stop - start < MIN_FRAMES:
             why = "too short"
-        parts = [(start, stop, why)] if why else steady(seen, start, stop, seconds * FPS, path)
+        parts = [(start, stop, why)] if why else steady(seen, start, stop, MIN_FRAMES, path)
         for part in parts:
             (left_out if isinstance(part[2], str) else kept).append(part)
     return kept, left_out
