@@ -296,11 +296,16 @@ def sheet(shown: Sequence[tuple], most: int = 12) -> Image.Image:
 
 
 def frame_at(path: Path, second: float) -> np.ndarray:
-    """Read one frame (H, W, 3) of a video, upright, with square pixels."""
-    command = [*FFMPEG, "error", "-ss", str(second), "-i", f"file:{path}", "-frames:v", "1", "-vf",
-               "scale=w='round(iw*sar)':h=ih", "-f", "image2pipe", "-c:v", "png", "-"]
-    done = subprocess.run(command, capture_output=True)
-    return np.asarray(Image.open(io.BytesIO(done.stdout)).convert("RGB"))
+    """Read one frame (H, W, 3) of a video, upright, with square pixels: the next one from `second` on, or one
+    from before where the last is held for long."""
+    for seek in "-accurate_seek", "-noaccurate_seek":
+        command = [*FFMPEG, "error", seek, "-ss", str(second), "-i", f"file:{path}", "-frames:v", "1",
+                   "-fps_mode", "passthrough", "-vf", "scale=w='round(iw*sar)':h=ih",
+                   "-f", "image2pipe", "-c:v", "png", "-"]
+        picture = subprocess.run(command, capture_output=True).stdout
+        if picture:
+            break
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
 
 
 def reasons(left_out: Sequence) -> str:

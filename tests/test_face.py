@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -193,6 +194,13 @@ def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):
     sound[50:75], sound[125:200] = 0, 0              # one second, three seconds
     monkeypatch.setattr(face, "load_speech", lambda path: sound.flatten())
     assert face.runs(face.speaks("me.wav")) == [(0, 125), (125, 200), (200, 250)]
+
+
+def test_a_still_that_is_held_for_long_is_seen_at_any_second(tmp_path):
+    """One frame of eight seconds: none begins after the fourth."""
+    still = "color=red:s=64x48:r=1/8:d=8"
+    subprocess.run([*face.FFMPEG, "error", "-f", "lavfi", "-i", still, tmp_path / "a.mp4"], check=True)
+    assert face.frame_at(tmp_path / "a.mp4", 4.0).shape == (48, 64, 3)
 
 
 def test_the_drawing_shows_what_is_cut():
