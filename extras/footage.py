@@ -197,8 +197,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
     clips = in_time(train, late, args.frames), in_time(held_out, late, args.frames)
     if not all(clips):
         return as_it_is("no clip to train on, or none to hold out, is found in time")
-    said = told(every, {*clips[0].rows, *clips[1].rows}, late)
-    print(said)
+    print(said := told(every, {*clips[0].rows, *clips[1].rows}, late))
     network = lesson(Clips(train.folder, found["lessons"], train.index), 0)
     named = {name: by for name, by in zip(every.names, found["late"]) if by != 0}
     footage = Footage(clips, said, named, network)
