@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import Crop, load_speech
-from extras.files import MediaError, first_line, one_line, printable
-from extras.media import ACTIVE_RMS, FFMPEG, FPS, SAMPLES_PER_FRAME, read_picture
+from data import MIN_FRAMES, Crop, load_speech
+from extras.files import MediaError, one_line, printable
+from extras.media import (ACTIVE_RMS, FFMPEG, FPS, PLAIN_FRAMES, SAMPLES_PER_FRAME, read_picture,
+                          run_ffmpeg)
 
 HEAD, UP = 1.85, 0.21            # the square's side, and its centre's height above the box's, in boxes
 WORK = 480                       # pixels of the shorter side in which faces of 80 pixels and more are found
@@ -77,9 +78,7 @@ def find_faces(picture: np.ndarray, work: int = WORK) -> list[Box]:
 
 def as_image(picture: np.ndarray) -> Image.Image:
     """Turn (3, H, W) or (H, W, 3) uint8 into Pillow's kind of picture."""
-    picture = np.asarray(picture)
-    picture = picture if picture.shape[-1] == 3 else picture.transpose(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(picture))
+    return Image.fromarray(picture if picture.shape[-1] == 3 else picture.transpose(1, 2, 0))
 
 
 def verdict(boxes: Sequence[Box]) -> str:
@@ -117,7 +116,7 @@ def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Sq
     """Find the square of a photo, [picture], or of some frames of a clip. Raises: MediaError."""
     pictures = [np.asarray(as_image(picture)) for picture in pictures]
     height, width, _ = pictures[0].shape
-    looks = list(pictures) * -(-SCALES // len(pictures))
+    looks = pictures * -(-SCALES // len(pictures))
     found = [find_faces(picture, scale(i)) for i, picture in enumerate(looks)]
     if not any(found):                               # a small face, or one that lies on its side
         found = [find_faces(picture, 2 * scale(i)) for i, picture in enumerate(looks)]
@@ -171,17 +170,13 @@ class Seen:
 def watch(path: str | Path) -> Seen:
     """Look for faces and changes of scene in a video, in the memory of a picture. Raises: MediaError."""
     with tempfile.TemporaryDirectory() as folder:
-        graph = (f"[0:V:0]bwdif=mode=send_frame:deint=interlaced,fps={FPS}:start_time=0,"
-                 "scale=w='round(iw*sar)':h=ih,setsar=1,split=3[first][all][some];"
+        graph = (f"[0:V:0]{PLAIN_FRAMES},setsar=1,split=3[first][all][some];"
                  f"[all]scale=320:-2,scdet=t={CUT},metadata=print:key=lavfi.scd.time:file=cuts[cuts];"
                  f"[some]select='eq(mod(n,{LOOK}),{LOOK // 2})',"
                  f"scale={WORK}:{WORK}:force_original_aspect_ratio=increase[looks]")
-        command = [*FFMPEG, "error", "-i", f"file:{Path(path).absolute()}", "-filter_complex", graph,
-                   "-map", "[first]", "-frames:v", "1", "first.png", "-map", "[cuts]", "-f", "null", "-",
-                   "-map", "[looks]", "-fps_mode", "passthrough", "-q:v", "2", "%08d.jpg"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise MediaError(path, f"cannot be watched ({first_line(done.stderr)}); use a video")
+        run_ffmpeg(Path(path), "-filter_complex", graph, "-map", "[first]", "-frames:v", "1", "first.png",
+                   "-map", "[cuts]", "-f", "null", "-",
+                   "-map", "[looks]", "-fps_mode", "passthrough", "-q:v", "2", "%08d.jpg", folder=folder)
         lines = Path(folder, "cuts").read_text().splitlines()
         times = [float(line.split("=")[1]) for line in lines if "scd.time" in line]
         width, height = Image.open(Path(folder, "first.png")).size
@@ -233,12 +228,14 @@ def marks(seen: Seen, heard: np.ndarray) -> list[tuple[int, str]]:
             why.append(face or ("" if heard[frame] else "no speech"))
         last, was = None, None
         for i, boxes in enumerate(seen.found[first:end], first):
-            for x, y, size, *_ in sorted(boxes, key=lambda box: -box[2])[:1]:
-                head = np.array([x + size / 2, y + size / 2, size])
-                if last is not None and (abs(head - was) > JUMP * was[2]).any():
-                    span = slice(max(start, last * LOOK - LOOK // 2), min(stop, (i + 1) * LOOK + LOOK // 2))
-                    why[span] = [reason or "head jumps" for reason in why[span]]
-                last, was = i, head
+            if not boxes:
+                continue
+            x, y, size, *_ = max(boxes, key=lambda box: box[2])
+            head = np.array([x + size / 2, y + size / 2, size])
+            if last is not None and (abs(head - was) > JUMP * was[2]).any():
+                span = slice(max(start, last * LOOK - LOOK // 2), min(stop, (i + 1) * LOOK + LOOK // 2))
+                why[span] = [reason or "head jumps" for reason in why[span]]
+            last, was = i, head
     return list(zip(scene, why))
 
 
@@ -255,21 +252,20 @@ def steady(seen: Seen, start: int, stop: int, least: float, path: str | Path) ->
         return [*steady(seen, start, half, least, path), *steady(seen, half, stop, least, path)]
 
 
-def pieces(path: str | Path,
-           seconds: float = 1.0) -> tuple[list[tuple[int, int, Square]], list[tuple[int, int, str]]]:
-    """Cut a long video into stretches of `seconds` or more in which one person is seen and heard.
+def pieces(path: str | Path) -> tuple[list[tuple[int, int, Square]], list[tuple[int, int, str]]]:
+    """Cut a long video into stretches of a second or more in which one person is seen and heard.
     Returns: stretches (start, stop, square), and what is left out (start, stop, why), in frames of 40 ms."""
     heard = speaks(path)                             # first: what has no sound need not be watched
-    if len(heard) < seconds * FPS:
-        raise MediaError(path, f"has {len(heard)} frames with sound; a clip needs {seconds * FPS:.0f}")
+    if len(heard) < MIN_FRAMES:
+        raise MediaError(path, f"has {len(heard)} frames with sound; a clip needs {MIN_FRAMES}")
     seen = watch(path)
     marked = marks(seen, heard)
     kept, left_out = [], []
     for start, stop in runs(marked):
         _, why = marked[start]
-        if not why and stop - start < seconds * FPS:
+        if not why and stop - start < MIN_FRAMES:
             why = "too short"
-        parts = [(start, stop, why)] if why else steady(seen, start, stop, seconds * FPS, path)
+        parts = [(start, stop, why)] if why else steady(seen, start, stop, MIN_FRAMES, path)
         for part in parts:
             (left_out if isinstance(part[2], str) else kept).append(part)
     return kept, left_out
@@ -300,11 +296,16 @@ def sheet(shown: Sequence[tuple], most: int = 12) -> Image.Image:
 
 
 def frame_at(path: Path, second: float) -> np.ndarray:
-    """Read one frame (H, W, 3) of a video, upright, with square pixels."""
-    command = [*FFMPEG, "error", "-ss", str(second), "-i", f"file:{path}", "-frames:v", "1", "-vf",
-               "scale=w='round(iw*sar)':h=ih", "-f", "image2pipe", "-c:v", "png", "-"]
-    done = subprocess.run(command, capture_output=True)
-    return np.asarray(Image.open(io.BytesIO(done.stdout)).convert("RGB"))
+    """Read one frame (H, W, 3) of a video, upright, with square pixels: the next one from `second` on, or one
+    from before where the last is held for long."""
+    for seek in "-accurate_seek", "-noaccurate_seek":
+        command = [*FFMPEG, "error", seek, "-ss", str(second), "-i", f"file:{path}", "-frames:v", "1",
+                   "-fps_mode", "passthrough", "-vf", "scale=w='round(iw*sar)':h=ih",
+                   "-f", "image2pipe", "-c:v", "png", "-"]
+        picture = subprocess.run(command, capture_output=True).stdout
+        if picture:
+            break
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
 
 
 def reasons(left_out: Sequence) -> str:
@@ -332,7 +333,7 @@ def main() -> None:
             picture = np.asarray(read_picture(file, WORK)[0])
         except MediaError:                           # no picture: a video, or ffmpeg says what it is
             kept, left_out = pieces(file)
-            for start, stop, what in sorted([*kept, *left_out], key=lambda piece: piece[:2]):
+            for start, stop, what in sorted(kept + left_out):
                 what = what if isinstance(what, str) else f"--crop {','.join(map(str, what))}"
                 print(f"{start / FPS:8.2f} to {stop / FPS:8.2f} s: {what}")
             print(told(kept, left_out))

@@ -93,9 +93,14 @@ def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]
 
 
 def stretches(clips: Clips) -> Tensor:
-    """Number the stretches that clips are from, (B,): the first clip of one has no sound before it."""
-    before = [load_file(clips.folder / f"{row}.safetensors")["before"] for row in range(max(clips.rows) + 1)]
-    return (torch.stack(before) == 0).cumsum(0)[clips.rows]
+    """Number the stretches that clips are from, (B,): one begins with a file, whose first clip may have been
+    left out, or where there is no sound before."""
+    begins, file = [], None
+    for row, (_, source, _) in enumerate(clips.index["clips"]):
+        before = load_file(clips.folder / f"{row}.safetensors")["before"]
+        begins.append(source != file or not before)
+        file = source
+    return torch.tensor(begins).cumsum(0)[clips.rows]
 
 
 def together(curves: Tensor, stretch: Tensor) -> Tensor:
@@ -122,19 +127,20 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
     Returns: "tells", the share of held-out pairs that it ranks right; and, where that suffices, the rows
     "lessons" it was taught on, and "late", the verdicts on all rows, held-out ones last.
     """
-    rows, count = train.rows, len(train)
     every = Clips(train.folder, train.rows + held_out.rows, train.index)
     stretch = stretches(every)
+    good = train
     for _ in range(2):
-        own, others = distances(lesson(Clips(train.folder, rows, train.index), 0), every, frames)
-        tells = (depth(own)[count:, None] > depth(others)[count:]).float().mean().item()
+        taught = good
+        own, others = distances(lesson(taught, 0), every, frames)
+        tells = (depth(own)[len(train):, None] > depth(others)[len(train):]).float().mean().item()
         if tells < TELLS:
             return {"tells": tells}
-        late, lessons = verdicts(together(own, stretch), together(others, stretch)), rows
-        rows = [row for row, by in zip(train.rows, late) if by == 0]
-        if rows == lessons or len(rows) < LEAST_CLIPS:
+        late = verdicts(together(own, stretch), together(others, stretch))
+        good = train.select(lambda i: late[i] == 0)
+        if good.rows == taught.rows or len(good) < LEAST_CLIPS:
             break
-    return {"tells": tells, "lessons": lessons, "late": late}
+    return {"tells": tells, "lessons": taught.rows, "late": late}
 
 
 # ---- What is done about it -----------------------------------------------------------------------------
@@ -170,27 +176,30 @@ def learn(args: argparse.Namespace) -> Footage | None:
     if not args.data or args.sync or args.reward_sync:
         return None
     train, held_out = footage_clips(args.data, args)
-    found, why = {}, f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}"
-    if len(train) >= LEAST_CLIPS and held_out:
-        recipe = {"footage, by stretch": train.folder.name, "rows": [train.rows, held_out.rows],
-                  "frames": args.frames, "steps": STEPS}
-        kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
-            json.dumps(examine(train, held_out, args.frames))))
-        found = json.loads((kept / "found.json").read_text())
-        why = (f"what {len(train)} clips teach tells own sound from another's in {found['tells']:.0%} of "
-               f"held-out pairs, and should in {TELLS:.0%} (near or below 50%, is theirs in time?)")
-    every = Clips(train.folder, train.rows + held_out.rows, train.index)
-    late = dict(zip(every.rows, found.get("late", ())))
-    clips = tuple(in_time(part, late, args.frames) if late else part for part in (train, held_out))
-    if late and not all(clips):
-        late, clips, why = {}, (train, held_out), "no clip to train on, or none to hold out, is found in time"
-    if not late:
+
+    def as_it_is(why: str) -> Footage:
         print(said := f"sound is taken as it is: {why}; add footage")
-        return Footage(clips, said, {})
-    said = told(every, {row for part in clips for row in part.rows}, late)
-    print(said)
+        return Footage((train, held_out), said, {})
+
+    if len(train) < LEAST_CLIPS:
+        return as_it_is(f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}")
+    recipe = {"footage, by file and stretch": train.folder.name, "rows": [train.rows, held_out.rows],
+              "frames": args.frames, "steps": STEPS}
+    kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
+        json.dumps(examine(train, held_out, args.frames))))
+    found = json.loads((kept / "found.json").read_text())
+    tells = found["tells"]
+    if tells < TELLS:
+        return as_it_is(f"what {len(train)} clips teach tells own sound from another's in {tells:.0%} of "
+                        f"held-out pairs, and should in {TELLS:.0%} (near or below 50%, is theirs in time?)")
+    every = Clips(train.folder, train.rows + held_out.rows, train.index)
+    late = dict(zip(every.rows, found["late"]))
+    clips = in_time(train, late, args.frames), in_time(held_out, late, args.frames)
+    if not all(clips):
+        return as_it_is("no clip to train on, or none to hold out, is found in time")
+    print(said := told(every, {*clips[0].rows, *clips[1].rows}, late))
     network = lesson(Clips(train.folder, found["lessons"], train.index), 0)
-    named = {every.index["clips"][row][0]: by for row, by in late.items() if by != 0}
+    named = {name: by for name, by in zip(every.names, found["late"]) if by != 0}
     footage = Footage(clips, said, named, network)
     if args.curate or args.updates:
         footage.reward_sync = lesson(clips[0], 1)

@@ -43,23 +43,26 @@ COPIED = "aac", "mp3", "opus", "flac"                # browsers play them in an 
 
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y", "-v"]
 FFMPEG_WORDS = {                                     # what ffmpeg says -> what it means
-    "'0:V:0'": "has no video track; use a file with a picture",
+    "matches no streams": "has no video track; use a file with a picture",
     "non positive size": "is smaller than the crop; choose x,y,size inside the picture",
     "no decoder found": "is in a format that ffmpeg cannot decode; convert it",
     "out_primaries": "needs a newer ffmpeg for its colours; pip install -U imageio-ffmpeg",
     "Invalid data found": "is not audio or video, or is cut off; convert it or copy it again",
 }
 IN_TIME = "aresample=async=1:first_pts=0"            # pad sound that starts late, fill its gaps
+PLAIN_FRAMES = (f"bwdif=mode=send_frame:deint=interlaced,fps={FPS}:start_time=0,"   # whole, 25 a second
+                "scale=w='round(iw*sar)':h=ih")                                     # of square pixels
 
 
-def run_ffmpeg(path: Path, *arguments: str) -> str:
-    """Run ffmpeg on one input, without arguments only to list its streams. Returns: what it says.
-    Raises: MediaError with plain words."""
+def run_ffmpeg(path: Path, *arguments: str, folder: str | None = None) -> str:
+    """Run ffmpeg on one input, without arguments only to list its streams; `folder` is where it writes.
+    Returns: what it says. Raises: MediaError with plain words."""
     if not path.is_file() or not path.stat().st_size:
         state = "is a folder" if path.is_dir() else "is empty" if path.exists() else "does not exist"
         raise MediaError(path, f"{state}; name a file with sound or a picture")
     level = "error" if arguments else "info"
-    done = subprocess.run([*FFMPEG, level, "-i", f"file:{path}", *arguments], capture_output=True)
+    command = [*FFMPEG, level, "-i", f"file:{path.absolute()}", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True)
     said = done.stderr.decode(errors="replace").strip()
     if done.returncode and (arguments or "Input #0" not in said):
         if (full := os.strerror(errno.ENOSPC)) in said:              # no fault of the file
@@ -98,14 +101,12 @@ def sound_tracks(path: Path, streams: str) -> list[Track]:
     """List the sound tracks that can be decoded, default ones first. Raises: MediaError if there is none."""
     pattern = r"^ *Stream #0:(\d+)[^:]*: Audio: (\w+)(?:.*, (\d+) Hz, (?!0 ch))?(.*)"
     found = re.findall(pattern, streams, re.M)
-    default, others = [], []
-    for number, (stream, codec, rate, rest) in enumerate(found, 1):
-        if codec != "none" and rate:
-            track = Track(path, int(stream), number, codec, int(rate), len(found))
-            (default if "(default)" in rest else others).append(track)
-    if not default + others:
+    default_first = sorted(enumerate(found, 1), key=lambda item: "(default)" not in item[1][-1])
+    tracks = [Track(path, int(stream), number, codec, int(rate), len(found))
+              for number, (stream, codec, rate, _) in default_first if codec != "none" and rate]
+    if not tracks:
         raise MediaError(path, "has no audio track; use a file with sound")
-    return default + others
+    return tracks
 
 
 def decode(path: Path, part: Path, square: tuple | None = None, seconds: float | None = None,
@@ -129,7 +130,7 @@ def decode(path: Path, part: Path, square: tuple | None = None, seconds: float |
     complaint = run_ffmpeg(path, *outputs)
 
     sounds = {track.number: _map_au(f"{part}.{track.number}.au") for track in tracks}
-    number, channel = _choose(path, sounds, choice, tracks[0].number)
+    number, channel = _choose(path, sounds, choice)
     sound, track = sounds[number], next(track for track in tracks if track.number == number)
     if len(sound) < SAMPLES_PER_FRAME:
         held = 1000 * len(sound) // SAMPLE_RATE
@@ -140,8 +141,7 @@ def decode(path: Path, part: Path, square: tuple | None = None, seconds: float |
     else:
         sound.mean(1, out=mono)
     speech = torch.from_numpy(mono)
-    offset, rms = _loudness(speech, path)
-    speech.sub_(offset).mul_(ACTIVE_RMS / rms).clamp_(-1, 1)
+    normalise_loudness(speech, path, out=speech)
     return speech, replace(track, channels=sound.shape[1], channel=channel, seconds=seconds,
                            whole=not complaint)
 
@@ -164,19 +164,20 @@ def _map_new(path: str, count: int) -> np.ndarray:
     return np.memmap(path, np.float32, "r+")
 
 
-def _choose(path: Path, sounds: dict[int, np.ndarray], choice: tuple[int, int] | None,
-            default: int) -> tuple[int, int]:
+def _choose(path: Path, sounds: dict[int, np.ndarray], choice: tuple[int, int] | None) -> tuple[int, int]:
     """Choose what has speech in it of decoded tracks {number: (T, C)}: the number, and a channel or 0.
 
-    That is the mean of all channels of the default track, if not another track or a single channel has
+    That is the mean of all channels of the first track, if not another track or a single channel has
     clearly more: inverted channels cancel out, and of twelve perhaps one has a microphone.
     """
     swells = {number: _swell(sound) for number, sound in sounds.items()}
     if choice:
         number, channel = choice
     else:
-        best, channel = max(swells, key=lambda n: swells[n].max()), 0
-        number = best if swells[best].max() > CLEARLY * swells[default].max() else default
+        first = next(iter(sounds))
+        channel = 0
+        best = max(swells, key=lambda number: swells[number].max())
+        number = best if swells[best].max() > CLEARLY * swells[first].max() else first
     if number not in sounds or channel > sounds[number].shape[1]:
         has = ", ".join(f"track {n} with {sound.shape[1]} channels" for n, sound in sorted(sounds.items()))
         raise MediaError(path, f"has no such sound; choose --track TRACK[:CHANNEL] from {has}")
@@ -197,11 +198,12 @@ def _swell(sound: np.ndarray) -> np.ndarray:
     return np.nan_to_num(np.concatenate(rms).std(0)) if rms else np.zeros(1 + sound.shape[1])
 
 
-def _loudness(sound: Tensor, path: str | Path) -> tuple[Tensor, Tensor]:
-    """Measure the offset of a sound, and the rms of its speech: of the samples above -40 dB of the peak.
+def normalise_loudness(sound: Tensor, path: str | Path = "sound", out: Tensor | None = None) -> Tensor:
+    """Bring the speech of a sound (T,) to the rms ACTIVE_RMS, then clip to [-1, 1]: that touches only knocks.
 
-    Leaving pauses out keeps a hesitant speaker from becoming louder than a fluent one. A clap is no speech:
-    blocks that are 12 dB above all but KNOCK others are left out as well. Raises: MediaError if it is silent.
+    Speech is what is above -40 dB of the peak: leaving pauses out keeps a hesitant speaker from becoming
+    louder than a fluent one. A clap is no speech: blocks that are 12 dB above all but KNOCK others are left
+    out as well. `out` may be the sound itself. Raises: MediaError if it is silent.
     """
     offset = sound.mean()                            # cheap recorders leave one
 
@@ -221,13 +223,8 @@ def _loudness(sound: Tensor, path: str | Path) -> tuple[Tensor, Tensor]:
         active = speech[speech.abs() > floor]
         energy += active.square().sum(dtype=torch.float64)
         count += len(active)
-    return offset, (energy / count).sqrt().float()
-
-
-def normalise_loudness(sound: Tensor, path: str | Path = "sound") -> Tensor:
-    """Bring speech to one loudness, rms ACTIVE_RMS, then clip to [-1, 1]: that touches only knocks."""
-    offset, rms = _loudness(sound, path)
-    return ((sound - offset) * (ACTIVE_RMS / rms)).clamp(-1, 1)
+    rms = (energy / count).sqrt().float()
+    return torch.sub(sound, offset, out=out).mul_(ACTIVE_RMS / rms).clamp_(-1, 1)
 
 
 # ---- Pictures -----------------------------------------------------------------------------------------
@@ -305,9 +302,7 @@ def video_filter(streams: str, size: int, crop: tuple[int, int, int] | dict | No
         colour += ":out_transfer=bt709"
     if int(height) > 576 and not re.search(r"[(/ ](bt\d|smpte|gbr|fcc|ycgco|ictcp)", coding):
         colour += ":in_color_matrix=bt709"
-    return (f"bwdif=mode=send_frame:deint=interlaced,fps={FPS}:start_time=0,"
-            "scale=w='round(iw*sar)':h=ih,"                                        # square pixels
-            f"{moves}crop=w='{width}':h='{side}':x='{x}':y='{y}':exact=1,"
+    return (f"{PLAIN_FRAMES},{moves}crop=w='{width}':h='{side}':x='{x}':y='{y}':exact=1,"
             f"scale={size}:{size}:flags=lanczos+accurate_rnd+full_chroma_int:{colour}")
 
 
@@ -325,11 +320,9 @@ def carry_sound(audio: Tensor | Track, folder: str) -> tuple[list[str], list[str
     rate = ["-ar", "48000"] if audio.rate < 32000 else []
     encoded = ["-c:a", "aac", "-b:a", f"{128 * min(audio.channels, 8)}k", *rate]
     ways = [[*encoded, "-af", IN_TIME], [*encoded, "-af", f"{IN_TIME},{mix}"]]
-    limit = ["-t", str(audio.seconds)]
-    if audio.seconds is None:
-        limit = []
-        if audio.codec in COPIED and audio.whole:    # a limit would cut packets; players stop at damage
-            ways.insert(0, ["-c:a", "copy"])
+    limit = [] if audio.seconds is None else ["-t", str(audio.seconds)]
+    if not limit and audio.whole and audio.codec in COPIED:     # a limit cuts packets; players stop at damage
+        ways.insert(0, ["-c:a", "copy"])
     for way in ways:
         with suppress(MediaError):
             run_ffmpeg(audio.path, "-map", f"0:{audio.stream}", "-t", "1", *way, f"{folder}/trial.mp4")

@@ -1,6 +1,8 @@
 """The head is found and framed: one steady square, or one line that says what to do."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +90,14 @@ def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
     assert face.told(kept, left_out) == "3 s in 1 pieces; left out: no face 2 s (at 0:00)"
     many = [(25 * second, 25 * second + 50, "no face") for second in (9, 65, 125, 3600)]
     assert face.reasons(many) == "no face 8 s (at 0:09, 1:05, 2:05, ...)"
+
+
+def test_a_broken_video_is_one_line_whatever_its_name(tmp_path):
+    """ffmpeg repeats the name, which need not be UTF-8."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    path.write_bytes(b"no video")
+    with pytest.raises(MediaError, match="is not audio or video, [^\n]*$"):
+        face.watch(path)
 
 
 def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch):
@@ -184,6 +194,13 @@ def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):
     sound[50:75], sound[125:200] = 0, 0              # one second, three seconds
     monkeypatch.setattr(face, "load_speech", lambda path: sound.flatten())
     assert face.runs(face.speaks("me.wav")) == [(0, 125), (125, 200), (200, 250)]
+
+
+def test_a_still_that_is_held_for_long_is_seen_at_any_second(tmp_path):
+    """One frame of eight seconds: none begins after the fourth."""
+    still = "color=red:s=64x48:r=1/8:d=8"
+    subprocess.run([*face.FFMPEG, "error", "-f", "lavfi", "-i", still, tmp_path / "a.mp4"], check=True)
+    assert face.frame_at(tmp_path / "a.mp4", 4.0).shape == (48, 64, 3)
 
 
 def test_the_drawing_shows_what_is_cut():

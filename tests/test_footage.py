@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from data import Clip, folder_clips, load_clip, write_video
+from data import Clip, Clips, fill_cache, folder_clips, load_clip, write_video
 from extras import footage
 from extras.reward_flags import measuring_sync, reward_sync
 from extras.talkers import render_talker
@@ -157,6 +157,15 @@ def test_clips_of_one_stretch_are_measured_together(found, before):
             assert torch.equal(mean[i], curves[i])
     for i in pieces:
         torch.testing.assert_close(mean[i], sum(curves[j] for j in pieces) / 3)
+
+
+def test_a_file_without_its_first_clip_is_no_part_of_the_file_before(tmp_path):
+    """b.mp4 fades in, so b.mp4#0 is left out: what is kept of it begins with sound from before."""
+    parts = [("a.mp4", 0, 0), ("a.mp4", 1, 15), ("b.mp4", 1, 15), ("b.mp4", 2, 15)]
+    fill_cache(tmp_path, ((f"{file}#{k}", file, torch.zeros(1), torch.zeros(1), {"before": before})
+                          for file, k, before in parts), {})
+    first, second, third, fourth = footage.stretches(Clips(tmp_path)).tolist()
+    assert first == second != third == fourth
 
 
 def test_limits_are_what_the_sound_of_others_exceeds_by_chance():
