@@ -166,11 +166,6 @@ def act(face: Tensor, pose: Tensor, mouth: float, rest: float) -> Tensor:
     return warp(face[:1] + (rest + (mouth - rest) * near) * (face - face[:1]), rest * pose)
 
 
-def blur(x: Tensor, radius: float) -> Tensor:
-    """Blur (F, 3, S, S) by a Gaussian of this deviation in pixels."""
-    return gaussian_blur(x, 2 * math.ceil(2.5 * radius) + 1, radius)
-
-
 def whole(rng: torch.Generator, low: int, high: int) -> int:
     """Draw a whole number from low .. high - 1."""
     return torch.randint(low, high, (), generator=rng).item()
@@ -206,7 +201,8 @@ def spoil(fault: str, u: float, x: Tensor, mouth: Tensor, rng: torch.Generator) 
         past, w = (at - whole(rng, 2, 8)).clamp_min(0), 0.55 * u
         return (1 - w) * x + w * x[past], (1 - w) * mouth + w * mouth[past]
     if fault == "blur":
-        return blur(x, (0.25 + 2 * u) * x.shape[-1] / 64), mouth
+        deviation = (0.25 + 2 * u) * x.shape[-1] / 64
+        return gaussian_blur(x, 2 * math.ceil(2.5 * deviation) + 1, deviation), mouth
     if fault == "noise":
         return x + 0.1 * u * normal(*x.shape), mouth
     if fault == "flicker":                           # light and tint tremble

@@ -246,7 +246,7 @@ def how_it_was_made(log: list[dict]) -> list[Part]:
         stage = entry.get("stage") or next(name for key, name in ENDS.items() if key in entry)
         spent[stage] += entry["seconds"] - (before if entry["seconds"] >= before else 0)
         before = entry["seconds"]
-    run, machines = sessions[-1], {entry["hardware"]: 0 for entry in with_key(sessions, "hardware")}
+    run, machines = sessions[-1], dict.fromkeys(entry["hardware"] for entry in with_key(sessions, "hardware"))
     rows = {"hardware": " / ".join(machines), "seed": f"{run['seed']}",
             "generator": f"{run['parameters'] / 1e6:.2f} M parameters, {run['config']['size']} pixels",
             "minutes": f"{sum(spent.values()) / 60:.1f}"}

@@ -329,7 +329,8 @@ def battery(judge, good: Material) -> str:
             continue
         share, low, high = bootstrap(np.mean, (true > score).float())
         fails = not share >= TRUSTED                     # nor where a single clip gives no interval
-        failed |= {aspect} if fails else set()
+        if fails:
+            failed.add(aspect)
         lines.append(f"{aspect:16}{done:26}{share:.2f} [{low:.2f}, {high:.2f}]{'  fails' if fails else ''}")
     for aspect in ASPECTS:
         verdict = "do not trust it: it misses faults above" if aspect in failed else "to be trusted"
@@ -429,8 +430,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     validates.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
     reward_flags.judge_flags(validates)
     args = p.parse_args(argv)
-    least = {"seed": 0, "steps": 1, "tower_steps": 0, "clips": 2}
-    check_numbers(p, args, **{name: low for name, low in least.items() if name in args})
+    check_numbers(p, args, seed=0, steps=1, tower_steps=0, clips=2)
     return args
 
 
