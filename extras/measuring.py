@@ -95,10 +95,8 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
 
 
 def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, float]:
-    """Print the Frechet distance between generated and true mouths in windows of five frames.
-
-    Returns: it, by name; nothing where no network measures.
-    """
+    """Print and return the Frechet distance between generated and true mouths in windows of five frames;
+    nothing where no network measures."""
     net = measuring_sync(args)
     if net is None:
         return {}
