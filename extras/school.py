@@ -367,12 +367,12 @@ def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Seq
 def train_judge(args: argparse.Namespace) -> None:
     """Teach the embedded judge and write it to --out with its card."""
     clips, held_out = clips_for(args, JUDGE_CLIPS)
-    good = good_material(clips)
+    good, unseen = good_material(clips), good_material(held_out)         # what is too short is told now
     generated = generated_material(args.generator, clips, args.seed) if args.generator else None
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
     teach(judge, good, generated, args.steps, args.tower_steps, seed=args.seed)
     table = "| aspect | Spearman | pairs of one clip ranked right |\n|---|---|---|"
-    for aspect, cells in exam(judge, good_material(held_out), EXAM_CLIPS).items():
+    for aspect, cells in exam(judge, unseen, EXAM_CLIPS).items():
         table += f"\n| {aspect} |" + "".join(" {:.3f} ({:.3f} to {:.3f}) |".format(*cell) for cell in cells)
     data = f"{len(good)} clips of {args.data}" if args.data else f"{len(good)} drawn talkers"
     data += f", and {len(generated)} clips made by early generators" if generated else ""
@@ -384,6 +384,9 @@ def train_judge(args: argparse.Namespace) -> None:
 def train_sync_network(args: argparse.Namespace) -> None:
     """Train the sync network and say how well it finds the offset of held-out clips."""
     clips, held_out = clips_for(args, SYNC_CLIPS)
+    if len(clips) < 2 or not held_out:
+        raise MediaError(args.data, f"has {len(clips)} clips to learn from and {len(held_out)} held out, too "
+                         "few to teach a network; add files")
     net = train_sync(clips, args.seed, args.steps)
     save_sync(net, args.out, clips=str(args.data or f"{len(clips)} drawn talkers"), seed=args.seed)
     frames = min(len(clip.frames) for clip in held_out)
