@@ -8,9 +8,10 @@ CROP_HELP = "face: a square around the head; none: the centre; or x,y,size in pi
 
 
 def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least: float) -> None:
-    """End with one clear line where a number is below its least value, or absurdly large."""
+    """End with one clear line where a number is below its least value, or absurdly large. Of the commands of
+    one program, each may have only some of them."""
     for name, low in least.items():
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not low <= value < 1e10:
             bound = "below 1e10" if value > low else f"at least {low}"
             p.error(f"--{name.replace('_', '-')} must be {bound}, got {value}")

@@ -79,12 +79,18 @@ def true_mouths(clips: Sequence[Clip], frames: int) -> Tensor:
     return (mouth - mouth.mean()) / mouth.std()
 
 
+def long_enough(clips: Sequence[Clip]) -> list[Clip]:
+    """Leave out clips that are shorter than the material. Raises: MediaError where all are."""
+    kept = [clip for clip in clips if len(clip.frames) >= MATERIAL_FRAMES]
+    if not kept:
+        raise MediaError("the judge's clips",
+                         f"are all shorter than {MATERIAL_FRAMES / FPS:.2f} s; give longer ones")
+    return kept
+
+
 def good_material(clips: Sequence[Clip]) -> Material:
     """Take the start of real or drawn clips as it is, and take head and face apart."""
-    frames = MATERIAL_FRAMES
-    clips = [clip for clip in clips if len(clip.frames) >= frames]
-    if not clips:
-        raise MediaError("the judge's clips", f"are all shorter than {frames / FPS:.2f} s; give longer ones")
+    clips, frames = long_enough(clips), MATERIAL_FRAMES
     poses, faces = [], []
     for clip in tqdm(clips, "taking faces apart", leave=False):
         video = clip.frames[:frames] / 255
@@ -104,6 +110,7 @@ def generated_material(runs: Sequence[str | Path], clips: Sequence[Clip], seed: 
     head by `sample.evaluate`; the fault is log(jerk / true jerk) / log 3, which puts the codec alone at .2
     and a generator of 150 steps at .8. Returns: Material, the versions of a clip one after the other.
     """
+    clips = long_enough(clips)
     every = max(1, len(clips) // GENERATED_CLIPS)
     parts = [imitations(run, clips[i::every], seed) for i, run in enumerate(runs)]
     return Material(*(torch.cat(field) for field in zip(*parts)))
@@ -114,7 +121,7 @@ def imitations(run: str | Path, clips: Sequence[Clip], seed: int) -> list[Tensor
     """Show each clip in VERSIONS ways. Returns: the fields of Material."""
     model = load_generator(run).eval()
     c = model.config
-    frames = min(len(clip.frames) for clip in clips) // c.chunk_frames * c.chunk_frames
+    frames = MATERIAL_FRAMES // c.chunk_frames * c.chunk_frames
     true = pixels(clips, frames)
     latents = torch.cat([model.codec.encode(part) for part in true.split(16)])
     rng = torch.Generator().manual_seed(seed)
@@ -166,11 +173,6 @@ def act(face: Tensor, pose: Tensor, mouth: float, rest: float) -> Tensor:
     return warp(face[:1] + (rest + (mouth - rest) * near) * (face - face[:1]), rest * pose)
 
 
-def blur(x: Tensor, radius: float) -> Tensor:
-    """Blur (F, 3, S, S) by a Gaussian of this deviation in pixels."""
-    return gaussian_blur(x, 2 * math.ceil(2.5 * radius) + 1, radius)
-
-
 def whole(rng: torch.Generator, low: int, high: int) -> int:
     """Draw a whole number from low .. high - 1."""
     return torch.randint(low, high, (), generator=rng).item()
@@ -206,7 +208,8 @@ def spoil(fault: str, u: float, x: Tensor, mouth: Tensor, rng: torch.Generator) 
         past, w = (at - whole(rng, 2, 8)).clamp_min(0), 0.55 * u
         return (1 - w) * x + w * x[past], (1 - w) * mouth + w * mouth[past]
     if fault == "blur":
-        return blur(x, (0.25 + 2 * u) * x.shape[-1] / 64), mouth
+        deviation = (0.25 + 2 * u) * x.shape[-1] / 64
+        return gaussian_blur(x, 2 * math.ceil(2.5 * deviation) + 1, deviation), mouth
     if fault == "noise":
         return x + 0.1 * u * normal(*x.shape), mouth
     if fault == "flicker":                           # light and tint tremble

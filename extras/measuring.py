@@ -94,10 +94,16 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
           f"parameters on {args.device}; ready after {time.perf_counter() - log.start:.0f} s")
 
 
-def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> float:
-    """Return the Frechet distance between generated and true mouths in windows of five frames."""
+def mouth_distance(videos: Tensor, clips: list[Clip], args: argparse.Namespace) -> dict[str, float]:
+    """Print and return the Frechet distance between generated and true mouths in windows of five frames;
+    nothing where no network measures."""
     net = measuring_sync(args)
-    return frechet(*(net.visual(v).flatten(0, 1) for v in (videos, pixels(clips, videos.shape[1])))).item()
+    if net is None:
+        return {}
+    made, true = (net.visual(some).flatten(0, 1) for some in (videos, pixels(clips, videos.shape[1])))
+    distance = frechet(made, true).item()
+    print(f"  all clips together   Frechet distance of mouths {distance:.3f}")
+    return {"mouth_distance": distance}
 
 
 def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argparse.Namespace,
@@ -115,10 +121,7 @@ def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argpars
                 shown[name] = videos
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
-            together = {}
-            if measuring_sync(args):
-                together["mouth_distance"] = mouth_distance(videos, clips, args)
-                print(f"  all clips together   Frechet distance of mouths {together['mouth_distance']:.3f}")
+            together = mouth_distance(videos, clips, args)
             log(arm=name, sampler=sampler, held_out=means(made[name]), **together)
         for title, difference in paired(made).items():
             print(f"{title}, clip by clip, {sampler}:\n{summary(difference)}")

@@ -42,9 +42,6 @@ class Part(NamedTuple):
     markdown: str
     html: str
 
-    def __str__(self) -> str:
-        return self.markdown
-
 
 def heading(words: str, level: int = 2) -> Part:
     return Part(f"{'#' * level} {words}\n", f"<h{level}>{escape(words)}</h{level}>")

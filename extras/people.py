@@ -96,12 +96,12 @@ def bootstrap(statistic: Callable, *samples) -> tuple[float, float, float]:
         return float(statistic(*samples)), *np.nanpercentile(draws, [2.5, 97.5]).tolist()
 
 
-def rater_ceiling(ratings: Sequence[Sequence[float]], n: int = 200) -> float:
+def rater_ceiling(ratings: Sequence[Sequence[float]]) -> float:
     """Measure how well people agree: Spearman between the means of two random halves of the raters.
 
-    Raters are anonymous, so every video's ratings are split by themselves, n times, for the mean. Half of the
-    raters are noisier than all: a judge compared with the mean of all may come out above it. Videos with one
-    rating say nothing; nan when fewer than two videos have more.
+    Raters are anonymous, so every video's ratings are split by themselves, 200 times, for the mean. Half of
+    the raters are noisier than all: a judge compared with the mean of all may come out above it. Videos with
+    one rating say nothing; nan when fewer than two videos have more.
     """
     ratings, rng = [np.array(r, float) for r in ratings if len(r) > 1], np.random.default_rng(0)
     if len(ratings) < 2:
@@ -109,7 +109,7 @@ def rater_ceiling(ratings: Sequence[Sequence[float]], n: int = 200) -> float:
     trials = []
     with warnings.catch_warnings():                  # halves in which all videos are equal have none
         warnings.simplefilter("ignore")
-        for _ in range(n):
+        for _ in range(200):
             halves = [np.array_split(rng.permutation(r), 2) for r in ratings]
             trials.append(spearman(*zip(*((a.mean(), b.mean()) for a, b in halves))))
         return float(np.nanmean(trials))
@@ -310,8 +310,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         c.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
         reward_flags.judge_flags(c)
     args = p.parse_args(argv)
-    least = {"seed": 0, "clips": 1, "max_seconds": 1, "size": 32}
-    check_numbers(p, args, **{name: low for name, low in least.items() if name in args})
+    check_numbers(p, args, seed=0, clips=1, max_seconds=1, size=32)
     return args
 
 

@@ -164,9 +164,9 @@ def watched_parts(folder: Path, log: list[dict]) -> list[Part]:
         for name in values:
             x, y = zip(*((at / max(last, 1), watched[name]) for at, watched, _ in looks))
             panels.setdefault(name, []).append((x, y, 0, stage))
-        kept = next(watched for at, watched, _ in looks if at == best)
-        rows += [[stage, f"{what}, {at}", *(f"{value:.3f}" for value in watched.values())]
-                 for what, at, watched in (("kept", best, kept), ("last", last, values))]
+        seen = {at: watched for at, watched, _ in looks}     # the best may be of the run that was taken up
+        rows += [[stage, f"{what}, {at}", *(f"{value:.3f}" for value in seen[at].values())]
+                 for what, at in (("kept", best), ("last", last)) if at in seen]
     return [heading("On the way"),
             text("Metrics of the moving average on the watched clips. They choose which step is kept."),
             curves(folder / "watched.png", "watched metrics", panels, "share of the stage"),
@@ -242,11 +242,13 @@ def how_it_was_made(log: list[dict]) -> list[Part]:
     """List commands, hardware, seed, and where the time went."""
     sessions, updates = with_key(log, "config"), with_key(log, "parts")
     spent, before = Counter(), 0
-    for entry in log:                                # seconds count from the start of each session
+    for entry in log:
+        if "config" in entry:                        # a session begins, and its seconds count from 0
+            before = 0
         stage = entry.get("stage") or next(name for key, name in ENDS.items() if key in entry)
-        spent[stage] += entry["seconds"] - (before if entry["seconds"] >= before else 0)
+        spent[stage] += entry["seconds"] - before
         before = entry["seconds"]
-    run, machines = sessions[-1], {entry["hardware"]: 0 for entry in with_key(sessions, "hardware")}
+    run, machines = sessions[-1], dict.fromkeys(entry["hardware"] for entry in with_key(sessions, "hardware"))
     rows = {"hardware": " / ".join(machines), "seed": f"{run['seed']}",
             "generator": f"{run['parameters'] / 1e6:.2f} M parameters, {run['config']['size']} pixels",
             "minutes": f"{sum(spent.values()) / 60:.1f}"}

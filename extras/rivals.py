@@ -55,8 +55,9 @@ def lateness(net: SyncNetwork, videos: Tensor, clips: list[Clip]) -> Tensor:
 
 
 def rated(judge, videos: Tensor, clips: list[Clip]) -> Tensor:
-    """Return the sum of the judge's ratings, (B,)."""
-    return rate_whole(judge, videos, sounds(clips, videos.shape[1]), [clip.name for clip in clips])[0].sum(1)
+    """Return the sum of the judge's ratings, (B,); what it leaves unrated is below all others."""
+    scores, _ = rate_whole(judge, videos, sounds(clips, videos.shape[1]), [clip.name for clip in clips])
+    return scores.sum(1).nan_to_num(-torch.inf)
 
 
 def best_of(n: int, model, judge, clips: list[Clip], args: argparse.Namespace) -> Tensor:
@@ -121,8 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = p.parse_args(argv).run
     args = parse_arguments(["--resume", str(folder)])
     stages = all((folder / name).exists() for name in ("curate.pt", "post.pt", CURATED))
-    if args.data or args.judge == "none" or not stages:
-        raise MediaError(folder, "is no finished run on drawn talkers with a judge and all three stages")
+    if args.data or "none" in (args.judge, args.reward_sync) or not stages:
+        raise MediaError(folder, "is no finished run on drawn talkers with a judge, a sync network of the "
+                                 "reward and all three stages")
+    args.command = [str(folder)]                     # what is said to go on with where this is stopped
     judge, net, measures = make_judge(args), reward_sync(args), measuring_sync(args)
     clips, held_out, watched = train.load_clips(args, args.watch_clips)
     pretrained, curated = (load_generator(folder / arm).to(args.device) for arm in (PRETRAINED, CURATED))
@@ -139,11 +142,9 @@ def main(argv: list[str] | None = None) -> None:
         videos = make()
         spent = time.process_time() - start
         metrics = evaluate(videos, held_out, args.config.chunk_frames, measures)
-        distance = mouth_distance(videos, held_out, args)
-        print(f"{name}, {spent:.0f} s of CPU time:\n{summary(metrics)}\n"
-              f"  all clips together   Frechet distance of mouths {distance:.3f}")
+        print(f"{name}, {spent:.0f} s of CPU time:\n{summary(metrics)}")
         values[name] = {metric: of_clips.tolist() for metric, of_clips in metrics.items()}
-        values[name] |= {"mouth_distance": distance, "cpu_seconds": spent}
+        values[name] |= mouth_distance(videos, held_out, args) | {"cpu_seconds": spent}
         with replacing(kept) as path:
             path.write_text(plain_json(values))
 

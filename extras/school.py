@@ -329,7 +329,8 @@ def battery(judge, good: Material) -> str:
             continue
         share, low, high = bootstrap(np.mean, (true > score).float())
         fails = not share >= TRUSTED                     # nor where a single clip gives no interval
-        failed |= {aspect} if fails else set()
+        if fails:
+            failed.add(aspect)
         lines.append(f"{aspect:16}{done:26}{share:.2f} [{low:.2f}, {high:.2f}]{'  fails' if fails else ''}")
     for aspect in ASPECTS:
         verdict = "do not trust it: it misses faults above" if aspect in failed else "to be trusted"
@@ -366,12 +367,12 @@ def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Seq
 def train_judge(args: argparse.Namespace) -> None:
     """Teach the embedded judge and write it to --out with its card."""
     clips, held_out = clips_for(args, JUDGE_CLIPS)
-    good = good_material(clips)
+    good, unseen = good_material(clips), good_material(held_out)         # what is too short is told now
     generated = generated_material(args.generator, clips, args.seed) if args.generator else None
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
     teach(judge, good, generated, args.steps, args.tower_steps, seed=args.seed)
     table = "| aspect | Spearman | pairs of one clip ranked right |\n|---|---|---|"
-    for aspect, cells in exam(judge, good_material(held_out), EXAM_CLIPS).items():
+    for aspect, cells in exam(judge, unseen, EXAM_CLIPS).items():
         table += f"\n| {aspect} |" + "".join(" {:.3f} ({:.3f} to {:.3f}) |".format(*cell) for cell in cells)
     data = f"{len(good)} clips of {args.data}" if args.data else f"{len(good)} drawn talkers"
     data += f", and {len(generated)} clips made by early generators" if generated else ""
@@ -383,6 +384,9 @@ def train_judge(args: argparse.Namespace) -> None:
 def train_sync_network(args: argparse.Namespace) -> None:
     """Train the sync network and say how well it finds the offset of held-out clips."""
     clips, held_out = clips_for(args, SYNC_CLIPS)
+    if len(clips) < 2 or not held_out:
+        raise MediaError(args.data, f"has {len(clips)} clips to learn from and {len(held_out)} held out, too "
+                         "few to teach a network; add files")
     net = train_sync(clips, args.seed, args.steps)
     save_sync(net, args.out, clips=str(args.data or f"{len(clips)} drawn talkers"), seed=args.seed)
     frames = min(len(clip.frames) for clip in held_out)
@@ -429,8 +433,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     validates.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
     reward_flags.judge_flags(validates)
     args = p.parse_args(argv)
-    least = {"seed": 0, "steps": 1, "tower_steps": 0, "clips": 2}
-    check_numbers(p, args, **{name: low for name, low in least.items() if name in args})
+    check_numbers(p, args, seed=0, steps=1, tower_steps=0, clips=2)
     return args
 
 

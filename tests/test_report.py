@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data import Clip, load_speech
-from extras.report import funnel, write_clips, write_report
+from extras.report import funnel, how_it_was_made, watched_parts, write_clips, write_report
 
 
 def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
@@ -90,3 +90,21 @@ def test_the_report_is_one_file_that_embeds_what_it_shows_and_its_rows_are_those
     assert ["seam_ratio", "", "1.500±0.000"] in rows and ["seed", "0"] in rows
     for row in rows:
         assert f"| {' | '.join(row)} |" in markdown.splitlines()
+
+
+def test_a_stage_of_another_run_that_kept_a_look_before_this_one_is_reported(tmp_path):
+    """--pretrained takes up a half-finished curation: its best look is in the log of the other run alone."""
+    log = [{"stage": "curation", "step": step, "watched": {"psnr": 20.0 + step}, "best": 250}
+           for step in (750, 1000)]
+    markdown = "\n".join(part.markdown for part in watched_parts(tmp_path, log))
+    assert "| curation | last, 1000 | 1020.000 |" in markdown and "kept" not in markdown.split("|", 1)[1]
+
+
+def test_minutes_are_those_of_all_sessions():
+    """Two sessions of 60 and 120 seconds, the second slower to begin than the first to end: 3 minutes."""
+    run = {"config": {"size": 32}, "seed": 0, "parameters": 9, "codec": {}}
+    log = [run | {"seconds": 30}, {"stage": "pretraining", "step": 1, "seconds": 60},
+           run | {"seconds": 90}, {"stage": "pretraining", "step": 2, "seconds": 120}]
+    markdown = "\n".join(part.markdown for part in how_it_was_made(log))
+    assert "| minutes | 3.0 |" in markdown
+    assert "| minutes of preparation | 2.0 |" in markdown and "| minutes of pretraining | 1.0 |" in markdown

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 import train
-from extras import rivals
+from extras import measuring, rivals
 from extras.files import MediaError
+from extras.session import go_on
 from extras.talkers import synthetic_clips
 from reward import DEFAULT_SYNC, Ratings, load_sync
 from sample import imitate
-from tiny import SHAPE
+from tiny import SHAPE, Bright
+
+STAGES = "curate.pt", "post.pt", "curated"
 
 
 class Grey:
@@ -72,8 +75,40 @@ def test_a_shift_by_the_measured_lateness_puts_sound_in_time(run):
     assert torch.equal(rivals.shifted(early, by).audio, clip.audio)
 
 
-def test_a_run_without_its_stages_is_refused_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text('{"model": {}, "training": {}}')
-    (tmp_path / "log.jsonl").touch()
-    with pytest.raises(MediaError, match="all three stages"):
+def test_the_distance_of_mouths_is_left_out_where_no_network_measures(run, capsys):
+    args, clips = run.args, list(run.clips)
+    videos = torch.stack([clip.frames[:args.frames] for clip in clips]) / 255
+    assert abs(measuring.mouth_distance(videos, clips, args)["mouth_distance"]) < 1e-4
+    assert "Frechet distance of mouths" in capsys.readouterr().out
+    args.sync = "none"
+    assert measuring.mouth_distance(videos, clips, args) == {} and not capsys.readouterr().out
+
+
+def test_an_unrated_video_is_never_the_best(run):
+    clips = list(run.clips)[:4]
+    videos = torch.rand(4, run.args.frames, 3, 32, 32)
+    ratings = rivals.rated(Bright(unrated=[1]), videos, clips)
+    assert ratings.argmin() == 1 and ratings.argmax() != 1
+    assert ratings.argsort(descending=True)[-1] == 1 and ratings[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("training, left", [("{}", []), ('{"reward_sync": "none"}', STAGES)])
+def test_a_run_without_its_stages_or_networks_is_refused_in_one_line(tmp_path, training, left):
+    (tmp_path / "config.json").write_text(f'{{"model": {{}}, "training": {training}}}')
+    for name in ("log.jsonl", *left):
+        (tmp_path / name).touch()
+    with pytest.raises(MediaError, match="sync network of the reward and all three stages"):
         rivals.main([str(tmp_path)])
+
+
+def test_a_stopped_stage_names_the_command_that_goes_on(tmp_path, monkeypatch):
+    """It was --resume, a flag that this command does not have."""
+    (tmp_path / "config.json").write_text('{"model": {}, "training": {}}')
+    for name in ("log.jsonl", *STAGES):
+        (tmp_path / name).touch()
+    for name in ("make_judge", "reward_sync", "measuring_sync"):
+        monkeypatch.setattr(rivals, name, lambda args: None)
+    monkeypatch.setattr(train, "load_clips", lambda args, watched: pytest.fail(go_on(args)))
+    with pytest.raises(pytest.fail.Exception) as stopped:
+        rivals.main([str(tmp_path)])
+    assert str(stopped.value).endswith(f" {tmp_path}") and "--resume" not in str(stopped.value)

@@ -1,5 +1,6 @@
 """What school promises: lessons of known quality, a judge that learns, and an exam that can be failed."""
 
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -11,12 +12,14 @@ from scipy.stats import spearmanr
 from data import Clip
 from extras import school
 from extras.files import MediaError
-from extras.lessons import (FAULTS, REST, Material, act, draw_lessons, good_material, lip_mismatch, spoil,
-                            true_mouths)
+from extras.lessons import (FAULTS, LESSON_FRAMES, MATERIAL_FRAMES, REST, VERSIONS, Material, act,
+                            draw_lessons, generated_material, good_material, lip_mismatch, spoil, true_mouths)
 from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, spoilt_in_known_ways,
                            teach, tiny_judge, vision_loss)
 from extras.talkers import render_talker
+from model import Config, Generator, save_generator
 from reward import ASPECTS, DEFAULT_JUDGE, Judge
+from tiny import CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,20 @@ def test_a_seed_gives_the_same_lessons_and_another_gives_others(good, generated)
     for a, b in zip(vars(one).values(), vars(two).values()):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     assert one.frames.shape != other.frames.shape or not torch.equal(one.frames, other.frames)
+
+
+def test_generators_imitate_clips_that_are_long_enough(good, strangers, tmp_path):
+    """Of four clips one is too short and one longer: two runs, of other clips, make clips of one length."""
+    torch.manual_seed(0)
+    model = Generator(Config(**CONFIG | {"size": 64}))
+    model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
+    save_generator(model, tmp_path, model.state_dict())
+    longer = render_talker(40, 31, 64, 70)
+    short = replace(strangers[0], frames=strangers[0].frames[:40], audio=strangers[0].audio[:40 * 640])
+    made = generated_material([tmp_path, tmp_path], [short, strangers[1], strangers[2], longer])
+    assert made.frames.shape[:2] == ((3 + 2) * VERSIONS, MATERIAL_FRAMES)
+    lessons = draw_lessons(good, made, 8, 0, LESSON_FRAMES[1])
+    assert lessons.quality.isfinite().all() and 1 <= lessons.quality.min()
 
 
 def test_mouths_at_rest_count_as_if_they_moved_a_little():
@@ -236,3 +253,15 @@ def test_what_cannot_be_done_is_one_line(command, said, strangers, monkeypatch, 
     with pytest.raises((MediaError, SystemExit)) as end:
         school.main(command.split())
     assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]
+
+
+@pytest.mark.parametrize("command, learn, hold_out, said", [
+    ("sync", 1, 1, "has 1 clips to learn from and 1 held out, too few"),
+    ("sync", 2, 0, "has 2 clips to learn from and 0 held out, too few"),
+    ("teach", 2, 0, "are all shorter than 2.56 s")])
+def test_too_few_clips_are_refused_before_anything_is_taught(command, learn, hold_out, said, strangers,
+                                                             tmp_path, monkeypatch):
+    monkeypatch.setattr(school, "folder_clips", lambda *_: (strangers[:learn], strangers[:hold_out]))
+    monkeypatch.setattr(school, "teach", lambda *_, **__: pytest.fail("an hour is lost"))
+    with pytest.raises(MediaError, match=said):
+        school.main([command, "--data", "clips", "--out", str(tmp_path)])
