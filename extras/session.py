@@ -63,8 +63,10 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run left in the folder, so that nothing of it is taken up."""
-    for name in (*CHECKPOINTS.values(), "config.json", "log.jsonl"):
+    """Remove what an earlier run left in the folder, so that nothing of it is taken up, and begin a log."""
+    with writing(folder):
+        (folder / "log.jsonl").write_text("")        # first: by its log a folder is known as that of a run
+    for name in (*CHECKPOINTS.values(), "config.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("control", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
