@@ -250,7 +250,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one clear line where a flag cannot be used."""
     if args.out.exists() and not args.out.is_dir():
         p.error(f"--out {args.out} is a file; name a folder")
-    if args.out.is_dir() and [*args.out.glob("[!.]*")] and not (args.out / "log.jsonl").exists():
+    if any(args.out.glob("[!.]*")) and not (args.out / "log.jsonl").exists():
         p.error(f"--out {args.out} holds files, none of them a run's log.jsonl; "
                 "name a folder of the run's own")
     if args.data and not Path(args.data).exists():

@@ -153,9 +153,8 @@ def load_calibration(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray
     """Read a calibration that extras/people.py fitted. Raises: MediaError if it is anything else."""
     def increasing(knots):
         knots = np.array(knots, float)
-        if knots.ndim != 2 or len(knots) != 2 or not knots.size:
-            return False
-        return np.isfinite(knots).all() and (np.diff(knots) > 0).all()
+        paired = knots.ndim == 2 and len(knots) == 2 and knots.size
+        return paired and np.isfinite(knots).all() and (np.diff(knots) > 0).all()
 
     read = read_json(Path(path), "a calibration that extras.people align wrote",
                      lambda c: c and set(c) <= set(ASPECTS) and all(map(increasing, c.values())))

@@ -1,5 +1,4 @@
-"""How a run lives and ends: one at a time in a folder, its log, its checkpoints, and how it is stopped and
-goes on.
+"""How a run lives and ends: one at a time in a folder, logged, kept in checkpoints, stopped and taken up.
 
 A run can be stopped at any time. A gradient step is finished first; rollouts, rewards and looks, which change
 nothing, end at once.
@@ -64,8 +63,10 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run left in the folder, so that nothing of it is taken up."""
-    for name in (*CHECKPOINTS.values(), "config.json", "log.jsonl"):
+    """Remove what an earlier run left in the folder, so that nothing of it is taken up, and begin a log."""
+    with writing(folder):
+        (folder / "log.jsonl").write_text("")        # first: by its log a folder is known as that of a run
+    for name in (*CHECKPOINTS.values(), "config.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("control", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -93,8 +94,7 @@ def means(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 class Log:
-    """One line of JSON per event in RUN/log.jsonl; with --tensorboard, each step's numbers in
-    RUN/tensorboard."""
+    """A line of JSON per event in RUN/log.jsonl; with --tensorboard, steps' numbers in RUN/tensorboard."""
 
     def __init__(self, folder: Path, start: float, tensorboard: bool = False):
         self.path, self.start, self.board = folder / "log.jsonl", start, None
@@ -118,8 +118,7 @@ class Log:
                 self.board.add_scalar(name, value, step)
 
     def rewind(self, stage) -> None:
-        """Drop what will be logged again: what a stage did after its checkpoint, and a line that was cut
-        short."""
+        """Drop what a stage did after its checkpoint and will log again, and a line that was cut short."""
         if rank():
             return
         kept = []
@@ -174,8 +173,7 @@ def keep_arm(model, name: str, args: argparse.Namespace) -> None:
 
 
 def load(stage, path: Path, anew: bool = False) -> bool:
-    """Take up what `save` wrote; `anew` begins a stage there: its steps count from 0, and nothing is best
-    yet.
+    """Take up what `save` wrote; `anew` begins a stage there, at step 0 and with nothing best yet.
 
     Returns: False where the state is of another recipe. Raises: MediaError where it is missing or broken.
     """

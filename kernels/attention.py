@@ -96,12 +96,10 @@ def coordinates(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
     chunk = torch.arange(layout.chunks, device=device)
     block = chunk.repeat_interleave(layout.video + layout.audio)
     block[: layout.video] = -1                                     # the portrait, before all time
-    noisy = chunk.repeat_interleave(layout.video).repeat(layout.segments)
-    index = torch.cat([block, noisy])
-    segment = torch.zeros_like(index)
-    segment[layout.context_length:] = 1 + torch.arange(
-        layout.segments, device=device).repeat_interleave(layout.chunks * layout.video)
-    return index, segment
+    noisy = chunk.repeat_interleave(layout.video)                  # of one segment
+    segment = torch.arange(1, layout.segments + 1, device=device).repeat_interleave(len(noisy))
+    return (torch.cat([block, noisy.repeat(layout.segments)]),
+            torch.cat([torch.zeros_like(block), segment]))
 
 
 def may_see(query: Tensor, query_segment: Tensor, key: Tensor, key_segment: Tensor, window: int) -> Tensor:

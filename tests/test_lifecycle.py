@@ -164,6 +164,21 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(unmeasured, tmp_path, monkey
         train.main([*ALONE, "--steps", "1", "--out", str(tmp_path / "run")])
 
 
+def test_a_run_that_is_stopped_before_its_first_log_line_goes_on_or_is_begun_anew(tmp_path, monkeypatch):
+    """Published weights are saved as the first checkpoint, then clips are encoded: there the run is stopped."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    weights, out = tmp_path / "published", tmp_path / "run"
+    args = train.parse_arguments([*ALONE, "--out", str(weights)])
+    session.save_generator(Generator(args.config), weights, training=session.flags(args))
+    command = ["--pretrained", str(weights), "--out", str(out)]
+    monkeypatch.setattr(train, "encode", interrupt)
+    with pytest.raises(SystemExit, match="stopped; go on with: python train.py --resume"):
+        train.main(command)
+    assert train.parse_arguments(["--resume", str(out)]).out == out
+    assert train.parse_arguments([*command, "--overwrite"]).out == out
+
+
 @contextmanager
 def begun(*command: str):
     """A run in a process of its own, which the test does not leave behind."""
