@@ -11,7 +11,6 @@
 A file that cannot be used raises `MediaError`: one line that names the file, what is wrong and what to do.
 """
 
-import base64
 import hashlib
 import itertools
 import json
@@ -458,11 +457,3 @@ def write_video(path: str | Path, frames: Iterable[Tensor], audio: Tensor | Trac
     except OSError as error:
         raise MediaError(path, f"cannot be written ({error.strerror}); "
                                "make its folder or choose a name") from None
-
-
-def video_uri(frames: Tensor, audio: Tensor) -> str:
-    """Write a video (F, 3, H, W) uint8 with its sound (T,) as an mp4 in a base64 data URI."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "video.mp4")
-        write_video(path, frames, audio)
-        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()

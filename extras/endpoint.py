@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import to_bytes, video_uri
+from data import to_bytes
 from extras.files import MediaError, first_line
 from extras.media import FPS
+from extras.page import video_uri
 from reward import ASPECTS, JudgeError, Ratings, drop_unrated, expected_rating, prompt
 
 # What vLLM needs to see and hear a clip as it is (chat_utils.py, qwen2_5_omni_thinker.py). It takes the sound

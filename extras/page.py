@@ -6,6 +6,7 @@ The HTML is one file to send: pictures and videos are embedded. Tables scroll si
 import base64
 import io
 import math
+import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from data import write_video
 from extras.files import replacing
 
 LARGE = 1_000_000                                    # bytes of a picture; above, it is embedded as a JPEG
@@ -111,6 +114,14 @@ def videos(paths: Sequence[Path], width: str) -> Part:
 
 def data_uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def video_uri(frames: Tensor, audio: Tensor) -> str:
+    """Write a video (F, 3, H, W) uint8 with its sound (T,) as an mp4 in a data URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "video.mp4")
+        write_video(path, frames, audio)
+        return data_uri("video/mp4", path.read_bytes())
 
 
 def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:

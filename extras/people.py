@@ -24,10 +24,11 @@ import torch
 from scipy import optimize, stats
 from tqdm import tqdm
 
-from data import Clip, folder_clips, load_clip, sounds, to_bytes, video_uri
+from data import Clip, folder_clips, load_clip, sounds, to_bytes
 from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, replacing, writing
 from extras.media import FPS
+from extras.page import video_uri
 from extras import reward_flags
 from extras.reward_flags import read_json
 from extras.talkers import synthetic_clips
