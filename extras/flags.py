@@ -193,6 +193,7 @@ def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -
     """End with one clear line where a flag differs that a run of before has settled."""
     changed = {name for name, value in saved.items() if json.loads(json.dumps(getattr(args, name))) != value}
     args.further = bool(args.pretrained and args.data != saved.get("data"))
+    had_none = {name for name in ("data", "audio_encoder", "init_from") if not saved.get(name)}
     if args.resume:
         if args.pretrained or args.out not in (None, args.resume):
             p.error("--resume goes on in the folder of the run; leave out --out and --pretrained")
@@ -203,13 +204,12 @@ def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -
                         "and what is learned stays learned; give more")
         if "judge" in changed and "judge_url" not in changed:
             args.judge_url = None                                # the one that was named last
-        had_none = {name for name in ("data", "audio_encoder", "init_from") if not saved.get(name)}
         fixed = changed - LOADS - GROW - (PLACES - had_none)
     else:
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
-        shape = {f.name for f in fields(Config)}
-        fixed = (changed & shape if args.further else changed - LOADS) - {"audio_encoder"}
+        shape = {"init_from", *(f.name for f in fields(Config))}
+        fixed = (changed & shape if args.further else changed - LOADS) - ({"audio_encoder"} - had_none)
     for name in sorted(fixed):
         p.error(f"{'--resume' if args.resume else '--pretrained'} goes on with the flags the run had; "
                 f"leave out {flag(name)}")
