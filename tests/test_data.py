@@ -229,7 +229,7 @@ def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reas
     assert train.names == ["box.mp4#0"] and len(held_out) == 0
     frame = train[0].frames[0].float()                             # (3, 16, 16): 48 pixels became 16
     assert frame[:, 5:11, 5:11].max() < 25 and frame[:, [0, 0, -1, -1], [0, -1, 0, -1]].min() > 230
-    assert train[:1].names == train.names
+    assert train[:1].names == train.names and decode(tmp_path, crop=(40, 10, 48))[0].folder == train.folder
     os.utime(tmp_path / "box.mp4", (1, 1))
     assert decode(tmp_path, crop=(40, 10, 48))[0].folder != train.folder
 
