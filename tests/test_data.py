@@ -88,19 +88,11 @@ def blank(*size: int, mode: str = "RGB"):
 
 def cut(path: Path) -> None:
     """Save the first two thirds of a file that was whole."""
-    if path.suffix == ".mp4":
-        make_video(path)
-    else:
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    make_video(path) if path.suffix == ".mp4" else Image.fromarray(colours()).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
-def video(**how):
-    return lambda path: make_video(path, **how)
-
-
-def folder(path: Path):
-    return data.folder_clips(path, 16, cache=path.parent / "cache")
+decode = partial(data.folder_clips, size=16)
 
 
 def texts(path: Path) -> None:
@@ -124,8 +116,8 @@ def sound(*arguments):
     (data.load_speech, "empty.wav", b"", "is empty"),
     (data.load_speech, "missing.wav", None, "does not exist"),
     (clip, "cut.mp4", cut, "is cut off"), (clip, "sound.mp4", sound(SPEECH), "no video track"),
-    (clip, "short.mp4", video(seconds=0.2), "a clip needs 25"),
-    (folder, "nowhere", None, "is not there"), (folder, "texts", texts, "none of its 1 videos")])
+    (clip, "short.mp4", partial(make_video, seconds=0.2), "a clip needs 25"),
+    (decode, "nowhere", None, "is not there"), (decode, "texts", texts, "none of its 1 videos")])
 def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, name, make, words):
     path = tmp_path / name
     if isinstance(make, bytes):
@@ -218,14 +210,9 @@ def test_an_interlaced_video_has_no_combs(tmp_path):
 
 # ---- Folders of video, and their cache ----------------------------------------------------------------
 
-@pytest.fixture
-def decode(tmp_path_factory):
-    """folder_clips with a cache beside the folder."""
-    return partial(data.folder_clips, size=16, cache=tmp_path_factory.mktemp("cache"))
-
-
-def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reason(tmp_path, decode, capsys):
-    """A white box at x, y, side with a black core fills the crop. The cache answers with the same lines."""
+def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reason(tmp_path, capsys):
+    """A white box at x, y, side with a black core fills the crop. The cache answers with the same lines, and
+    with the same clips whatever was written to them in memory, until a file changes."""
     box = "drawbox=x=40:y=10:w=48:h=48:c=white:t=fill,drawbox=x=52:y=22:w=24:h=24:c=black:t=fill"
     make_video(tmp_path / "box.mp4", "-vf", box, seconds=1.2)
     make_video(tmp_path / "small.mp4", "-vf", "scale=64:48", seconds=1.2)
@@ -234,6 +221,7 @@ def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reas
     (tmp_path / "._box.mp4").write_text("a Finder leftover")
     for _ in range(2):
         train, held_out = decode(tmp_path, crop=(40, 10, 48))
+        train[0].frames.zero_()
         said = capsys.readouterr().out.splitlines()
         assert said[0].startswith("skipped blank.mp4#0: begins with an empty picture")
         assert said[1].startswith("skipped small.mp4: is smaller than the crop")
@@ -241,9 +229,12 @@ def test_a_crop_is_the_pixels_named_and_what_lacks_them_is_skipped_with_the_reas
     assert train.names == ["box.mp4#0"] and len(held_out) == 0
     frame = train[0].frames[0].float()                             # (3, 16, 16): 48 pixels became 16
     assert frame[:, 5:11, 5:11].max() < 25 and frame[:, [0, 0, -1, -1], [0, -1, 0, -1]].min() > 230
+    assert train[:1].names == train.names and decode(tmp_path, crop=(40, 10, 48))[0].folder == train.folder
+    os.utime(tmp_path / "box.mp4", (1, 1))
+    assert decode(tmp_path, crop=(40, 10, 48))[0].folder != train.folder
 
 
-def test_one_long_video_is_cut_without_a_gap_and_its_end_is_held_out(tmp_path, decode, capsys):
+def test_one_long_video_is_cut_without_a_gap_and_its_end_is_held_out(tmp_path, capsys):
     """Eleven seconds: the last two clips, a tenth rounded up, are held out; of a long and a short file, not
     the long. Cut by 1.24 s, the clock runs on, and a rest below a second is dropped."""
     make_video(tmp_path / "talk.mp4", seconds=11, sound=SPEECH.replace("d=3", "d=11"))
@@ -257,7 +248,7 @@ def test_one_long_video_is_cut_without_a_gap_and_its_end_is_held_out(tmp_path, d
     assert time_shown(train[1].frames)[0] == pytest.approx(31 / 25, abs=0.065)
 
 
-def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, decode, capsys):
+def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, capsys):
     """Whichever file a hash would hold out, with a window of 1.9 s it is one of the two long enough."""
     for name, seconds in (("a.mp4", 2), ("b.mp4", 1.2), ("c.mp4", 1.2), ("d.mp4", 2)):
         make_video(tmp_path / name, seconds=seconds)
@@ -268,8 +259,7 @@ def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, decode, ca
         decode(tmp_path, frames=100)
 
 
-def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, decode, capsys,
-                                                                           monkeypatch):
+def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, capsys, monkeypatch):
     """A loop ends, a second way to a file gives no second clip, a generated sample is no training clip."""
     folder, elsewhere = tmp_path / "12:30", tmp_path / "elsewhere"
     for place in (folder / "run", folder / ".hidden", elsewhere):
@@ -292,26 +282,15 @@ def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_p
 
 
 def test_adding_files_never_moves_one_from_training_to_held_out():
-    """Grow a folder name by name: held-out files stay, but for stand-ins while less than two are below 10%."""
+    """A folder grows by one: held-out files stay, but for stand-ins while less than two are below 10%."""
     names = [f"clip{i}.mp4" for i in range(300)]
     before = data._held_out(names[:4])
     for n in range(5, 301):
         now = data._held_out(names[:n])
-        assert 2 <= len(now) <= n / 2 and now - before <= {names[n - 1]}          # only the newcomer may enter
+        assert 2 <= len(now) <= n / 2 and now - before <= {names[n - 1]}      # only the newcomer may enter
         assert before <= now or len(before) == 2
         before = now
     assert 15 <= len(before) <= 45 and data._held_out(["one.mp4"]) == set()
-
-
-def test_a_changed_file_is_decoded_anew_and_writing_to_a_clip_harms_nothing(tmp_path, decode):
-    """Clips are mapped from the cache: a change in memory never reaches the disk."""
-    path = make_video(tmp_path / "a.mp4", seconds=1.2)
-    first = decode(tmp_path)[0]
-    first[0].frames.zero_()
-    again = decode(tmp_path)[0]
-    assert again.folder == first.folder and again[0].frames.any() and again[:1].names == ["a.mp4#0"]
-    os.utime(path, (1, 1))
-    assert decode(tmp_path)[0].folder != first.folder
 
 
 def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
@@ -338,6 +317,7 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.cached(tmp_path, {"size": 3}, fail)
     assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
+
     def fill(folder: Path) -> None:
         raise SafetensorError("I/O error: No space left on device")
 
@@ -355,20 +335,18 @@ def colours(width: int = 80, height: int = 60) -> np.ndarray:
     return np.stack([across, down, 255 - across], -1).astype(np.uint8)
 
 
-def test_a_portrait_is_the_centre_square_or_the_crop_named(tmp_path):
+def test_a_portrait_is_the_centre_square_or_the_crop_named_and_no_grey_is_cut_off(tmp_path):
+    """To the bit in 8 bits; greys of 16 and of 32 bits have all of their range."""
     Image.fromarray(colours()).save(path := tmp_path / "a.png")
     for crop, want in ((None, colours()[:, 10:70]), ((30, 15, 40), colours()[15:55, 30:70])):
         assert torch.equal(data.load_portrait(path, len(want), crop), torch.from_numpy(want).permute(2, 0, 1))
     with pytest.raises(data.MediaError, match="leaves the picture of 80x60"):
         data.load_portrait(path, 40, crop=(50, 15, 40))
-
-
-@pytest.mark.parametrize("kind, full", [(np.uint16, 65535), (np.int32, 65535), (np.float32, 1)])
-def test_greys_of_16_and_32_bits_are_not_cut_off(tmp_path, kind, full):
     ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None], 64, 0)
-    Image.fromarray((ramp * (full / 255)).astype(kind)).save(tmp_path / "a.tiff")
-    portrait = data.load_portrait(tmp_path / "a.tiff", 32).float().mean((0, 1))
-    assert (portrait - torch.from_numpy(ramp[0]).float().view(32, 2).mean(1)).abs().max() < 6
+    for kind, full in ((np.uint16, 65535), (np.int32, 65535), (np.float32, 1)):
+        Image.fromarray((ramp * (full / 255)).astype(kind)).save(tmp_path / "a.tiff")
+        grey = data.load_portrait(tmp_path / "a.tiff", 32).float().mean((0, 1))
+        assert (grey - torch.from_numpy(ramp[0]).float().view(32, 2).mean(1)).abs().max() < 6, kind
 
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -468,8 +446,9 @@ def test_frame_f_hears_its_look_ahead_and_not_one_sample_more(frame):
     assert changes(first, first + 30) or first < 0
 
 
-def test_log_mel_equals_the_definition_written_as_loops():
-    """log(mel + floor) of a Hann-windowed DFT in float64; only torchaudio's filter bank is shared."""
+def test_log_mel_equals_the_definition_written_as_loops_in_batches_and_in_pieces():
+    """log(mel + floor) of a Hann-windowed DFT in float64; only torchaudio's filter bank is shared. Frames 390
+    to 410 lie on either side of a piece's end; audio that ends early goes on in zeros."""
     torch.manual_seed(0)
     audio, n_frames = torch.randn(4 * 640) * 0.1, 4
     bank = data._mel(torch.device("cpu")).mel_scale.fb.double().numpy()             # (201, 32)
@@ -481,11 +460,6 @@ def test_log_mel_equals_the_definition_written_as_loops():
             power = np.abs(np.fft.rfft(hann * padded[end - 400 : end])) ** 2
             want = (np.log(power @ bank + data.LOG_FLOOR) - data.LOG_MEAN) / data.LOG_STD
             np.testing.assert_allclose(data.log_mel(audio, n_frames)[f].view(16, 32)[k], want, atol=2e-3)
-
-
-def test_a_batch_is_its_rows_and_long_speech_its_pieces():
-    """Frames 390 to 410 lie on either side of a piece's end; audio that ends early goes on in zeros."""
-    torch.manual_seed(0)
     audio = torch.randn(2, 890 * 640) * 0.1
     whole, lazy = data.log_mel(audio, 900), data.LogMel(audio[1], 900)
     assert whole.shape == (2, 900, data.MEL_DIM) and lazy.shape == (1, 900, data.MEL_DIM)
@@ -498,32 +472,27 @@ def test_a_batch_is_its_rows_and_long_speech_its_pieces():
 # ---- Writing video ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_samples, height, width", [(640, 64, 64), (16001, 33, 47)])
-def test_the_video_has_every_frame_and_all_of_the_sound(tmp_path, n_samples, height, width):
-    """ceil(T / 640) frames in; as many out, in order; the sound as long as it was to within one frame."""
-    grey = torch.arange(-(-n_samples // 640)) * 3 % 200 + 20
-    frames = grey.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, height, width)
+def test_the_video_has_every_frame_and_all_of_the_sound_as_browsers_play_them(tmp_path, n_samples, height,
+                                                                              width):
+    """ceil(T / 640) frames in; as many out, in order, and red stays red; the sound as long as it was to
+    within one frame. H.264 4:2:0 with AAC, the index in front, a stated colour matrix."""
+    shade = torch.arange(-(-n_samples // 640)) * 3 % 200 + 20
+    colour = torch.stack([shade, 240 - shade, 60 + 0 * shade], 1)
+    frames = colour.to(torch.uint8)[:, :, None, None].expand(-1, 3, height, width)
     audio = 0.3 * torch.sin(torch.arange(n_samples) / 10)
     path = tmp_path / "a.mp4"
     data.write_video(path, iter(frames), audio)
     out = pixels(path)
-    assert out.shape == (len(grey), height + height % 2, width + width % 2, 3)
-    assert np.abs(out[..., 1].mean((1, 2)) - grey.numpy()).max() < 3
+    assert out.shape == (len(shade), height + height % 2, width + width % 2, 3)
+    assert np.abs(out.mean((1, 2)) - colour.numpy()).max() < 3
+    assert all(words in streams(path) for words in ("h264", "yuv420p(tv, bt709", "aac (LC)"))
+    assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
     heard = np.frombuffer(ffmpeg("-i", path, "-map", "0:a", "-ar", 16000, "-f", "f32le", "-"), np.float32)
     assert abs(len(heard) - n_samples) <= 640
     if n_samples > 640:
         overlap = min(len(heard), n_samples)
         assert np.corrcoef(heard[:overlap], audio[:overlap])[0, 1] > 0.95    # 4 samples late would read 0.9
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_browsers_can_play_it_and_colours_survive(tmp_path):
-    """H.264 4:2:0 with AAC, the index in front, a stated colour matrix: red stays red to within 4 of 255."""
-    colour = torch.tensor([[200, 40, 60], [10, 220, 30], [30, 60, 230]], dtype=torch.uint8)
-    path = tmp_path / "a.mp4"
-    data.write_video(path, colour[:, :, None, None].expand(3, 3, 64, 64), torch.zeros(1920))
-    assert np.abs(pixels(path).mean((1, 2)) - colour.numpy()).max() < 4
-    assert all(words in streams(path) for words in ("h264", "yuv420p(tv, bt709", "aac (LC)"))
-    assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
 
 
 @pytest.mark.parametrize("name, arguments, seconds, kept", [
@@ -547,8 +516,13 @@ def test_the_video_carries_the_sound_that_was_given(tmp_path, name, arguments, s
     assert np.corrcoef(heard[:overlap], speech[:overlap])[0, 1] > 0.95
 
 
-def test_an_error_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_what_cannot_be_written_is_refused_before_the_first_frame_and_an_error_leaves_the_old_file(tmp_path):
     """The name changes hands only when the new file is whole."""
+    asked = []
+    for path in tmp_path, tmp_path / "no" / "a.mp4":
+        with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
+            data.write_video(path, (asked.append(i) for i in range(3)), torch.zeros(1280))
+    assert not asked and not [*tmp_path.iterdir()]
     (tmp_path / "a.mp4").write_bytes(b"old")
 
     def frames():
@@ -560,14 +534,6 @@ def test_an_error_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(data.MediaError, match="no frame"):
         data.write_video(tmp_path / "a.mp4", iter([]), torch.zeros(6400))
     assert (tmp_path / "a.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_what_cannot_be_written_is_refused_before_the_first_frame(tmp_path):
-    asked = []
-    for path in tmp_path, tmp_path / "no" / "a.mp4":
-        with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
-            data.write_video(path, (asked.append(i) for i in range(3)), torch.zeros(1280))
-    assert not asked and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("name", ["a.mp3", "a.mp4", "a.jpg"])

@@ -217,17 +217,14 @@ def test_a_run_whose_judge_is_away_is_saved_and_resumes_bit_equal(unmeasured, tm
     assert other["update"] == 4 and all(torch.equal(v, other["model"][k]) for k, v in one["model"].items())
 
 
-def test_a_run_leaves_an_unrated_video_out_and_counts_it(tmp_path):
-    """One odd answer, in the second update: in the log and in the report."""
+def test_a_run_leaves_an_unrated_video_out_and_counts_it_and_ends_where_a_tenth_is_unrated(tmp_path):
+    """One odd answer, in the second update: in the log and in the report. Six videos are a tenth of ten
+    updates' sixty; what lies ten updates back is forgotten."""
     with serving(lambda k, body: (200, {}, ODD) if k == RATING + 20 else rated(k, body)) as (url, _):
         flags = ["--updates", "2", "--judge-url", url, "--judge-model", "odd"]
         train.main([*RUN, *flags, "--out", str(tmp_path)])
     unrated = [e["components"]["total"]["unrated"] for e in logged(tmp_path, "post-training")]
     assert unrated == [0, 1] and "| unrated videos | 1 |" in (tmp_path / "report.md").read_text()
-
-
-def test_a_judge_that_leaves_a_tenth_unrated_ends_the_run():
-    """Six videos are a tenth of ten updates' sixty; what lies ten updates back is forgotten."""
     stage = SimpleNamespace(unrated=deque(maxlen=train.UNRATED_OVER))
     for unrated in [5, *[0] * 9, 5, 0]:
         train.PostTraining.count_unrated(stage, unrated, 6)

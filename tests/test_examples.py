@@ -30,18 +30,15 @@ def example(monkeypatch, tmp_path):
         yield run
 
 
-def test_a_judge_of_your_own_picks_and_rewards(example):
-    """It is asked for the training clips, of which it picks half, and in each of two updates."""
+def test_a_judge_of_your_own_picks_and_rewards_and_can_be_validated(example, monkeypatch, capsys):
+    """It is asked for the training clips, of which it picks half, and in each of two updates. It fails, as
+    its file says: it cannot tell a shift of three frames."""
     log = example("own_judge")
     assert any("funnel" in entry for entry in log)
     updates = [entry for entry in log if "parts" in entry]
     assert len(updates) == 2
     for entry in updates:
         assert all(1 <= entry["components"][f"judge_{aspect}"]["mean"] <= 5 for aspect in reward.ASPECTS)
-
-
-def test_a_judge_of_your_own_can_be_validated(example, monkeypatch, capsys):
-    """It fails, as its file says: it cannot tell a shift of three frames."""
     monkeypatch.setattr(sys, "argv", ["own_judge", "validate", "--clips", "4"])
     runpy.run_module("extras.examples.own_judge", run_name="__main__")
     assert "lip_sync: do not trust it" in capsys.readouterr().out
@@ -64,7 +61,7 @@ def test_a_run_goes_on_by_the_script_that_began_it(example, monkeypatch, tmp_pat
     assert log[0]["command"].startswith("python own_reward --size 32")
     with pytest.raises(MediaError, match="another script; python own_reward --resume"):
         train.main(["--resume", str(tmp_path / "run"), "--updates", "3"])
-    with patch.dict(sys.modules, {"__main__": SimpleNamespace(train=train)}):            # a notebook has no file
+    with patch.dict(sys.modules, {"__main__": SimpleNamespace(train=train)}):     # a notebook has no file
         assert train.parse_arguments([]).program == "python train.py"
     for same in "python ./own_reward.py", "python -m somewhere.own_reward":
         session.check_program(SimpleNamespace(resume=True, out=tmp_path / "run", program=same))

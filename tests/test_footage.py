@@ -88,21 +88,18 @@ def test_what_is_in_time_stays_as_it_was_and_one_line_counts_the_rest(found, bef
     assert "; 1 left out: too short once shifted (2 s, by 3 frames)" in said
 
 
-def test_a_second_call_teaches_nothing_and_finds_the_same(found, taught, monkeypatch, tmp_path):
+def test_what_was_taught_measures_and_rewards_and_a_second_call_teaches_nothing(
+        found, taught, monkeypatch, tmp_path):
     """Three lessons: on all, on what is in time, and, for the reward, on what then is."""
     monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
-    first = footage.learn(flags(found))
+    args = flags(found)
+    assert measuring_sync(args) is None and reward_sync(args) is None
+    first = args.footage = footage.learn(args)
     assert len(taught) == 3 and taught[0] >= taught[2] > taught[1]
     again = footage.learn(flags(found))
     assert len(taught) == 3 and again.said == first.said
     assert by_name(again.clips).keys() == by_name(first.clips).keys()
     assert first.cpu_seconds == again.cpu_seconds > 0
-
-
-def test_the_run_measures_and_rewards_by_what_was_taught(found, taught):
-    args = flags(found)
-    assert measuring_sync(args) is None and reward_sync(args) is None
-    args.footage = footage.learn(args)
     for net, folder in (measuring_sync(args), DEFAULT_SYNC), (reward_sync(args), REWARD_SYNC):
         expected = load_sync(folder).state_dict()
         assert all(torch.equal(weight, expected[name]) for name, weight in net.state_dict().items())
@@ -124,25 +121,22 @@ def test_one_command_does_all_three_stages_and_its_report_says_what_was_found(fo
 
 def test_footage_that_cannot_teach_is_taken_as_it_is(videos, found, before, taught, monkeypatch, tmp_path,
                                                      capsys):
-    """Too few clips are not even tried; and a network may have learned nothing, as an untrained one."""
+    """Too few clips are not even tried; a network may have learned nothing, as an untrained one; or it may
+    find that none of the one or two clips that a minute of footage has held out fits."""
     few = footage.learn(flags(videos[0], "--seconds", "1"))
     assert not taught and few.sync == few.reward_sync == "none"
     assert "sound is taken as it is: 6 clips are too few to teach a sync network" in capsys.readouterr().out
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(footage, "train_sync", lambda *_: SyncNetwork())
-    nothing = footage.learn(flags(found))
-    assert "% of held-out pairs, and should in 80% (" in nothing.said and nothing.sync == "none"
-    assert by_name(nothing.clips).keys() == before.keys()
-
-
-def test_where_nothing_would_be_held_out_sound_is_taken_as_it_is(found, before, taught, monkeypatch, tmp_path):
-    """A minute of footage has one or two clips held out, and the network may find that none of them fits."""
-    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(footage, "examine", lambda train, held_out, frames: {
-        "tells": 1.0, "lessons": train.rows, "late": [0] * len(train) + [None] * len(held_out)})
-    as_it_is = footage.learn(flags(found))
-    assert "or none to hold out, is found in time; add footage" in as_it_is.said and as_it_is.sync == "none"
-    assert by_name(as_it_is.clips).keys() == before.keys()
+    untrained = lambda *_: SyncNetwork()
+    all_late = lambda train, held_out, frames: {
+        "tells": 1.0, "lessons": train.rows, "late": [0] * len(train) + [None] * len(held_out)}
+    for name, change, said in (
+            ("train_sync", untrained, "% of held-out pairs, and should in 80% ("),
+            ("examine", all_late, "or none to hold out, is found in time; add footage")):
+        monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path / name))
+        monkeypatch.setattr(footage, name, change)
+        as_it_is = footage.learn(flags(found))
+        assert said in as_it_is.said and as_it_is.sync == "none"
+        assert by_name(as_it_is.clips).keys() == before.keys()
 
 
 def test_clips_of_one_stretch_are_measured_together(found, before):

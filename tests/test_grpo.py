@@ -122,7 +122,8 @@ def sequential_log_prob(model, rollout, settings):
             x = torch.zeros_like(rollout.latents)[:, None, :chunk + 1].clone()
             x[:, 0, chunk] = rollout.x[:, i, chunk]
             mel, past = rollout.mel[:, :(chunk + 1) * t], rollout.latents[:, :chunk + 1]
-            velocity = model(rollout.portrait, mel, past, x, torch.full((b, 1, chunk + 1), sigma))[:, 0, chunk]
+            level = torch.full((b, 1, chunk + 1), sigma)
+            velocity = model(rollout.portrait, mel, past, x, level)[:, 0, chunk]
             before, after = rollout.x[:, i, chunk], rollout.next_x[:, i, chunk]
             deviation = down * math.sin(settings.noise_level * math.pi / 2)
             mean = (1 - down) * (before - sigma * velocity)

@@ -153,8 +153,10 @@ def frozen(frames):
     return frames[:, :1].repeat(1, frames.shape[1], 1, 1, 1)
 
 
-def test_temporal_measures_equal_hand_computed_values():
-    """Brightness n / 100: .08 over 8 frames, no third difference; a jump of .03 at a border: seams log 3."""
+def test_regularisers_equal_hand_computed_values():
+    """Brightness n / 100: .08 over 8 frames, no third difference; a jump of .03 at a border: seams log 3.
+    Straying counts where the exemplars are still. For a range of 2 to 3: too much, too little, and a mean
+    inside of it: chunks earn what moves their video into the range."""
     frames = torch.zeros(1, 12, 3, 16, 16)
     measured = temporal(frames + torch.arange(12.0)[None, :, None, None, None] / 100, 4)
     moved = torch.full((1, 3), math.log(0.08 + 1e-4))
@@ -163,11 +165,6 @@ def test_temporal_measures_equal_hand_computed_values():
     stairs = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15.0])[None, :, None, None, None] / 100
     expected = torch.tensor([[0, 1, 1]]) * math.log(0.0301 / 0.0101)
     torch.testing.assert_close(temporal(frames + stairs, 4)["seams"], expected, atol=1e-3, rtol=0)
-
-
-def test_straying_and_what_lies_beyond_a_range_equal_hand_computed_values():
-    """Straying counts where the exemplars are still. For a range of 2 to 3: too much, too little, and a mean
-    inside of it: chunks earn what moves their video into the range."""
     portrait, still = torch.rand(1, 3, 32, 32), torch.zeros(32, 32)
     still[:, :8] = 1
     frames = portrait[:, None].repeat(1, 2, 1, 1, 1)
@@ -178,31 +175,25 @@ def test_straying_and_what_lies_beyond_a_range_equal_hand_computed_values():
     assert scores.tolist() == [[0, -2], [-1, 0], [0, 0]]
 
 
-def test_a_real_clip_beats_a_frozen_one_and_each_spoilt_one(exemplars, batch):
+def test_a_real_clip_beats_a_frozen_and_each_spoilt_one_and_each_fault_lowers_its_own_regulariser(
+        exemplars, batch):
     """The regularisers alone: stillness and smoothness without end do not win."""
     frames, audio, names = batch
     rate, rng = Reward(None, exemplars), torch.Generator().manual_seed(0)
-    best = rate(frames, audio, frames[:, 0], names).total
+    real = rate(frames, audio, frames[:, 0], names)
     spoilt = {fault: torch.stack([spoil(fault, 0.8, x, torch.zeros(48), rng)[0].clamp(0, 1) for x in frames])
               for fault in FAULTS}
-    for name, worse in {"frozen": frozen(frames), **spoilt}.items():
-        made = rate(worse, audio, frames[:, 0], names)
-        assert (made.total < best).all(), (name, made.total, best)
-
-
-def test_each_regulariser_falls_with_the_fault_that_is_its_own(exemplars, batch):
-    frames, audio, names = batch
+    for name, made in {"frozen": frozen(frames), **spoilt}.items():
+        total = rate(made, audio, frames[:, 0], names).total
+        assert (total < real.total).all(), (name, total, real.total)
     step = torch.arange(48).div(4, rounding_mode="floor").view(1, 48, 1, 1, 1)
-    rng = torch.Generator().manual_seed(0)
     worse = {"activity": frozen(frames), "identity": torch.stack([gaussian_blur(x, 11, 2.0) for x in frames]),
              "smoothness": frames + 0.05 * torch.randn(frames.shape, generator=rng),
              "background": frames + 0.1, "seams": frames + 0.05 * (step % 2)}
-    rate = Reward(None, exemplars)
-    best = rate(frames, audio, frames[:, 0], names).components
-    assert worse.keys() == best.keys()
+    assert worse.keys() == real.components.keys()
     for name, made in worse.items():
         fallen = rate(made.clamp(0, 1), audio, frames[:, 0], names).components[name]
-        assert (fallen < best[name] - 0.01).all(), (name, fallen, best[name])
+        assert (fallen < real.components[name] - 0.01).all(), (name, fallen, real.components[name])
 
 
 def test_the_lively_exemplars_say_how_much_should_move_and_the_smooth_ones_all_else(strangers):
@@ -270,8 +261,9 @@ def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(exemplar
     assert rate(frames[:1], batch[1][:1], frames[:1, 0], "a").per_chunk == {}
 
 
-def test_long_videos_are_judged_in_windows_and_earn_their_mean(exemplars):
-    """Brightness rises with time. Windows are of one width and cover every frame."""
+def test_long_videos_are_judged_in_windows_and_earn_their_mean_by_the_calibration(exemplars):
+    """Brightness rises with time. Windows are of one width and cover every frame. A rating of 3 lies halfway
+    from 1 to 5, which people call 2 and 2.5."""
     frames = (torch.arange(60.0) / 60).view(1, 60, 1, 1, 1).expand(1, 60, 3, 64, 64)
     scores = Reward(Bright(), exemplars)(frames, torch.zeros(1, 60 * 640), frames[:, 0], ["a"])
     windows = [1 + 4 * torch.arange(a, b).float().mean() / 60 for a, b in ((0, 20), (20, 40), (40, 60))]
@@ -281,9 +273,6 @@ def test_long_videos_are_judged_in_windows_and_earn_their_mean(exemplars):
         parts = spans(frames, width)
         assert {b - a for a, b in parts} == {width}
         assert set(range(frames)) == {i for a, b in parts for i in range(a, b)}
-
-
-def test_calibration_maps_ratings_before_they_count(exemplars):
     frames, audio = torch.full((1, 16, 3, 64, 64), 0.5), torch.zeros(1, 16 * 640)
     plain, mapped = (Reward(Bright(), exemplars, calibration=c)(frames, audio, frames[:, 0], ["a"]).components
                      for c in ({}, {"motion": ([1.0, 5.0], [2.0, 2.5])}))

@@ -159,13 +159,6 @@ def test_nothing_that_is_forbidden_is_ever_read(impl):
         assert all(torch.equal(a[:, :, row], b[:, :, row]) for a, b in zip(after[2:], before[2:]))
 
 
-@with_triton
-def test_attention_is_an_operator_that_pytorch_knows():
-    """Schema, shapes and strides without data, autograd, and tracing, as torch.library checks them."""
-    q, k, v = (x.requires_grad_() for x in qkv(Layout(1, 3, 1), heads=2, kv_heads=1)[:3])
-    torch.library.opcheck(fused_attention, (q, k, v, Layout(1, 3, 1).bounds))
-
-
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [32, 64, 128])
@@ -271,11 +264,14 @@ def test_without_noise_a_step_is_the_ode_whatever_the_sampler():
 
 
 @with_triton
-@pytest.mark.parametrize("draws", [True, False])
-def test_the_step_is_an_operator_that_pytorch_knows(draws):
-    x, v, given = latents(n=(1, 3))
-    v.requires_grad_(not draws)
-    torch.library.opcheck(fused_step, (x, v, given, draws, 0.9, 0.2, 0.4))
+def test_attention_and_the_step_are_operators_that_pytorch_knows():
+    """Schema, shapes and strides without data, autograd, and tracing, as torch.library checks them."""
+    q, k, v = (x.requires_grad_() for x in qkv(Layout(1, 3, 1), heads=2, kv_heads=1)[:3])
+    torch.library.opcheck(fused_attention, (q, k, v, Layout(1, 3, 1).bounds))
+    for draws in True, False:
+        x, v, given = latents(n=(1, 3))
+        v.requires_grad_(not draws)
+        torch.library.opcheck(fused_step, (x, v, given, draws, 0.9, 0.2, 0.4))
 
 
 # ---------------------------------------------------------------- refusing and choosing

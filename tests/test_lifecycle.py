@@ -219,8 +219,9 @@ def test_sigterm_while_a_remote_judge_is_waited_for_saves_and_ends_within_second
     assert train.parse_arguments(goes_on).out == out
 
 
-def test_a_run_that_is_killed_leaves_no_worker(tmp_path):
-    """By kill -9, while two thousand talkers are being drawn by processes of its own."""
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_while_it_draws_leaves_no_worker_and_says_that_nothing_was_kept(tmp_path, sent):
+    """Two thousand talkers are being drawn by processes of its own."""
     def workers(parent: int) -> list[Path]:
         found = []
         for path in Path("/proc").glob("[0-9]*/stat"):
@@ -232,10 +233,14 @@ def test_a_run_that_is_killed_leaves_no_worker(tmp_path):
     with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
         wait_for(lambda: len(workers(process.pid)) > 1, process)
         begun_by_it = workers(process.pid)
+        process.send_signal(sent)
+        said = process.communicate(timeout=120)[1].replace("\r", "\n").strip().splitlines()
     until = time.monotonic() + 120
     while any(folder.exists() for folder in begun_by_it):
         assert time.monotonic() < until
         time.sleep(0.1)
+    if sent == signal.SIGTERM:
+        assert said[-1] == "stopped; start it again: it was before the first checkpoint, so nothing was kept"
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, monkeypatch):
@@ -275,15 +280,17 @@ def test_a_log_that_was_cut_short_loses_its_last_line_and_what_comes_again(finis
 # ---------------------------------------------------------------- moved
 
 def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path):
+    """Also where the command repeats the run's own; those that no longer exist are ignored."""
     args = train.parse_arguments("--preset small --width 256 --steps 7 --out x".split())
     assert (args.config.width, args.config.size, args.steps, args.batch) == (256, 128, 7, 16)
     again = ["--pretrained", str(finished), "--out", str(tmp_path)]
     assert train.parse_arguments(again).sampling_steps == 1
     assert train.parse_arguments([*again, "--sampling-steps", "2"]).sampling_steps == 2
     run = copy(finished, tmp_path / "run")
-    rewrite(run, codec_steps=900)                                   # a flag that no longer exists
+    rewrite(run, codec_steps=900, grad_clip=1.0, compile=False, refit_codec=False)
     same = train.parse_arguments([*WHOLE, "--control", "--resume", str(run)])
-    assert same.steps == 6 and not hasattr(same, "codec_steps")
+    assert vars(same).keys() == vars(train.parse_arguments(["--resume", str(run)])).keys()
+    assert same.steps == 6 and not hasattr(same, "codec_steps") and not hasattr(same, "grad_clip")
 
 
 def test_a_run_is_told_where_its_clips_are_now(filmed, videos, unmeasured, tmp_path, capsys):
@@ -374,25 +381,11 @@ def test_the_line_that_train_prints_works_and_the_seed_is_obeyed(finished, tmp_p
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
-def test_sigterm_while_data_are_prepared_is_one_line(tmp_path):
-    """Two thousand talkers are being drawn."""
-    with begun(*TINY, "--clips", "2000", "--out", str(tmp_path / "run")) as process:
-        wait_for((tmp_path / "run").exists, process)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=120)[1].replace("\r", "\n").strip().splitlines()[-1]
-    assert said == "stopped; start it again: it was before the first checkpoint, so nothing was kept"
-
-
-def test_the_log_is_json_that_every_reader_takes(tmp_path):
+def test_the_log_is_plain_json_and_tensorboard_gets_the_numbers_of_each_step(tmp_path, monkeypatch):
+    """What is no number is null. Against a stub of torch.utils.tensorboard, whose absence is one line."""
     session.Log(tmp_path, 0.0)(loss=float("nan"), parts=[{"kl": float("inf")}, 1.5], best=-float("inf"))
-    def refuse(name): raise AssertionError(name)
-    entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    entry = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
     assert entry["loss"] is None and entry["parts"] == [{"kl": None}, 1.5] and entry["best"] is None
-
-
-def test_tensorboard_gets_the_numbers_of_each_step_and_its_absence_is_one_line(tmp_path, monkeypatch):
-    """Against a stub of torch.utils.tensorboard, which needs the package."""
     written = []
     board = SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar))
     stub = SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or board)
@@ -416,12 +409,3 @@ def test_a_run_whose_clips_have_changed_says_so(tmp_path, capsys):
     train.describe(Generator(args.config), clips, held_out, args, session.Log(tmp_path, 0.0))
     assert "had 5 training clips before, and has 6 now" in capsys.readouterr().out
     assert logged(tmp_path)[-1]["clips"] == 6
-
-
-def test_flags_that_no_longer_exist_are_ignored_and_those_that_stay_are_kept(finished, tmp_path):
-    """Also where the command repeats the run's own flags."""
-    run = copy(finished, tmp_path / "run")
-    rewrite(run, grad_clip=1.0, codec_steps=900, compile=False, refit_codec=False)
-    same = train.parse_arguments([*WHOLE, "--control", "--resume", str(run)])
-    assert vars(same).keys() == vars(train.parse_arguments(["--resume", str(run)])).keys()
-    assert same.steps == 6 and not hasattr(same, "grad_clip")

@@ -1,4 +1,5 @@
-"""The rivals of GRPO do what they are called: the best by the judge, sound put in time, own videos learned from."""
+"""The rivals of GRPO do what they are called: the best by the judge, sound put in time, own videos learned
+from."""
 
 from types import SimpleNamespace
 

@@ -140,7 +140,8 @@ def test_acting_with_gain_one_is_the_clip_and_with_gain_zero_its_first_frame(goo
 
 # ---------------------------------------------------------------- teaching
 
-def test_rating_loss_is_the_cross_entropy_with_two_digits():
+def test_rating_loss_is_the_cross_entropy_with_two_digits_and_inside_groups_huber_s_of_differences():
+    """Two groups: ratings that are all too high by the same cost no more; one that is .4 off does."""
     logits = torch.randn(2, 3, 20, dtype=torch.float64)
     quality = torch.tensor([[1.0, 3.4, 5.0], [2.5, 4.75, 1.25]])
     low = quality.long().clamp_max(4)
@@ -149,10 +150,6 @@ def test_rating_loss_is_the_cross_entropy_with_two_digits():
     expected = ((1 - share) * cross(low) + share * cross(low + 1)).mean()
     lessons = SimpleNamespace(quality=quality, grouped=0)
     torch.testing.assert_close(rating_loss(logits, range(8, 13), lessons), expected)
-
-
-def test_the_loss_inside_groups_asks_for_differences_alone():
-    """Two groups: ratings that are all too high by the same cost no more; one that is .4 off does."""
     log_p = torch.full((8, 3, 9), -30.0)
     ratings = torch.tensor([1., 2, 3, 4, 5, 4, 4, 2])
     log_p[torch.arange(8), 0, 2 + ratings.long()] = 0.0                   # digit d is token 2 + d
@@ -213,12 +210,9 @@ def test_towers_are_taught_alone_to_see_and_to_hear_mouths(good, generated, monk
 
 # ---------------------------------------------------------------- the embedded judge
 
-def test_the_embedded_judge_is_small_and_carries_its_card():
+def test_the_embedded_judge_is_small_and_agrees_with_the_quality_of_fresh_lessons(embedded, good):
     size = sum(path.stat().st_size for path in DEFAULT_JUDGE.iterdir())
     assert size < 8e6 and "extras.school teach" in (DEFAULT_JUDGE / "README.md").read_text()
-
-
-def test_the_embedded_judge_agrees_with_the_quality_of_fresh_lessons(embedded, good):
     result = exam(embedded, good, 24)                                     # its card says as much, of 64 clips
     for aspect, least in zip(ASPECTS, (0.93, 0.80, 0.70)):
         (rank, *_), (pairs, *_) = result[aspect]

@@ -121,8 +121,9 @@ def test_the_judge_picks_by_its_ratings_alone(monkeypatch):
     assert len(picks(judge, "--curate", "0")[0].curated) == 0          # no curation, but exemplars
 
 
-def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_refused():
-    """Also where fewer clips are rated than are wanted: of six with two sums, three shall be picked."""
+def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_refused(monkeypatch):
+    """Also where fewer clips are rated than are wanted: of six with two sums, three shall be picked. Of a
+    judge that goes away after the first of two groups of three, spread over the set, those three are kept."""
     def silence(known):
         known[[0, 2, 4], 0], known[3] = math.nan, math.nan
     picked, _ = picks(judge_of("silent", silence))
@@ -130,6 +131,20 @@ def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_
     assert numbers(picked.lively) == numbers(picked.smooth) == [0, 1, 2, 4, 5]
     with pytest.raises(JudgeError, match="the judge: rates none of the 6 training clips; use an"):
         picks(judge_of("mute", lambda known: known[:, 0].fill_(math.nan)))
+    monkeypatch.setattr(train, "RATED_AT_ONCE", 3)
+    judge = judge_of("away")
+    rate = judge.rate
+
+    def away(*clips):
+        if judge.asked:
+            raise JudgeError("http://judge", "is away")
+        return rate(*clips)
+    judge.rate = away
+    with pytest.raises(JudgeError, match="is away"):
+        picks(judge)
+    judge.rate = rate
+    assert numbers(picks(judge)[0].lively) == [0, 1, 2, 3, 4, 5]
+    assert [name.split("-")[2] for name in judge.asked] == ["0", "2", "4", "1", "3", "5"]
 
 
 def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos):
@@ -157,36 +172,13 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
     assert len(logged(folder, "curation")) == len(logged(folder, "post-training")) == 1
 
 
-def test_what_was_rated_before_a_judge_went_away_is_kept(monkeypatch):
-    """Two groups of three clips, spread over the set; the judge goes away before the second."""
-    monkeypatch.setattr(train, "RATED_AT_ONCE", 3)
-    judge = judge_of("away")
-    rate = judge.rate
-
-    def away(*clips):
-        if judge.asked:
-            raise JudgeError("http://judge", "is away")
-        return rate(*clips)
-    judge.rate = away
-    with pytest.raises(JudgeError, match="is away"):
-        picks(judge)
-    judge.rate = rate
-    assert numbers(picks(judge)[0].lively) == [0, 1, 2, 3, 4, 5]
-    assert [name.split("-")[2] for name in judge.asked] == ["0", "2", "4", "1", "3", "5"]
-
-
-def test_exemplars_are_the_picks_or_the_clips_of_a_folder(videos):
+def test_flags_choose_the_reward_and_whose_clips_are_its_exemplars(videos):
+    """The picks, or the clips of a folder."""
     picked = train.Picks(torch.arange(2), ["lively"], ["smooth"])
-    for flags in [], ["--exemplars", str(videos[0])]:
-        run = train.Run(train.parse_arguments([*TINY, *flags]), None, None, [], None, picked)
-        lively, smooth = train.exemplars(run)
-        if flags:
-            assert lively == smooth and {clip.name for clip in lively} == {f"{i}.mp4#0" for i in range(8)}
-        else:
-            assert (lively, smooth) == (["lively"], ["smooth"])
-
-
-def test_flags_choose_the_reward():
+    sets = [train.exemplars(train.Run(train.parse_arguments([*TINY, *flags]), None, None, [], None, picked))
+            for flags in ([], ["--exemplars", str(videos[0])])]
+    assert sets[0] == (["lively"], ["smooth"]) and sets[1][0] == sets[1][1]
+    assert {clip.name for clip in sets[1][0]} == {f"{i}.mp4#0" for i in range(8)}
     args = train.parse_arguments([*TINY, "--weights", "background=2,seams=0"])
     clips, _, _ = train.load_clips(args)
     make = lambda args: train.make_reward(args, None, clips, clips, args.config.chunk_frames)
@@ -194,13 +186,6 @@ def test_flags_choose_the_reward():
     assert make(args).weights == weights | {"background": 2.0}
     alone = make(train.parse_arguments([*TINY, "--reward-sync", "none"]))
     assert alone.sync is None and "sync" not in alone.weights
-
-
-def test_clips_in_which_nothing_moves_are_refused():
-    args = train.parse_arguments(TINY)
-    clips = [a_still_one(clip) for clip in train.load_clips(args)[0]]
-    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
-        train.fit_codec(Generator(args.config), clips, args)
 
 
 # ---------------------------------------------------------------- the stages of a whole run
@@ -291,7 +276,7 @@ def a_still_one(clip: Clip) -> Clip:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(known):
+def test_a_still_clip_does_not_decide_a_mean_nor_change_another_s_ratio_and_stills_alone_are_refused(known):
     """By hand, for clips that move: a value divided by that of the true clip."""
     clips = [render_talker(i, 7, 32, 32) for i in range(4)]
     clips = clips if known else [Clip(c.name, c.frames, c.audio) for c in clips]
@@ -310,6 +295,9 @@ def test_a_still_clip_does_not_decide_a_mean_and_changes_no_ratio_of_the_others(
     nothing = sample.evaluate(torch.stack([c.frames for c in stills]) / 255, stills, 4)
     assert all(values.isfinite().all() for values in nothing.values())
     assert nothing["frame_change"].abs().max() == 0
+    args = train.parse_arguments(TINY)
+    with pytest.raises(MediaError, match="--clips: shows nothing that moves; add videos"):
+        train.fit_codec(Generator(args.config), stills, args)
 
 
 def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(finished, bright, tmp_path, monkeypatch):
@@ -370,13 +358,6 @@ def first_updates(run, folder, *more):
     return [e for e in logged(folder) if "parts" in e]
 
 
-def test_a_rollout_that_cannot_be_rescored_stops_the_run_at_once(finished, bright, tmp_path, monkeypatch):
-    rescore = grpo.rescore
-    monkeypatch.setattr(grpo, "rescore", lambda *args: [part + 1e-4 for part in rescore(*args)])
-    with pytest.raises(RuntimeError, match="does not repeat the rollout"):
-        first_updates(finished, tmp_path)
-
-
 @pytest.mark.parametrize("more", [
     "", "--credit chunk --group-noise different --sampler flow-sde --kl-weight 0"])
 def test_micro_batches_save_memory_and_change_nothing_else(finished, bright, tmp_path, more):
@@ -389,10 +370,16 @@ def test_micro_batches_save_memory_and_change_nothing_else(finished, bright, tmp
     assert whole["grad_norm"] > 1e-4 and [len(names) for names in bright.asked] == [6, 6]
 
 
-def test_every_update_has_prompts_and_noise_of_its_own(finished, bright, tmp_path):
-    """With a learning rate of 0, so that nothing else tells them apart."""
-    norms = [e["parts"][0]["grad_norm"] for e in first_updates(finished, tmp_path, "--post-lr", "0")]
+def test_every_update_has_prompts_and_noise_of_its_own_and_repeats_its_rollout(
+        finished, bright, tmp_path, monkeypatch):
+    """With a learning rate of 0, so that nothing else tells them apart. A rescoring that is off by 1e-4 stops
+    the run at once."""
+    norms = [e["parts"][0]["grad_norm"] for e in first_updates(finished, tmp_path / "a", "--post-lr", "0")]
     assert len(set(bright.asked)) > 1 and len(set(norms)) == 4
+    rescore = grpo.rescore
+    monkeypatch.setattr(grpo, "rescore", lambda *args: [part + 1e-4 for part in rescore(*args)])
+    with pytest.raises(RuntimeError, match="does not repeat the rollout"):
+        first_updates(finished, tmp_path / "b")
 
 
 # ---------------------------------------------------------------- too little memory
@@ -404,12 +391,17 @@ FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
 
 @pytest.mark.parametrize("full", FULL, ids=["cuda", "python", "cpu", "worker"])
 def test_too_little_memory_is_one_line_that_says_what_to_lower(full, unmeasured, tmp_path, monkeypatch):
-    """Other errors stay what they are."""
+    """For a run, and for a judge. Other errors stay what they are."""
     def fail(*_):
         raise full
     monkeypatch.setattr(train.FlowMatching, "take_step", fail)
     with pytest.raises(MediaError, match="^pretraining: does not fit into memory; lower --batch[^\n]*$"):
         train.main([*ALONE, "--out", str(tmp_path)])
+    with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
+        rate_whole(SimpleNamespace(window=None, rate=fail), torch.zeros(1, 8, 3, 32, 32),
+                   torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
+    with pytest.raises(RuntimeError, match="shapes"), fitting("this", "that"):
+        raise RuntimeError("shapes do not match")
 
 
 def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste, unmeasured, tmp_path):
@@ -425,14 +417,3 @@ def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste,
     assert steps == [*range(1, len(steps) + 1)]                        # those of the first time are gone
     added = [e for e in logged(folder) if "control" in e and json.dumps(e) not in before]
     assert [e["control"] for e in added] == [name] and 0.2 <= added[0]["cpu_seconds"] < 0.8
-
-
-@pytest.mark.parametrize("full", FULL, ids=["cuda", "python", "cpu", "worker"])
-def test_a_judge_that_does_not_fit_says_so_and_other_errors_stay_what_they_are(full):
-    def fail(*_):
-        raise full
-    with pytest.raises(MediaError, match="the judge: does not fit into memory; lower --judge-batch"):
-        rate_whole(SimpleNamespace(window=None, rate=fail), torch.zeros(1, 8, 3, 32, 32),
-                   torch.zeros(1, 8 * SAMPLES_PER_FRAME), ["clip"])
-    with pytest.raises(RuntimeError, match="shapes"), fitting("this", "that"):
-        raise RuntimeError("shapes do not match")
