@@ -266,6 +266,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             p.error(f"--{name} must be below 1, got {getattr(args, name)}")
     if not 1 <= args.seconds <= 3600:
         p.error(f"--seconds must be from 1 to 3600, got {args.seconds}")
+    if not 2 <= args.config.chunk_frames <= args.seconds * FPS:      # one frame has no motion to compare
+        p.error(f"--chunk-frames must be from 2 to the frames of --seconds, got {args.config.chunk_frames}")
     if args.control and not args.updates:
         p.error("--control compares with post-training; give it --updates")
     shares = {"--batch": args.batch}

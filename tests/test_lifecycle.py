@@ -64,6 +64,7 @@ def same_weights(one: Path, other: Path) -> bool:
     ("--resume RUN --steps 3", "--steps 3 is less than the run's 6"),
     ("--resume RUN --lr 1", "leave out --lr"), ("--pretrained RUN", "--pretrained wants an --out of its own"),
     ("--pretrained RUN --out x --width 64", "leave out --width"),
+    ("--chunk-frames 1", "--chunk-frames must be from 2"), ("--chunk-frames 51", "got 51"),
     ("--pretrained RUN --out x --audio-encoder RUN", "leave out --audio-encoder"),
     ("--pretrained RUN --out x --data RUN --init-from RUN", "leave out --init-from"),
     ("--resume EMPTY", "EMPTY is not a run of this version")])
