@@ -6,8 +6,8 @@
    So a delay that all clips share is not found: it is what goes together.
 2. Teach it anew on the clips that it finds in time. From now on it measures.
 3. Try the sound of every clip, of held-out ones too, up to 15 frames early and late. With the distances D_k
-   between lips and the sound k frames later (sample.offset_curve), averaged over the clips of one stretch of
-   a video, as sound does not slip where nothing is cut,
+   between lips and the sound k frames later (sample.offset_curve), averaged over a clip and two on either
+   side in its stretch of the video, as sound seldom slips where nothing is cut,
 
        depth = median_k D_k - min_k D_k,      gain = D_0 - min_k D_k
 
@@ -42,6 +42,7 @@ from sample import depth, offset_curve
 
 STEPS = 150                        # of each network
 LEAST_CLIPS = 20                   # a minute: fewer are not even tried
+NEAR = 2                           # clips of a stretch on either side that are measured with a clip
 OTHERS = 8                         # clips whose sound is tried with each picture, to know what chance gives
 CHANCE = 0.05                      # of them are above a limit
 CLEAR = 2                          # frames: the networks miss one, and so do most people
@@ -92,20 +93,22 @@ def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]
     return offset_curve(visual, sound), torch.stack(others, 1)
 
 
-def stretches(clips: Clips) -> Tensor:
-    """Number the stretches that clips are from, (B,): one begins with a file, whose first clip may have been
-    left out, or where there is no sound before."""
+def neighbours(clips: Clips) -> Tensor:
+    """Say which clips are near one another, (B, B): in one stretch, and at most NEAR clips apart. A stretch
+    begins with a file, whose first clip may have been left out, or where there is no sound before."""
     begins, file = [], None
     for row, (_, source, _) in enumerate(clips.index["clips"]):
         before = load_file(clips.folder / f"{row}.safetensors")["before"]
         begins.append(source != file or not before)
         file = source
-    return torch.tensor(begins).cumsum(0)[clips.rows]
+    row = torch.tensor(clips.rows)
+    stretch = torch.tensor(begins).cumsum(0)[row]
+    return (stretch == stretch[:, None]) & ((row - row[:, None]).abs() <= NEAR)
 
 
-def together(curves: Tensor, stretch: Tensor) -> Tensor:
-    """Average the curves (B, ..., 31) of clips of one stretch (B,)."""
-    return torch.stack([curves[stretch == number].mean(0) for number in stretch])
+def together(curves: Tensor, near: Tensor) -> Tensor:
+    """Average the curves (B, ..., 31) of each clip's neighbours (B, B), itself included."""
+    return torch.stack([curves[row].mean(0) for row in near])
 
 
 def gain(curves: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
     "lessons" it was taught on, and "late", the verdicts on all rows, held-out ones last.
     """
     every = Clips(train.folder, train.rows + held_out.rows, train.index)
-    stretch = stretches(every)
+    near = neighbours(every)
     good = train
     for _ in range(2):
         taught = good
@@ -136,7 +139,7 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
         tells = (depth(own)[len(train):, None] > depth(others)[len(train):]).float().mean().item()
         if tells < TELLS:
             return {"tells": tells}
-        late = verdicts(together(own, stretch), together(others, stretch))
+        late = verdicts(together(own, near), together(others, near))
         good = train.select(lambda i: late[i] == 0)
         if good.rows == taught.rows or len(good) < LEAST_CLIPS:
             break
@@ -183,7 +186,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
 
     if len(train) < LEAST_CLIPS:
         return as_it_is(f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}")
-    recipe = {"footage, by file and stretch": train.folder.name, "rows": [train.rows, held_out.rows],
+    recipe = {"footage, by neighbours": train.folder.name, "rows": [train.rows, held_out.rows],
               "frames": args.frames, "steps": STEPS}
     kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
         json.dumps(examine(train, held_out, args.frames))))

@@ -230,8 +230,9 @@ def held_out_parts(values: dict[str, dict], log: list[dict]) -> list[Part]:
                 columns[entry["arm"]]["mouth_distance"] = f"{entry['mouth_distance']:.3f}"
         alone = {"codec alone": {name: f"{value:.3f}" for name, value in codec.items()}}
         count = len(next(iter(made.values()))["psnr"])
+        how = "as by sample.py" if sampler == "ode" else "with noise, as in rollouts"
         parts += [heading(f"Held-out clips, {sampler}"),
-                  text(f"{count} clips, generated from portrait and sound; mean ± 95% interval."),
+                  text(f"{count} clips, generated from portrait and sound {how}; mean ± 95% interval."),
                   grouped_table(alone | columns)]
         if differences := {title: cells(metrics) for title, metrics in paired(made).items()}:
             parts += [text("Differences, clip by clip:"), grouped_table(differences)]

@@ -139,11 +139,11 @@ def test_footage_that_cannot_teach_is_taken_as_it_is(videos, found, before, taug
         assert by_name(as_it_is.clips).keys() == before.keys()
 
 
-def test_clips_of_one_stretch_are_measured_together(found, before):
+def test_a_clip_is_measured_with_its_neighbours_in_a_stretch(found, before):
     """Files of one clip stand alone; the three pieces of a long one share their mean."""
     clips, _ = folder_clips(found, 64, 1.6)
     curves = torch.randn(len(clips), 2, 31, dtype=torch.float64)
-    mean = footage.together(curves, footage.stretches(clips))
+    mean = footage.together(curves, footage.neighbours(clips))
     pieces = [i for i, name in enumerate(clips.names) if name.startswith("long-late5")]
     assert len(pieces) == 3
     for i, name in enumerate(clips.names):
@@ -154,12 +154,16 @@ def test_clips_of_one_stretch_are_measured_together(found, before):
 
 
 def test_a_file_without_its_first_clip_is_no_part_of_the_file_before(tmp_path):
-    """b.mp4 fades in, so b.mp4#0 is left out: what is kept of it begins with sound from before."""
-    parts = [("a.mp4", 0, 0), ("a.mp4", 1, 15), ("b.mp4", 1, 15), ("b.mp4", 2, 15)]
+    """b.mp4 fades in, so b.mp4#0 is left out: what is kept of it begins with sound from before. Its first and
+    fourth clip are too far apart."""
+    parts = [("a.mp4", 0, 0), ("a.mp4", 1, 15), *(("b.mp4", k, 15) for k in (1, 2, 3, 4))]
     fill_cache(tmp_path, ((f"{file}#{k}", file, torch.zeros(1), torch.zeros(1), {"before": before})
                           for file, k, before in parts), {})
-    first, second, third, fourth = footage.stretches(Clips(tmp_path)).tolist()
-    assert first == second != third == fourth
+    near = footage.neighbours(Clips(tmp_path))
+    assert near.int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0],
+                                   [0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
+    some = Clips(tmp_path, [5, 2, 3])                # held-out clips come last, whatever their place
+    assert footage.neighbours(some).int().tolist() == [[1, 0, 1], [0, 1, 1], [1, 1, 1]]
 
 
 def test_limits_are_what_the_sound_of_others_exceeds_by_chance():
