@@ -307,7 +307,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     studies.add_argument("--seed", type=int, default=0, help="of clips, noise and sides (%(default)s)")
     studies.add_argument("--max-seconds", type=float, default=STUDY_SECONDS, help="of a clip (%(default)s)")
     for c in aligns, studies:
-        c.add_argument("--crop", type=crop_argument, default="face" if c is studies else "none", help=CROP_HELP)
+        crop = "face" if c is studies else "none"
+        c.add_argument("--crop", type=crop_argument, default=crop, help=CROP_HELP)
         c.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
         reward_flags.judge_flags(c)
     args = p.parse_args(argv)

@@ -64,7 +64,7 @@ def same_weights(one: Path, other: Path) -> bool:
     ("--resume RUN --steps 3", "--steps 3 is less than the run's 6"),
     ("--resume RUN --lr 1", "leave out --lr"), ("--pretrained RUN", "--pretrained wants an --out of its own"),
     ("--pretrained RUN --out x --width 64", "leave out --width"),
-    ("--chunk-frames 1", "--chunk-frames must be from 2"), ("--chunk-frames 51", "got 51"),
+    ("--chunk-frames 1 --channels 64", "--chunk-frames must be from 2"), ("--chunk-frames 51", "got 51"),
     ("--pretrained RUN --out x --audio-encoder RUN", "leave out --audio-encoder"),
     ("--pretrained RUN --out x --data RUN --init-from RUN", "leave out --init-from"),
     ("--resume EMPTY", "EMPTY is not a run of this version")])
@@ -168,7 +168,7 @@ def test_ctrl_c_says_how_to_go_on_wherever_it_comes(unmeasured, tmp_path, monkey
 
 
 def test_a_run_that_is_stopped_before_its_first_log_line_goes_on_or_is_begun_anew(tmp_path, monkeypatch):
-    """Published weights are saved as the first checkpoint, then clips are encoded: there the run is stopped."""
+    """Published weights become the first checkpoint, then clips are encoded: there the run is stopped."""
     def interrupt(*_):
         raise KeyboardInterrupt
     weights, out = tmp_path / "published", tmp_path / "run"
