@@ -8,10 +8,9 @@ CROP_HELP = "face: a square around the head; none: the centre; or x,y,size in pi
 
 
 def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least: float) -> None:
-    """End with one clear line where a number is below its least value, or absurdly large. Of the commands of
-    one program, each may have only some of them."""
+    """End with one clear line where a number is below its least value, or absurdly large."""
     for name, low in least.items():
-        value = getattr(args, name, None)
+        value = getattr(args, name)
         if value is not None and not low <= value < 1e10:
             bound = "below 1e10" if value > low else f"at least {low}"
             p.error(f"--{name.replace('_', '-')} must be {bound}, got {value}")

@@ -312,7 +312,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         c.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
         reward_flags.judge_flags(c)
     args = p.parse_args(argv)
-    check_numbers(p, args, seed=0, clips=1, max_seconds=1, size=32)
+    least = {"seed": 0, "clips": 1, "max_seconds": 1, "size": 32}
+    check_numbers(p, args, **{name: low for name, low in least.items() if name in args})
     return args
 
 

@@ -32,6 +32,13 @@ def pretrained_config(name: str | Path, kinds: Sequence[str], what: str):
         return config
 
 
+def bare_model(name: str | Path, what: str) -> torch.nn.Module:
+    """Load a model without its head, in fp32. Raises: MediaError where it cannot be loaded."""
+    import transformers
+    with loading(name, what):
+        return whole_model(transformers.AutoModel, name, dtype=torch.float32)
+
+
 # ---------------------------------------------------------------- speech, heard by a frozen encoder
 
 ENCODERS = "wav2vec2", "hubert", "wavlm", "whisper"
@@ -59,9 +66,7 @@ class SpeechEncoder:
     def __init__(self, name: str, device: str = "cpu"):
         import transformers
         encoder_width(name)                                           # refuses what is none
-        local = Path(name).is_dir()
-        with loading(name, "a speech encoder"):
-            model = whole_model(transformers.AutoModel, name, dtype=torch.float32)
+        local, model = Path(name).is_dir(), bare_model(name, "a speech encoder")
         whisper = model.config.model_type == "whisper"
         self.before, self.after, self.skip = (160, 0, 1) if whisper else (40, 40, 0)
         self.device, self.model = device, (model.get_encoder() if whisper else model).to(device)
@@ -132,12 +137,10 @@ def trunk_shape(name: str) -> dict:
 @torch.no_grad()
 def load_trunk(model: Generator, name: str) -> None:
     """Give a generator a Qwen3 model's layers and last norm. Raises: ValueError where its shape differs."""
-    import transformers
     wrong = {k: v for k, v in trunk_shape(name).items() if getattr(model.config, k) != v}
     if wrong:
         raise ValueError(f"{name} has {wrong}, which the generator has not")
-    with loading(name, "a language model"):
-        weights = whole_model(transformers.AutoModel, name, dtype=torch.float32).state_dict()
+    weights = bare_model(name, "a language model").state_dict()
     model.norm.weight.copy_(weights["norm.weight"])
     for i, block in enumerate(model.blocks):
         for ours, theirs in QWEN3_LAYER.items():

@@ -433,7 +433,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     validates.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
     reward_flags.judge_flags(validates)
     args = p.parse_args(argv)
-    check_numbers(p, args, seed=0, steps=1, tower_steps=0, clips=2)
+    least = {"seed": 0, "steps": 1, "tower_steps": 0, "clips": 2}
+    check_numbers(p, args, **{name: low for name, low in least.items() if name in args})
     return args
 
 
