@@ -19,8 +19,9 @@
 
    The weight tames the division by sigma near the clean end, where the network predicts the clean latent.
    The generator learns what it is shown: late lips, mumbling mouths, trembling cameras.
-2. Curation. The judge rates every clip once, and training goes on with the same loss on the clips that it
-   rates highest. What is fine-tuned on these can only become as good as they are.
+2. Curation. The sound of every clip is put in time by what a sync network measures, the judge rates the clip,
+   and training goes on with the same loss on those that it rates highest. What is fine-tuned on these can
+   only become as good as they are.
 3. Post-training by GRPO (grpo.py explains it). Groups of videos of training prompts are generated and scored
    by the reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
 
@@ -58,17 +59,17 @@ from data import Clip, Clips, cached, hear, pixels, sounds
 from extras.files import MediaError, fitting, one_line
 from extras.media import FPS
 from extras.flags import parse_arguments
-from extras.footage import footage_clips, learn
+from extras.footage import footage_clips, learn, put_in_time
 from extras.measuring import HELD_OUT_SEED, conclude, describe, held_out_score, loaded, validate
 from extras.pretrained import load_trunk
 from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, join_processes,
                               keep_freed_memory, rank, rank_zero_first, shard, summed_up, world)
 from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED,
                            funnel)
-from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_sync
+from extras.reward_flags import later_stages, make_judge, make_reward, measuring_sync, reward_sync
 from extras.session import (Log, at_once, carry_out, check_program, clear, continues, fingerprint,
                             keep_arm, load, lock, resumable, save)
-from extras.talkers import FAULTS, synthetic_clips
+from extras.talkers import faults_of, synthetic_clips
 from model import Generator, load_generator
 from reward import ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, rate_whole
 from sample import seeded_rng, sync_metrics
@@ -146,9 +147,13 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
     latents, batch = [], 16
     for i in tqdm(range(0, len(clips), batch), "encoding", leave=False):
         latents.append(model.codec.encode(pixels(clips[i:i + batch], frames).to(device)).cpu())
-    mel = torch.stack([hear(clip.audio, frames, model.config.audio_encoder, device) for clip in clips])
     portrait = torch.stack([clip.frames[0].clone() for clip in clips])      # a view would hold its file's map
-    return Latents(portrait, mel, torch.cat(latents))
+    return Latents(portrait, hear_all(model, clips, frames, device), torch.cat(latents))
+
+
+def hear_all(model: Generator, clips: list[Clip], frames: int, device: str) -> Tensor:
+    """Describe the sound of clips as the generator hears it, (B, F, mel_channels)."""
+    return torch.stack([hear(clip.audio, frames, model.config.audio_encoder, device) for clip in clips])
 
 
 # ---------------------------------------------------------------- what the judge picks
@@ -471,9 +476,10 @@ class Run:
 
     args: argparse.Namespace
     log: Log
-    clips: Clips                   # to train on
+    clips: Clips                   # to train on, put in time after pretraining
     watched: list[Clip]
-    data: Latents                  # of the clips to train on
+    found: Latents                 # of these, as found
+    data: Latents                  # of these, put in time
     picks: Picks | None = None
     reward: Reward | None = None
 
@@ -512,7 +518,8 @@ def curate(run: Run, start: dict[str, Tensor]) -> FlowMatching:
     """
     args, picked = run.args, run.picks.curated
     stage = FlowMatching("curation", run.data[picked], args, args.curate_steps, first=args.steps)
-    stage.recipe = {"picked": picked.tolist(), "start": fingerprint(start)}
+    late = [run.clips.late(row) for row in picked]
+    stage.recipe = {"picked": picked.tolist(), "late": late, "start": fingerprint(start)}
     if not (continues(stage, args.out) or args.pretrained and continues(stage, args.pretrained)):
         load(stage, args.out / "state.pt", anew=True)
         stage.cpu_seconds = run.picks.cpu_seconds
@@ -537,8 +544,8 @@ def control_arms(run: Run, arms: dict[str, dict], spent: float) -> dict[str, dic
     """
     args = run.args
 
-    def longer(name: str, start: str, rows: Tensor | slice, first: int, seconds: float) -> Stage:
-        stage = FlowMatching(name, run.data[rows], args, budget=seconds, first=first)
+    def longer(name: str, start: str, data: Latents, first: int, seconds: float) -> Stage:
+        stage = FlowMatching(name, data, args, budget=seconds, first=first)
         stage.recipe = {"start": fingerprint(arms[start]), "budget": seconds}
         if not continues(stage, args.out):
             load(stage, args.out / ("curate.pt" if start == CURATED else "state.pt"), anew=True)
@@ -551,10 +558,11 @@ def control_arms(run: Run, arms: dict[str, dict], spent: float) -> dict[str, dic
     apart = argparse.Namespace(**vars(args) | {"settings": settings, "post_lr": UNCURATED_LR})
     stages = []
     if CURATED in arms:
-        stages = [longer(MORE_CURATION, CURATED, run.picks.curated, args.steps + args.curate_steps, spent),
+        picked = run.data[run.picks.curated]
+        stages = [longer(MORE_CURATION, CURATED, picked, args.steps + args.curate_steps, spent),
                   post_train(replace(run, args=apart), arms[PRETRAINED], UNCURATED)]
         spent = stages[-1].cpu_seconds
-    stages += [longer(MORE_PRETRAINING, PRETRAINED, slice(None), args.steps, spent)]
+    stages += [longer(MORE_PRETRAINING, PRETRAINED, run.found, args.steps, spent)]
     return {stage.name: stage.kept for stage in stages}
 
 
@@ -590,13 +598,17 @@ def train(args: argparse.Namespace, start: float) -> None:
     pretraining.data = encode(pretraining.model, clips, args.frames, args.device)
     if not rank():
         describe(pretraining.model, clips, held_out, args, log)
-    run = Run(args, log, clips, watched, pretraining.data)
+    run = Run(args, log, clips, watched, pretraining.data, pretraining.data)
     if curates or reinforces:
         with rank_zero_first():
-            run.picks = pick_clips(judge, clips, args)
+            run.clips, spent = put_in_time(clips, args)
+            run.picks = pick_clips(judge, run.clips, args)
+        run.picks.cpu_seconds += spent
+        if run.clips is not clips:
+            mel = hear_all(pretraining.model, run.clips, args.frames, args.device)
+            run.data = replace(run.found, mel=mel)
         if run.picks.ratings is not None and not args.data and args.world == "found":
-            faults = {name: torch.stack([clip.truth[f"fault_{name}"] for clip in clips]) for name in FAULTS}
-            log(funnel=funnel(faults, run.picks.ratings, run.picks.curated))
+            log(funnel=funnel(faults_of(run.clips), run.picks.ratings, run.picks.curated))
 
     resume, anew = (shlex.join([flag, str(args.out)]) for flag in ("--resume", "--pretrained"))
     with fitting("pretraining", "lower --batch, or give --checkpointing"):
@@ -618,22 +630,6 @@ def train(args: argparse.Namespace, start: float) -> None:
     if not rank():
         with fitting("measuring", f"lower --validate-clips, with {resume}"):
             conclude(arms, held_out, run.reward, args, log)
-
-
-def later_stages(args: argparse.Namespace, judge) -> tuple[bool, bool]:
-    """Say whether there is curation and post-training.
-
-    Both want something that knows the clips: a judge, or the reward's sync network. Drawn talkers may be
-    reinforced by the regularisers alone, as an experiment.
-    """
-    known = judge is not None or reward_sync(args) is not None
-    curates, reinforces = bool(args.curate and known), bool(args.updates and (known or not args.data))
-    left_out = ["curation"] if args.curate and not curates else []
-    left_out += ["post-training"] if args.updates and not reinforces else []
-    if left_out:
-        print(f"no {' and no '.join(left_out)}: neither a judge nor a sync network knows these clips; "
-              "give --judge, --reward-sync, or more footage")
-    return curates, reinforces
 
 
 def exemplars(run: Run) -> tuple[list[Clip], list[Clip]]:

@@ -20,6 +20,9 @@
 Where the network cannot tell held-out clips' own sound from another's by its depth, in a share TELLS of all
 pairs, footage cannot teach: sound is taken as it is. All is kept in the cache, so it is done once.
 
+Drawn talkers have a network already, which was taught on flawless ones: `put_in_time` shifts each clip by what
+that measures, once pretraining has seen them as found.
+
 B clips, F frames.
 """
 
@@ -34,11 +37,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Clips, cached, folder_clips, pixels, sounds
+from data import Clip, Clips, cached, folder_clips, pixels, sounds
 from extras.media import FPS
+from extras.reward_flags import reward_sync
+from extras.session import fingerprint
 from extras.sync import save_sync, train_sync
-from reward import SYNC_SHIFTS, load_sync
-from sample import depth, offset_curve
+from reward import SYNC_SHIFTS, SyncNetwork, load_sync
+from sample import depth, offset_curve, sync_metrics
 
 STEPS = 150                        # of each network
 LEAST_CLIPS = 20                   # a minute: fewer are not even tried
@@ -146,6 +151,12 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
     return {"tells": tells, "lessons": taught.rows, "late": late}
 
 
+@torch.no_grad()
+def lateness(net: SyncNetwork, videos: Tensor, clips: list[Clip]) -> Tensor:
+    """Measure by how many frames the lips of videos (B, F, 3, S, S) come after their clips' sound: (B,)."""
+    return sync_metrics(net, videos, sounds(clips, videos.shape[1]))["sync_offset"]
+
+
 # ---- What is done about it -----------------------------------------------------------------------------
 
 def in_time(clips: Clips, late: dict[int, int | None], frames: int) -> Clips:
@@ -208,3 +219,24 @@ def learn(args: argparse.Namespace) -> Footage | None:
         footage.reward_sync = lesson(clips[0], 1)
         footage.cpu_seconds = float((footage.reward_sync / "cpu_seconds").read_text())
     return footage
+
+
+def put_in_time(clips: Clips, args: argparse.Namespace) -> tuple[Clips, float]:
+    """Shift the sound of each drawn clip by the offset that the reward's sync network measures (LatentSync's
+    rule, 2412.09262); footage is in time by now. Returns: the clips, and the CPU time that it took."""
+    net = None if args.data else reward_sync(args)
+    if net is None:
+        return clips, 0.0
+
+    def measure(to: Path) -> None:
+        start = time.process_time()
+        late = [-int(lateness(net, pixels([clip], args.frames), [clip]))
+                for clip in tqdm(clips, "measuring offsets", leave=False)]
+        measured = {"late": late, "cpu_seconds": time.process_time() - start}
+        (to / "offsets.json").write_text(json.dumps(measured))
+
+    recipe = {"offsets": clips.folder.name, "rows": clips.rows, "frames": args.frames,
+              "network": fingerprint(net.state_dict())}
+    measured = json.loads((cached(None, recipe, measure) / "offsets.json").read_text())
+    back = clips.index | {"late": dict(zip(clips.rows, measured["late"]))}
+    return Clips(clips.folder, clips.rows, back), measured["cpu_seconds"]

@@ -96,7 +96,8 @@ def funnel(strengths: dict[str, Tensor], ratings: Tensor, picked: Tensor) -> lis
 
     Args:    strengths: fault -> (N,), 0 for none; ratings (N, 3); picked (n,) rows.
     Returns: a row for each fault. `auc` is the chance that a rating tells a clip with the fault from one
-             without, for the aspect that tells best: .5 is guessing, 1 is always.
+             without, or, where all have it, with more of it than half of them from one with less, for the
+             aspect that tells best: .5 is guessing, 1 is always.
     """
     def auc(good, bad):
         pairs = len(good) * len(bad)
@@ -108,7 +109,8 @@ def funnel(strengths: dict[str, Tensor], ratings: Tensor, picked: Tensor) -> lis
     rows, rated = [], ratings.isfinite().all(1)
     for name, strength in strengths.items():
         has = strength != 0
-        with_it, without = ratings[has & rated], ratings[~has & rated]
+        more = strength.abs() > strength.abs().median() if has.all() else has
+        with_it, without = ratings[more & rated], ratings[~more & rated]
         aucs = [auc(without[:, aspect], with_it[:, aspect]) for aspect in range(len(ASPECTS))]
         best = int(np.argmax(aucs))
         rows.append({"fault": name, "share": mean(has), "strength": mean(strength),

@@ -136,6 +136,22 @@ def reward_sync(args: argparse.Namespace) -> SyncNetwork | None:
     return load_sync(name).to(args.device)
 
 
+def later_stages(args: argparse.Namespace, judge) -> tuple[bool, bool]:
+    """Say whether there is curation and post-training.
+
+    Both want something that knows the clips: a judge, or the reward's sync network. Drawn talkers may be
+    reinforced by the regularisers alone, as an experiment.
+    """
+    known = judge is not None or reward_sync(args) is not None
+    curates, reinforces = bool(args.curate and known), bool(args.updates and (known or not args.data))
+    left_out = ["curation"] if args.curate and not curates else []
+    left_out += ["post-training"] if args.updates and not reinforces else []
+    if left_out:
+        print(f"no {' and no '.join(left_out)}: neither a judge nor a sync network knows these clips; "
+              "give --judge, --reward-sync, or more footage")
+    return curates, reinforces
+
+
 def read_json(path: Path, what: str, complete: Callable[[dict], bool]) -> dict:
     """Read a JSON file. Raises: MediaError where it is missing, broken, or `complete` does not hold of it."""
     try:

@@ -5,8 +5,7 @@
 
 shifted sound       the pretrained model, with its sound shifted by the median offset that the reward's sync
                     network measures in its videos of watched clips
-curated in time     the same network measures the offset of every training clip, and its sound is shifted back
-                    (the rule of LatentSync, 2412.09262); then curation, as in train.py
+curated as found    curation of clips whose sound was not put in time first
 best of N           the curated model: N videos of each clip, from other noise; the one with the best ratings
 rejection sampling  the curated model, fine-tuned for the CPU time of post-training on the best of N videos of
                     its own of training prompts (RAFT, 2304.06767)
@@ -26,17 +25,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
-from data import Clip, hear, pixels, sounds
+from data import Clip, Clips, sounds
 from extras.files import MediaError, one_line, replacing
 from extras.flags import parse_arguments
+from extras.footage import lateness
 from extras.measuring import loaded, mouth_distance
 from extras.media import SAMPLES_PER_FRAME
 from extras.report import CURATED, PRETRAINED
 from extras.reward_flags import make_judge, measuring_sync, reward_sync
 from extras.session import Log, plain_json
 from model import load_generator
-from reward import SyncNetwork, rate_whole
-from sample import evaluate, imitate, seeded_noise, seeded_rng, summary, sync_metrics
+from reward import rate_whole
+from sample import evaluate, imitate, seeded_noise, seeded_rng, summary
 
 BEST_OF = 4, 16
 PROMPTS, SAMPLES = 32, 4           # of a round of rejection sampling,
@@ -47,11 +47,6 @@ OWN_STREAM = 900_000               # where the random numbers of its own videos 
 def shifted(clip: Clip, frames: int) -> Clip:
     """Let a clip's sound come some frames later."""
     return replace(clip, audio=clip.audio.roll(frames * SAMPLES_PER_FRAME))
-
-
-def lateness(net: SyncNetwork, videos: Tensor, clips: list[Clip]) -> Tensor:
-    """Measure by how many frames the lips of videos (B, F, 3, S, S) come after their clips' sound."""
-    return sync_metrics(net, videos, sounds(clips, videos.shape[1]))["sync_offset"]
 
 
 def rated(judge, videos: Tensor, clips: list[Clip]) -> Tensor:
@@ -72,17 +67,11 @@ def best_of(n: int, model, judge, clips: list[Clip], args: argparse.Namespace) -
     return best
 
 
-def curated_in_time(run: train.Run, judge, net: SyncNetwork) -> train.FlowMatching:
-    """Put every training clip in time, and fine-tune on what is then rated highest."""
-    args, frames = run.args, run.args.frames
-    late = [int(lateness(net, pixels([clip], frames), [clip])) for clip in tqdm(run.clips, "measuring")]
-    clips = [shifted(clip, by) for clip, by in zip(run.clips, late)]
-    ratings = [rated(judge, pixels([clip], frames), [clip]) for clip in tqdm(clips, "rating", leave=False)]
-    picked = torch.cat(ratings).argsort(descending=True)[: round(args.curate * len(clips))]
-    data = run.data[picked]
-    encoder, device = args.config.audio_encoder, args.device
-    data.mel = torch.stack([hear(clips[i].audio, frames, encoder, device) for i in picked])
-    return train.FlowMatching("curated in time", data, args, args.curate_steps, first=args.steps)
+def curated_as_found(run: train.Run, judge, found: Clips) -> train.FlowMatching:
+    """Fine-tune on what is rated highest of the clips as found."""
+    args, picks = run.args, train.pick_clips(judge, found, run.args)
+    data = run.found[picks.curated]
+    return train.FlowMatching("curated as found", data, args, args.curate_steps, first=args.steps)
 
 
 class RejectionSampling(train.FlowMatching):
@@ -160,9 +149,10 @@ def main(argv: list[str] | None = None) -> None:
     measure("shifted sound", lambda: sampled(pretrained, [shifted(clip, -late) for clip in held_out]))
     for n in BEST_OF:
         measure(f"best of {n}", lambda: best_of(n, curated, judge, held_out, args))
-    run = train.Run(args, log, clips, watched, train.encode(pretrained, clips, args.frames, args.device))
+    found = train.encode(pretrained, clips, args.frames, args.device)
+    run = train.Run(args, log, clips, watched, found, found)
     measure("rejection sampling", lambda: trained(RejectionSampling(run, judge, budget), "curate.pt"))
-    measure("curated in time", lambda: trained(curated_in_time(run, judge, net), "state.pt"))
+    measure("curated as found", lambda: trained(curated_as_found(run, judge, clips), "state.pt"))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Clip, Clips, cached, fill_cache
+from data import AROUND, Clip, Clips, cached, fill_cache
 from extras.files import begin_worker, cores
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE, normalise_loudness
 
@@ -170,7 +170,7 @@ FAULTS = {
     # Frames by which lips are late (a third of the clips: early), on average 2.9. Half of VFHQ is "often out
     # of sync" (ditto-talkinghead issue 83); LatentSync keeps clips within 6 frames.
     "offset": (0.88, 1, 7),
-    "mumble": (0.75, 0.10, 0.60),                    # share of the lips' range that is lost; head: half
+    "mumble": (1.00, 0.15, 0.65),                    # share of the lips' range that is lost; head: half
     "tremble": (0.70, 0.10, 0.80),                   # of jumps, frame by frame, by 1% and 0.7 degrees
     "dubbed": (0.04, 1, 1),                          # the sound is another's
     "compressed": (0.30, 0.20, 1.00),                # JPEG quality 90 to 30; the judge never saw it
@@ -186,6 +186,14 @@ def draw_faults(rng: np.random.Generator) -> dict[str, float]:
         strengths[name] = has * rng.uniform(least, most)
     late = rng.integers(1, 8, 2).min() * (-1 if rng.random() < EARLY else 1)     # small ones are more common
     return strengths | {"offset": int(strengths["offset"] > 0) * int(late)}
+
+
+def faults_of(clips: Clips) -> dict[str, Tensor]:
+    """Return how strong each fault is in each clip, name -> (N,), and what is left of offsets once sound has
+    been put in time."""
+    faults = {name: torch.stack([clip.truth[f"fault_{name}"] for clip in clips]) for name in FAULTS}
+    late = torch.tensor([clips.late(i) for i in range(len(clips))])
+    return {"offset": faults["offset"], "offset, once in time": faults["offset"] + late} | faults
 
 
 def shake(rng: np.random.Generator, frames: Tensor, strength: float) -> Tensor:
@@ -542,11 +550,13 @@ def render_talker(index: int, seed: int, size: int, n_frames: int,
 # ---- Clips of them, rendered once ---------------------------------------------------------------------
 
 def _render(found: bool, job: tuple[int, int, int, int]) -> tuple:
-    """Render one talker as arrays, which travel between processes without shared-memory handles."""
+    """Render one talker as arrays, which travel between processes without shared-memory handles. There is
+    silence around the clip, so that its sound can be shifted."""
     index, seed, *_ = job
     clip = render_talker(*job, draw_faults(np.random.default_rng([seed, index, 4])) if found else None)
     truth = {key: value.numpy() for key, value in clip.truth.items()}
-    return clip.name, f"{index}", clip.frames.numpy(), clip.audio.numpy(), truth
+    sound = np.pad(clip.audio.numpy(), AROUND * SAMPLES_PER_FRAME)
+    return clip.name, f"{index}", clip.frames.numpy(), sound, truth | {"before": np.array(AROUND)}
 
 
 def _render_all(jobs: Sequence[tuple], found: bool) -> Iterator[tuple]:

@@ -11,7 +11,7 @@ import train
 from data import Clip, Clips, fill_cache, folder_clips, load_clip, write_video
 from extras import footage
 from extras.reward_flags import measuring_sync, reward_sync
-from extras.talkers import render_talker
+from extras.talkers import render_talker, synthetic_clips
 from reward import DEFAULT_SYNC, REWARD_SYNC, SyncNetwork, load_sync
 from tiny import WHOLE, logged
 
@@ -178,3 +178,21 @@ def test_limits_are_what_the_sound_of_others_exceeds_by_chance():
                 (dips(), None), (dips(_1=1.1), 0), (dips(_4=1.1, _0=0.2), 0)]        # better, but by chance
     own, late = zip(*expected)
     assert footage.verdicts(torch.stack(own), others) == list(late)
+
+
+def test_drawn_clips_are_put_in_time_by_the_network_of_the_reward():
+    """Lips that come so many frames late get the sound of as many frames before, and silence where there is
+    none; where the sound is another's nothing is known. Frames stay, and so do clips without a network."""
+    args, clips = train.parse_arguments([]), synthetic_clips(24, 64, 2.0, 9, world="found")
+    in_time, cpu_seconds = footage.put_in_time(clips, args)
+    kinds, right = set(), 0
+    for found_clip, clip in zip(clips, in_time):
+        late = int(found_clip.truth["fault_offset"])
+        silence = torch.zeros(abs(late) * FRAMES)
+        heard = torch.cat([silence, found_clip.audio, silence])[max(0, -late) * 2 * FRAMES:][:50 * FRAMES]
+        assert torch.equal(clip.frames, found_clip.frames) and len(clip.audio) == 50 * FRAMES
+        right += torch.equal(clip.audio, heard)
+        kinds.add((late > 0) - (late < 0))
+    assert kinds == {-1, 0, 1} and right >= 22 and cpu_seconds > 0
+    as_found, cpu_seconds = footage.put_in_time(clips, train.parse_arguments(["--reward-sync", "none"]))
+    assert as_found is clips and cpu_seconds == 0

@@ -41,6 +41,11 @@ def test_the_funnel_counts_pairs_in_which_the_flawless_clip_is_rated_higher():
     assert row["strength_picked"] == pytest.approx(sum(abs(strength[i].item()) for i in picked) / 4)
     all_or_none = funnel({"all": torch.ones(40), "none": torch.zeros(40)}, ratings, picked)
     assert all(math.isnan(row["auc"]) for row in all_or_none)
+    graded = 1 + torch.rand(40, generator=rng)                       # all have it: the worse half counts
+    all_have, worse = (funnel({"": s}, ratings, picked)[0] for s in (graded, graded > graded.median()))
+    for name in "auc", "aspect", "rated_with", "rated_without":
+        assert all_have[name] == worse[name]
+    assert all_have["share"] == all_have["share_picked"] == 1
 
 
 # ---------------------------------------------------------------- the page

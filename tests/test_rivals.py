@@ -8,6 +8,7 @@ import torch
 
 import train
 from extras import measuring, rivals
+from extras.footage import lateness
 from extras.files import MediaError
 from extras.session import go_on
 from extras.talkers import synthetic_clips
@@ -71,7 +72,7 @@ def test_a_shift_by_the_measured_lateness_puts_sound_in_time(run):
     net, [clip] = load_sync(DEFAULT_SYNC), list(synthetic_clips(1, 64, 4.0, 7, world="flawless"))
     frames = len(clip.frames)
     early = rivals.shifted(clip, -4)                                 # so its lips come 4 frames late
-    by = int(rivals.lateness(net, clip.frames[None] / 255, [early]))
+    by = int(lateness(net, clip.frames[None] / 255, [early]))
     assert by == 4 and frames == 100
     assert torch.equal(rivals.shifted(early, by).audio, clip.audio)
 

@@ -14,7 +14,7 @@ from PIL import Image
 import grpo
 import sample
 import train
-from data import Clip, Clips
+from data import Clip, Clips, log_mel
 from extras.files import MediaError, fitting
 from extras.media import SAMPLES_PER_FRAME
 from extras.talkers import FAULTS, render_talker
@@ -175,7 +175,7 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
 def test_flags_choose_the_reward_and_whose_clips_are_its_exemplars(videos):
     """The picks, or the clips of a folder."""
     picked = train.Picks(torch.arange(2), ["lively"], ["smooth"])
-    sets = [train.exemplars(train.Run(train.parse_arguments([*TINY, *flags]), None, None, [], None, picked))
+    sets = [train.exemplars(train.Run(train.parse_arguments([*TINY, *flags]), *[None] * 5, picked))
             for flags in ([], ["--exemplars", str(videos[0])])]
     assert sets[0] == (["lively"], ["smooth"]) and sets[1][0] == sets[1][1]
     assert {clip.name for clip in sets[1][0]} == {f"{i}.mp4#0" for i in range(8)}
@@ -214,7 +214,7 @@ def test_a_run_leaves_everything_it_names_and_logs_every_step(finished):
     assert sorted((e["arm"], e["sampler"]) for e in entries if "arm" in e) == sorted(
         (arm, sampler) for arm in ARMS for sampler in ("ode", "cps"))
     funnel, = (e["funnel"] for e in entries if "funnel" in e)
-    assert [row["fault"] for row in funnel] == list(FAULTS)
+    assert [row["fault"] for row in funnel] == ["offset", "offset, once in time", *list(FAULTS)[1:]]
     assert "rewarded" in entries[-1] and len(json.loads((finished / "held_out.json").read_text())["cps"]) == 6
     for folder in finished, finished / "pretrained", finished / "curated", *(finished / "control").iterdir():
         load_generator(folder)
@@ -339,6 +339,29 @@ def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
         saved = state(finished / "control" / name.replace(" ", "-"))
         assert (saved["cpu_seconds"], saved["step"]) == (one, spent[name]["steps"])
     assert spent["GRPO without curation"]["steps"] == 4
+
+
+def test_pretraining_hears_clips_as_found_and_what_the_judge_picks_among_in_time(
+        tmp_path, taste, unmeasured, monkeypatch):
+    """So do the controls that go on with each; and what the reward hears is what the generator does."""
+    stages, carry_out = {}, train.carry_out
+    late = lambda clips, args: (Clips(clips.folder, clips.rows, clips.index | {"late": {0: 3, 2: -2}}), 7.0)
+    monkeypatch.setattr(train, "put_in_time", late)
+    monkeypatch.setattr(train, "carry_out", lambda stage, *rest: (stages.update({stage.name: stage}),
+                                                                  carry_out(stage, *rest))[1])
+    train.main([*WHOLE, "--control", "--out", str(tmp_path)])
+    clips = train.load_clips(stages["pretraining"].args)[0]
+    found, in_time = (torch.stack([log_mel(clip.audio, 24) for clip in some])
+                      for some in (clips, late(clips, None)[0]))
+    picked = [4, 0, 2]                                   # the best sums of Taste: 11, 10, 10
+    for name in "pretraining", "more pretraining":
+        assert torch.equal(stages[name].data.mel, found)
+    for name in "curation", "more curation":
+        assert torch.equal(stages[name].data.mel, in_time[picked]) and stages[name].cpu_seconds > 7 * (
+            name == "curation")
+    for name in "post-training", "GRPO without curation":
+        assert torch.equal(stages[name].data.mel, in_time)
+        assert torch.equal(stages[name].clips[0].audio, late(clips, None)[0][0].audio)
 
 
 # ---------------------------------------------------------------- updates of GRPO
