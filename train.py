@@ -19,9 +19,9 @@
 
    The weight tames the division by sigma near the clean end, where the network predicts the clean latent.
    The generator learns what it is shown: late lips, mumbling mouths, trembling cameras.
-2. Curation. The sound of every clip is put in time by what a sync network measures, the judge rates the clip,
-   and training goes on with the same loss on those that it rates highest. What is fine-tuned on these can
-   only become as good as they are.
+2. Curation. The sound of every clip is put in time by what a sync network measures (of footage, before 1),
+   the judge rates the clip, and training goes on with the same loss on those that it rates highest. What is
+   fine-tuned on these can only become as good as they are.
 3. Post-training by GRPO (grpo.py explains it). Groups of videos of training prompts are generated and scored
    by the reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
 
@@ -166,7 +166,7 @@ class Picks:
     lively: list[Clip]             # exemplars of how much should move,
     smooth: list[Clip]             # and of how
     ratings: Tensor | None = None  # (B, 3) of all training clips, by the judge
-    cpu_seconds: float = 0.0       # that the rating took
+    cpu_seconds: float = 0.0       # that measuring and rating took
 
 
 def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, float]:
@@ -476,7 +476,7 @@ class Run:
 
     args: argparse.Namespace
     log: Log
-    clips: Clips                   # to train on, put in time after pretraining
+    clips: Clips                   # to train on; drawn ones are put in time after pretraining
     watched: list[Clip]
     found: Latents                 # of these, as found
     data: Latents                  # of these, put in time
@@ -518,8 +518,9 @@ def curate(run: Run, start: dict[str, Tensor]) -> FlowMatching:
     """
     args, picked = run.args, run.picks.curated
     stage = FlowMatching("curation", run.data[picked], args, args.curate_steps, first=args.steps)
-    late = [run.clips.late(row) for row in picked]
-    stage.recipe = {"picked": picked.tolist(), "late": late, "start": fingerprint(start)}
+    stage.recipe = {"picked": picked.tolist(), "start": fingerprint(start)}
+    if not args.data:                                      # of footage, pretraining has heard the same
+        stage.recipe["late"] = [run.clips.late(row) for row in picked]
     if not (continues(stage, args.out) or args.pretrained and continues(stage, args.pretrained)):
         load(stage, args.out / "state.pt", anew=True)
         stage.cpu_seconds = run.picks.cpu_seconds

@@ -20,8 +20,8 @@
 Where the network cannot tell held-out clips' own sound from another's by its depth, in a share TELLS of all
 pairs, footage cannot teach: sound is taken as it is. All is kept in the cache, so it is done once.
 
-Drawn talkers have a network already, which was taught on flawless ones: `put_in_time` shifts each clip by what
-that measures, once pretraining has seen them as found.
+Drawn talkers have a network already, which was taught on flawless ones: `put_in_time` shifts each clip by
+what that measures, once pretraining has seen them as found.
 
 B clips, F frames.
 """
@@ -42,7 +42,7 @@ from extras.media import FPS
 from extras.reward_flags import reward_sync
 from extras.session import fingerprint
 from extras.sync import save_sync, train_sync
-from reward import SYNC_SHIFTS, SyncNetwork, load_sync
+from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork, load_sync
 from sample import depth, offset_curve, sync_metrics
 
 STEPS = 150                        # of each network
@@ -225,7 +225,7 @@ def put_in_time(clips: Clips, args: argparse.Namespace) -> tuple[Clips, float]:
     """Shift the sound of each drawn clip by the offset that the reward's sync network measures (LatentSync's
     rule, 2412.09262); footage is in time by now. Returns: the clips, and the CPU time that it took."""
     net = None if args.data else reward_sync(args)
-    if net is None:
+    if net is None or args.frames < SYNC_FRAMES + SYNC_SHIFTS:               # too short to try all shifts
         return clips, 0.0
 
     def measure(to: Path) -> None:
