@@ -519,7 +519,7 @@ def curate(run: Run, start: dict[str, Tensor]) -> FlowMatching:
     args, picked = run.args, run.picks.curated
     stage = FlowMatching("curation", run.data[picked], args, args.curate_steps, first=args.steps)
     stage.recipe = {"picked": picked.tolist(), "start": fingerprint(start)}
-    if not args.data:                                      # of footage, pretraining has heard the same
+    if run.data is not run.found:
         stage.recipe["late"] = [run.clips.late(row) for row in picked]
     if not (continues(stage, args.out) or args.pretrained and continues(stage, args.pretrained)):
         load(stage, args.out / "state.pt", anew=True)

@@ -151,7 +151,6 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
     return {"tells": tells, "lessons": taught.rows, "late": late}
 
 
-@torch.no_grad()
 def lateness(net: SyncNetwork, videos: Tensor, clips: list[Clip]) -> Tensor:
     """Measure by how many frames the lips of videos (B, F, 3, S, S) come after their clips' sound: (B,)."""
     return sync_metrics(net, videos, sounds(clips, videos.shape[1]))["sync_offset"]
@@ -238,5 +237,4 @@ def put_in_time(clips: Clips, args: argparse.Namespace) -> tuple[Clips, float]:
     recipe = {"offsets": clips.folder.name, "rows": clips.rows, "frames": args.frames,
               "network": fingerprint(net.state_dict())}
     measured = json.loads((cached(None, recipe, measure) / "offsets.json").read_text())
-    back = clips.index | {"late": dict(zip(clips.rows, measured["late"]))}
-    return Clips(clips.folder, clips.rows, back), measured["cpu_seconds"]
+    return in_time(clips, dict(zip(clips.rows, measured["late"])), args.frames), measured["cpu_seconds"]
