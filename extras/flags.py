@@ -25,7 +25,7 @@ from model import PRESETS, SAMPLING_STEPS, Config, hub_folder
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
-    "tiny": dict(steps=2000, curate_steps=1000, updates=75, batch=8, clips=1000, ema=0.98, warmup=50,
+    "tiny": dict(steps=2000, curate_steps=2500, updates=75, batch=8, clips=1000, ema=0.98, warmup=50,
                  prompts=4, micro_batch=8, checkpointing=False),
     "small": dict(steps=40_000, curate_steps=5000, updates=80, batch=16, clips=4000, ema=0.999, warmup=500,
                   prompts=8, micro_batch=4, checkpointing=False),

@@ -41,8 +41,8 @@ from data import Clip, Clips, cached, folder_clips, pixels, sounds
 from extras.media import FPS
 from extras.reward_flags import reward_sync
 from extras.session import fingerprint
-from extras.sync import save_sync, train_sync
-from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork, load_sync
+from extras.sync import load_sync, save_sync, train_sync
+from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork
 from sample import depth, offset_curve, sync_metrics
 
 STEPS = 150                        # of each network

@@ -19,8 +19,9 @@ import numpy as np
 import reward
 from data import Clip
 from extras.files import MediaError
+from extras.sync import load_sync
 from reward import (ASPECTS, COMPONENTS, DEFAULT_JUDGE, DEFAULT_SYNC, REWARD_SYNC, WEIGHTS, Component,
-                    Exemplars, Judge, Scores, SyncNetwork, load_sync)
+                    Exemplars, Judge, Scores, SyncNetwork)
 
 # ---------------------------------------------------------------- the judge
 

@@ -63,7 +63,7 @@ def tiny_judge(seed: int = 0) -> Judge:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = type(shipped.model)(shipped.model.config)
-    return Judge(model, shipped.processor, shipped.rubric, shipped.side, shipped.window)
+    return Judge(model, shipped.processor, shipped.rubric, shipped.side, shipped.window, shipped.local_window)
 
 
 def within_groups(error: Tensor, of: int) -> Tensor:
@@ -255,7 +255,8 @@ def save_judge(judge: Judge, folder: Path, card: str) -> None:
         judge.model.half().save_pretrained(temporary)
         judge.model.float()
         judge.processor.save_pretrained(temporary)
-        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
+        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window,
+               "local_window": judge.local_window, "dtype": "float32"}
         Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
         Path(temporary, "README.md").write_text(card, "utf-8", "backslashreplace")
         for path in Path(temporary).iterdir():

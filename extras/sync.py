@@ -13,16 +13,18 @@ timing tells them apart. The identity encoder learns in the same way from two pi
 F frames, S pixels per side, N windows or pictures.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import trange
 
 from data import Clip
-from extras.files import write_weights
+from extras.files import reading_weights, write_weights
 from extras.media import SAMPLES_PER_FRAME
 from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork
 
@@ -94,3 +96,12 @@ def save_sync(net: SyncNetwork, folder: str | Path, **more) -> None:
     """Write folder/model.safetensors in half precision, and config.json with `more` in it."""
     write_weights(Path(folder), {name: weight.half() for name, weight in net.state_dict().items()},
                   {"sync": net.config, **more})
+
+
+def load_sync(folder: str | Path) -> SyncNetwork:
+    """Load, frozen, what `save_sync` wrote. Raises: MediaError where there is none, or a broken one."""
+    folder = Path(folder)
+    with reading_weights(folder, "a sync network", "a sync network"):
+        net = SyncNetwork(**json.loads((folder / "config.json").read_text())["sync"])
+        net.load_state_dict(load_file(folder / "model.safetensors"))
+    return net.requires_grad_(False)

@@ -11,8 +11,9 @@ import train
 from data import Clip, Clips, fill_cache, folder_clips, load_clip, write_video
 from extras import footage
 from extras.reward_flags import measuring_sync, reward_sync
+from extras.sync import load_sync
 from extras.talkers import render_talker, synthetic_clips
-from reward import DEFAULT_SYNC, REWARD_SYNC, SyncNetwork, load_sync
+from reward import DEFAULT_SYNC, REWARD_SYNC, SyncNetwork
 from tiny import WHOLE, logged
 
 FRAMES = 640                                         # samples of one

@@ -11,8 +11,9 @@ from extras import measuring, rivals
 from extras.footage import lateness
 from extras.files import MediaError
 from extras.session import go_on
+from extras.sync import load_sync
 from extras.talkers import synthetic_clips
-from reward import DEFAULT_SYNC, Ratings, load_sync
+from reward import DEFAULT_SYNC, Ratings
 from sample import imitate
 from tiny import SHAPE, Bright
 

@@ -10,9 +10,9 @@ from data import Clip
 from extras.files import MediaError
 from extras.reward_flags import reward_sync
 from extras.score import parse_arguments
-from extras.sync import save_sync, sync_loss, train_sync
+from extras.sync import load_sync, save_sync, sync_loss, train_sync
 from extras.talkers import render_talker
-from reward import DEFAULT_SYNC, REWARD_SYNC, WEIGHTS, Exemplars, Reward, SyncNetwork, load_sync
+from reward import DEFAULT_SYNC, REWARD_SYNC, WEIGHTS, Exemplars, Reward, SyncNetwork
 from sample import identity_cosine, sync_metrics
 
 

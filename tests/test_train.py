@@ -17,9 +17,10 @@ import train
 from data import Clip, Clips, log_mel
 from extras.files import MediaError, fitting
 from extras.media import SAMPLES_PER_FRAME
+from extras.sync import load_sync
 from extras.talkers import FAULTS, render_talker
 from model import Generator, load_generator
-from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, load_sync, rate_whole
+from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, rate_whole
 from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, logged, state
 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"

@@ -26,6 +26,7 @@ class OwnJudge:
     """
 
     window = None                                    # frames that it rates at once; None: any number
+    local_window = 16                                # the same where chunks are rated; None: none are
     fingerprint = "own judge, first version"         # ratings are kept under it: change it with the rules
 
     def rate(self, frames: Tensor, audio: Tensor, names: list[str]) -> Ratings:
