@@ -57,13 +57,14 @@ def held_out_score(metrics: dict[str, Tensor]) -> float:
     """Score a checkpoint on watched clips: correlation of the mouth with the true one, less wrong motion.
 
     No reward contains the correlation. Of real clips it counts beyond chance, the correlation with another
-    clip's lips: people begin and end their sentences alike. 10% too much or too little motion, of the mouth
-    or of all, costs 0.01 of it, so that a reward that is being hacked is not kept for its lips. 10% too much
-    of the head costs half as much, and too little nothing: a head sways as it likes.
+    clip's lips: people begin and end their sentences alike. 10% too much or too little motion of the mouth,
+    or too much of all, costs 0.01 of it, so that a reward that is being hacked is not kept for its lips. 10%
+    too much of the head costs half as much. Too little of head or of all costs nothing: a head sways as it
+    likes, and one that trembles would make up for one that rests.
     """
     off = {name: math.log(max(metrics[name].mean().item(), 1e-6))
            for name in ("amplitude", "frame_change", "head")}
-    wrong = 0.1 * abs(off["amplitude"]) + 0.1 * abs(off["frame_change"]) + 0.05 * max(off["head"], 0)
+    wrong = 0.1 * abs(off["amplitude"]) + 0.1 * max(off["frame_change"], 0) + 0.05 * max(off["head"], 0)
     return metrics.get("over_other", metrics["lip_correlation"]).mean().item() - wrong
 
 
