@@ -180,12 +180,13 @@ def load_calibration(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray
 
 def table(rewarded: reward.Reward, columns: dict[str, Scores]) -> str:
     """Write components and totals, means over clips, one column each."""
-    lines = [f"{'':22}" + "".join(f"{name:>14}" for name in columns) + "   weight  range  meaning"]
+    wide = 2 + max(12, *map(len, columns))
+    lines = [f"{'':22}" + "".join(f"{name:>{wide}}" for name in columns) + "   weight  range  meaning"]
     for name, weight in rewarded.weights.items():
-        values = "".join(f"{scores.components[name].nanmean().item():14.4g}" for scores in columns.values())
+        values = "".join(f"{of.components[name].nanmean().item():{wide}.4g}" for of in columns.values())
         own = COMPONENTS.get(name, Component(weight, 0, "", ""))             # a reward of your own has others
         lines.append(f"{name:22}{values}{weight:9.2f}  {own.scale:6} {own.meaning}")
-    totals = "".join(f"{scores.total.nanmean().item():14.3f}" for scores in columns.values())
+    totals = "".join(f"{scores.total.nanmean().item():{wide}.3f}" for scores in columns.values())
     lines.append(f"{'total':22}{totals}           sum of weight * component: more is better")
     if unrated := sum(scores.total.isnan().sum().item() for scores in columns.values()):
         lines.append(f"unrated videos, in no mean of ratings and totals: {unrated}")

@@ -254,8 +254,8 @@ def test_the_stages_end_with_the_same_bits(finished, taste, unmeasured, tmp_path
 # ---------------------------------------------------------------- looks
 
 def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_too_little():
-    """By hand: lip_correlation, of real clips beyond another clip's, less .1 |log amplitude|, and .1 log of all
-    motion and .05 log of the head's where there is too much."""
+    """By hand: lip_correlation, of real clips beyond another clip's, less .1 |log amplitude|, and .1 log of
+    all motion and .05 log of the head's where there is too much."""
     def score(lips, **metrics):
         right = dict(lip_correlation=lips, amplitude=[1.0, 1.0], frame_change=[0.5, 1.5], head=[0.9, 0.5])
         return train.held_out_score({k: torch.tensor(v) for k, v in (right | metrics).items()})
