@@ -568,7 +568,6 @@ class Reward:
             score, mass = rate_frames(*asked, local, local // 2) if local else rate_whole(*asked)
             for name, aspect, values in zip(JUDGED, ASPECTS, score.unbind(-1)):       # (B,); local: (B, F)
                 if knots := self.calibration.get(aspect):
-                    # People's staircase (extras/people.py), made linear: on a step two videos would be alike.
                     values = torch.from_numpy(np.interp(values.cpu(), *knots)).float()
                 if local:
                     chunks[name] = in_chunks(values, frames.shape[1], self.chunk_frames).mean(2)
