@@ -10,7 +10,7 @@
    steps.
 2. A rollout. G videos of one portrait and one speech, a group, are generated chunk by chunk by the same
    `generate()`, cache and all, that serves sampling. Every draw is kept: x, x', log-probability.
-3. A reward. Each video is judged as a whole, and, where a component can say when, chunk by chunk: a draw is
+3. A reward. Each video is scored as a whole and, where a component can say when, chunk by chunk: a draw is
    then credited with its own chunk and, discounted, with the later ones. Sound and lips are a matter of the
    moment, and credit that is not shared with the rest of the video is less noisy.
 4. An advantage: how much better than its group a video is. Each component is a z-score within its group,
