@@ -87,13 +87,6 @@ def to_bytes(frames: Tensor) -> Tensor:
     return (frames.clamp(0, 1) * 255).round().byte()
 
 
-def with_interval(values: Tensor) -> str:
-    """Write the mean of (B,) values ± its 95% confidence interval, a single value without one."""
-    if len(values) == 1:
-        return f"{values.item():.3f}"
-    return f"{values.mean().item():.3f}±{1.96 * values.std().item() / math.sqrt(len(values)):.3f}"
-
-
 # ---- Speech as the generator hears it -----------------------------------------------------------------
 
 @lru_cache(maxsize=None)

@@ -211,7 +211,8 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
 def reward_to_go(reward: Tensor, discount: float) -> Tensor:
     """Give chunk k the mean reward (B, K) of chunks j >= k, each with weight discount^(j - k).
 
-    A draw changes its own chunk most, later ones less and less, earlier ones never.
+    A draw changes its own chunk most, later ones less and less, earlier ones never. (The score of an earlier
+    one may still change, where it is of a window that looks ahead. That is not credited.)
     """
     later = torch.arange(reward.shape[1], device=reward.device)
     weight = (discount ** (later[:, None] - later).clamp_min(0)).tril().to(reward)   # (K later, K now)

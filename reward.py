@@ -8,7 +8,8 @@ What you learn here, in the order of the file:
 2. The regularisers: still background, identity, amount of motion, trembling and chunk seams, each compared
    with what real clips show.
 3. The sync network. It tells the lips of this very moment from those of another. extras/sync.py trains it.
-4. The composite: reward = sum_i weight_i component_i. Each is also scored chunk by chunk.
+4. The composite: reward = sum_i weight_i component_i. Each is also scored chunk by chunk, ratings where the
+   judge has a local window.
 
 extras/reward_flags.py makes all this from the flags of a command. The paper's judge, prompts and weights are
 not public; what is chosen here is said where it is chosen.
@@ -241,27 +242,32 @@ def spans(frames: int, width: int | None, hop: int | None = None) -> list[tuple[
     return [(start, start + width) for start in starts]
 
 
-def rate_frames(judge, frames: Tensor, audio: Tensor, names: Sequence[str], width: int | None,
-                hop: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rate every frame of clips: the mean rating of the spans, see `spans`, that cover it.
-
-    A rating of all of a video says that some of it is good, not what. Spans that share half of their frames
-    with the next one tell moments apart and still show what comes before and after.
-
-    Returns: score (B, F, 3), least mass (B, 3).
-    """
-    parts, samples = spans(frames.shape[1], width, hop), audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
+def rate_spans(judge, frames: Tensor, audio: Tensor, names: Sequence[str], parts: list[tuple[int, int]]):
+    """Rate parts (start, stop) of clips. Returns: score (B, parts, 3), least mass (B, 3), fp32 on the CPU."""
+    samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
     with fitting("the judge", "lower --judge-batch, or --judge-size"):
         ratings = [judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names) for a, b in parts]
-    of = torch.tensor([[float(a <= f < b) for a, b in parts] for f in range(frames.shape[1])])
-    scores = torch.stack([r.score for r in ratings], 1)                              # (B, spans, 3)
-    return of / of.sum(1, keepdim=True) @ scores, torch.stack([r.mass for r in ratings]).amin(0)
+    score, mass = (torch.stack(each, 1).to("cpu", torch.float32)
+                   for each in zip(*((r.score, r.mass) for r in ratings)))
+    return score, mass.amin(1)
 
 
 def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Rate clips as Judge.rate does, long ones in spans. Returns: mean score (B, 3), least mass (B, 3)."""
-    score, mass = rate_frames(judge, frames, audio, names, judge.window)
+    score, mass = rate_spans(judge, frames, audio, names, spans(frames.shape[1], judge.window))
     return score.mean(1), mass
+
+
+def rate_frames(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Rate frames by the spans of `judge.local_window` around them. Returns: (B, F, 3), least mass (B, 3).
+
+    A rating of all of a video says that some of it is good, not what. Spans share half of their frames with
+    the next one: they tell moments apart and still show what comes before and after.
+    """
+    parts = spans(frames.shape[1], judge.local_window, judge.local_window // 2)
+    score, mass = rate_spans(judge, frames, audio, names, parts)
+    of = torch.tensor([[float(a <= f < b) for a, b in parts] for f in range(frames.shape[1])])
+    return of / of.sum(1, keepdim=True) @ score.to(of), mass
 
 
 # ---------------------------------------------------------------- regularisers: what needs no judge
@@ -550,7 +556,7 @@ class Reward:
         """Score clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names.
-                 per_chunk: also return the scores of the chunks, and rate by the judge's local window.
+                 per_chunk: also score the chunks; ratings, and the total, are then means over windows.
         Returns: Scores; NaN where the judge gave no rating.
         Raises:  JudgeError where the judge fails; MediaError, with a name, where another score is no number.
         """
@@ -563,9 +569,8 @@ class Reward:
         components = {name: values.mean(1) for name, values in chunks.items()}                # (B,) each
         mass = None
         if set(JUDGED) & set(self.weights):
-            asked = self.judge, frames, audio, names
-            local = per_chunk and getattr(self.judge, "local_window", None)           # frames, or none
-            score, mass = rate_frames(*asked, local, local // 2) if local else rate_whole(*asked)
+            local = per_chunk and getattr(self.judge, "local_window", None)
+            score, mass = (rate_frames if local else rate_whole)(self.judge, frames, audio, names)
             for name, aspect, values in zip(JUDGED, ASPECTS, score.unbind(-1)):       # (B,); local: (B, F)
                 if knots := self.calibration.get(aspect):
                     values = torch.from_numpy(np.interp(values.cpu(), *knots)).float()

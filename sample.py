@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (LATENCY, Clip, LogMel, hear, load_portrait, pixels, read_speech, sounds, to_bytes,
-                  with_interval, write_video)
+                  write_video)
 from extras.arguments import check_numbers, crop_argument, device_argument, track_argument
 from extras.face import photo_square
 from extras.files import MediaError, one_line
@@ -212,7 +212,6 @@ def frechet(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------- measure
 
 LEAST_TRUE = 0.25                  # of the mean of the true clips, see `relative`
-NEED_NO_TRUTH = "still_psnr", "jerk", "seam_ratio", "sync_confidence", "sync_own", "identity_cosine"
 
 
 def each(measure: Callable[..., Tensor], *batches: Sequence) -> Tensor:
@@ -272,13 +271,6 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
         offsets = sync_metrics(sync, videos, audio)
         values |= {name: offsets[name] for name in ("sync_confidence", "sync_own")}
     return values
-
-
-def summary(metrics: dict[str, Tensor]) -> str:
-    """Write metrics, name -> (B,), as means with 95% intervals; on a second line what needs no truth."""
-    apart = [f"{k} {with_interval(v)}" for k, v in metrics.items() if k in NEED_NO_TRUTH]
-    rest = [f"{k} {with_interval(v)}" for k, v in sorted(metrics.items()) if k not in NEED_NO_TRUTH]
-    return f"  against the truth  {'  '.join(rest)}\n  without it         {'  '.join(apart)}"
 
 
 # ---------------------------------------------------------------- command line

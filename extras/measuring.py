@@ -21,12 +21,12 @@ import grpo
 from data import Clip, pixels, sounds, to_bytes, write_speech
 from extras.files import replacing
 from extras.processes import world
-from extras.report import hardware, paired, write_clips, write_report
+from extras.report import hardware, paired, summary, write_clips, write_report
 from extras.reward_flags import measuring_sync, table
 from extras.session import Log, means, plain_json
 from model import Generator, ode_step
 from reward import Reward
-from sample import evaluate, frechet, imitate, seeded_noise, summary
+from sample import evaluate, frechet, imitate, seeded_noise
 
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 

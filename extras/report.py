@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from data import Clip, pixels, to_bytes, with_interval, write_video
+from data import Clip, pixels, to_bytes, write_video
 from extras.media import SAMPLES_PER_FRAME
 from extras.page import Part, code, curves, heading, picture, table, text, videos, write_page
 
@@ -39,6 +39,7 @@ GROUPS = {  # how independent of the reward a metric is
         "sync_confidence", "sync_own", "mouth_distance", "identity_cosine"),
     "resembled by a part of the reward": (
         "amplitude", "head", "frame_change", "jerk_ratio", "jerk", "seam_ratio", "still_psnr")}
+NEED_NO_TRUTH = "still_psnr", "jerk", "seam_ratio", "sync_confidence", "sync_own", "identity_cosine"
 ASPECTS = "lip-sync", "expressiveness", "motion"     # of the judge's ratings
 SHOWN = 4                                            # held-out clips that play in the report
 PANEL = 192                                          # pixels per side of a face in them
@@ -53,6 +54,20 @@ def hardware(device: str, processes: int) -> str:
         name = found[1]
     each = f" in each of {processes} processes" if processes > 1 else ""
     return f"{name}, {torch.get_num_threads()} CPU threads{each}"
+
+
+def with_interval(values: Tensor) -> str:
+    """Write the mean of (B,) values ± its 95% confidence interval, a single value without one."""
+    if len(values) == 1:
+        return f"{values.item():.3f}"
+    return f"{values.mean().item():.3f}±{1.96 * values.std().item() / math.sqrt(len(values)):.3f}"
+
+
+def summary(metrics: dict[str, Tensor]) -> str:
+    """Write metrics, name -> (B,), as means with 95% intervals; on a second line what needs no truth."""
+    apart = [f"{k} {with_interval(v)}" for k, v in metrics.items() if k in NEED_NO_TRUTH]
+    rest = [f"{k} {with_interval(v)}" for k, v in sorted(metrics.items()) if k not in NEED_NO_TRUTH]
+    return f"  against the truth  {'  '.join(rest)}\n  without it         {'  '.join(apart)}"
 
 
 def paired(made: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

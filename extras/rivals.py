@@ -31,12 +31,12 @@ from extras.flags import parse_arguments
 from extras.footage import lateness
 from extras.measuring import loaded, mouth_distance
 from extras.media import SAMPLES_PER_FRAME
-from extras.report import CURATED, PRETRAINED
+from extras.report import CURATED, PRETRAINED, summary
 from extras.reward_flags import make_judge, measuring_sync, reward_sync
 from extras.session import Log, plain_json
 from model import load_generator
 from reward import rate_whole
-from sample import evaluate, imitate, seeded_noise, seeded_rng, summary
+from sample import evaluate, imitate, seeded_noise, seeded_rng
 
 BEST_OF = 4, 16
 PROMPTS, SAMPLES = 32, 4           # of a round of rejection sampling,

@@ -248,7 +248,7 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
 
 
 def save_judge(judge: Judge, folder: Path, card: str) -> None:
-    """Write the judge as transformers does; beside it judge.json (rubric, pixels, window, dtype: what counts
+    """Write the judge as transformers does; beside it judge.json (rubric, pixels, windows, dtype: what counts
     are differences that bf16 would round away) and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -371,6 +371,7 @@ def train_judge(args: argparse.Namespace) -> None:
     good, unseen = good_material(clips), good_material(held_out)         # what is too short is told now
     generated = generated_material(args.generator, clips, args.seed) if args.generator else None
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
+    judge.local_window = LESSON_FRAMES[0]                                # it learns to rate so few frames
     teach(judge, good, generated, args.steps, args.tower_steps, seed=args.seed)
     table = "| aspect | Spearman | pairs of one clip ranked right |\n|---|---|---|"
     for aspect, cells in exam(judge, unseen, EXAM_CLIPS).items():

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from extras.files import MediaError, first_line, replacing, writing
 from extras.flags import flags
 from extras.processes import all_gather, rank, world
+from extras.report import summary
 from model import save_generator
 from reward import JudgeError
-from sample import summary
 
 SAVE_MINUTES = 2.0                 # between checkpoints
 CHECKPOINTS = {"pretraining": "state.pt", "curation": "curate.pt", "post-training": "post.pt"}

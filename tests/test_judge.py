@@ -133,7 +133,8 @@ def test_what_is_no_judge_is_named_in_one_line(tmp_path):
 def test_the_embedded_judge_rates_drawn_talkers_only_and_a_named_one_whatever_there_is(capsys):
     """With --data and no --judge there is no judge, and one line says how to have one."""
     flags = ["v.mp4", "--device", "cpu"]
-    assert make_judge(score.parse_arguments(flags)).window == 48
+    embedded = make_judge(score.parse_arguments(flags))
+    assert (embedded.window, embedded.local_window) == (48, 16)
     assert make_judge(score.parse_arguments([*flags, "--judge", "none"])) is None
     assert capsys.readouterr().err == ""
     assert make_judge(score.parse_arguments([*flags, "--data", "my clips"])) is None

@@ -1,4 +1,4 @@
-"""A judge of your own: anything with `window`, `fingerprint` and `rate`.
+"""A judge of your own: anything with `window`, `fingerprint` and `rate`; `local_window` may be left out.
 
     python -m extras.examples.own_judge --out runs/own-judge      with the flags of train.py, --resume too
     python -m extras.examples.own_judge validate                  as python -m extras.school does
