@@ -10,7 +10,7 @@
    steps.
 2. A rollout. G videos of one portrait and one speech, a group, are generated chunk by chunk by the same
    `generate()`, cache and all, that serves sampling. Every draw is kept: x, x', log-probability.
-3. A reward. Each video is scored as a whole and, where a component can say when, chunk by chunk: a draw is
+3. A reward. Each video is judged as a whole, and, where a component can say when, chunk by chunk: a draw is
    then credited with its own chunk and, discounted, with the later ones. Sound and lips are a matter of the
    moment, and credit that is not shared with the rest of the video is less noisy.
 4. An advantage: how much better than its group a video is. Each component is a z-score within its group,
@@ -211,8 +211,7 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
 def reward_to_go(reward: Tensor, discount: float) -> Tensor:
     """Give chunk k the mean reward (B, K) of chunks j >= k, each with weight discount^(j - k).
 
-    A draw changes its own chunk most, later ones less and less, earlier ones never. (The score of an earlier
-    one may still change, where it is of a window that looks ahead. That is not credited.)
+    A draw changes its own chunk most, later ones less and less, earlier ones never.
     """
     later = torch.arange(reward.shape[1], device=reward.device)
     weight = (discount ** (later[:, None] - later).clamp_min(0)).tril().to(reward)   # (K later, K now)

@@ -8,8 +8,7 @@ What you learn here, in the order of the file:
 2. The regularisers: still background, identity, amount of motion, trembling and chunk seams, each compared
    with what real clips show.
 3. The sync network. It tells the lips of this very moment from those of another. extras/sync.py trains it.
-4. The composite: reward = sum_i weight_i component_i. Each is also scored chunk by chunk, ratings where the
-   judge has a local window.
+4. The composite: reward = sum_i weight_i component_i. All but the ratings are also scored chunk by chunk.
 
 extras/reward_flags.py makes all this from the flags of a command. The paper's judge, prompts and weights are
 not public; what is chosen here is said where it is chosen.
@@ -131,15 +130,13 @@ class Judge:
     Args:    model, processor: a thinker of transformers and its processor; rubric: the wording, as RUBRIC.
              side: pixels per side at which a frame is shown, None for the processor's own choice.
              window: frames that are judged at once, None for any number; rate_whole cuts longer videos.
-             local_window: the same where each chunk is rated; None: only whole videos are.
              batch: clips at once.    offload: keep the model on the CPU between two uses.
     """
 
     def __init__(self, model: nn.Module, processor, rubric: dict = RUBRIC, side: int | None = None,
-                 window: int | None = None, local_window: int | None = None, batch: int = 8,
-                 device: str = "cpu", offload: bool = False):
-        self.model, self.processor, self.rubric, self.side = model, processor, rubric, side
-        self.window, self.local_window, self.batch = window, local_window, batch
+                 window: int | None = None, batch: int = 8, device: str = "cpu", offload: bool = False):
+        self.model, self.processor, self.rubric = model, processor, rubric
+        self.side, self.window, self.batch = side, window, batch
         self.device, self.offload = device, offload
         self.digits = [processor.tokenizer.encode(d, add_special_tokens=False)[-1] for d in "12345"]
         # Only the next token counts. Without this, 3000 tokens would give 3000 rows of 150,000 logits.
@@ -232,42 +229,31 @@ class Judge:
         return drop_unrated(expected_rating(torch.cat(p)), names)
 
 
-def spans(frames: int, width: int | None, hop: int | None = None) -> list[tuple[int, int]]:
-    """Cover a video by spans (start, stop) of `width` frames, as few and as even as can be, that begin at
-    most `hop` (the width) after one another."""
+def spans(frames: int, width: int | None) -> list[tuple[int, int]]:
+    """Cover a video by spans (start, stop) of `width` frames, as few and as even as can be."""
     if width is None or frames <= width:
         return [(0, frames)]
-    gaps = math.ceil((frames - width) / (hop or width))
+    gaps = math.ceil((frames - width) / width)
     starts = [round(i * (frames - width) / gaps) for i in range(gaps + 1)]
     return [(start, start + width) for start in starts]
 
 
-def rate_spans(judge, frames: Tensor, audio: Tensor, names: Sequence[str], parts: list[tuple[int, int]]):
-    """Rate parts (start, stop) of clips. Returns: score (B, parts, 3), least mass (B, 3), fp32 on the CPU."""
-    samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
-    with fitting("the judge", "lower --judge-batch, or --judge-size"):
-        ratings = [judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names) for a, b in parts]
-    score, mass = (torch.stack(each, 1).to("cpu", torch.float32)
-                   for each in zip(*((r.score, r.mass) for r in ratings)))
-    return score, mass.amin(1)
-
-
 def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Rate clips as Judge.rate does, long ones in spans. Returns: mean score (B, 3), least mass (B, 3)."""
-    score, mass = rate_spans(judge, frames, audio, names, spans(frames.shape[1], judge.window))
-    return score.mean(1), mass
+    samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
+    with fitting("the judge", "lower --judge-batch, or --judge-size"):
+        ratings = [judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names)
+                   for a, b in spans(frames.shape[1], judge.window)]
+    return torch.stack([r.score for r in ratings]).mean(0), torch.stack([r.mass for r in ratings]).amin(0)
 
 
-def rate_frames(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Rate frames by the spans of `judge.local_window` around them. Returns: (B, F, 3), least mass (B, 3).
+def calibrate(scores: Tensor, knots: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+    """Map scores to people's scale, linearly between the centres of the steps that extras/people.py fitted.
 
-    A rating of all of a video says that some of it is good, not what. Spans share half of their frames with
-    the next one: they tell moments apart and still show what comes before and after.
+    The fit itself is a staircase: on a step two videos would earn the same reward and GRPO would learn
+    nothing. Between centres every improvement counts. Beyond the outermost, the scale ends.
     """
-    parts = spans(frames.shape[1], judge.local_window, judge.local_window // 2)
-    score, mass = rate_spans(judge, frames, audio, names, parts)
-    of = torch.tensor([[float(a <= f < b) for a, b in parts] for f in range(frames.shape[1])])
-    return of / of.sum(1, keepdim=True) @ score.to(of), mass
+    return torch.as_tensor(np.interp(scores.cpu(), *knots), dtype=scores.dtype, device=scores.device)
 
 
 # ---------------------------------------------------------------- regularisers: what needs no judge
@@ -528,17 +514,16 @@ class Scores:
 
     total: Tensor                                    # (B,) sum of weight * component
     components: dict[str, Tensor]                    # name -> (B,)
-    per_chunk: dict[str, Tensor]                     # name -> (B, K), if asked for, of what rates chunks
+    per_chunk: dict[str, Tensor]                     # name -> (B, K), of all but ratings, if asked for
     mass: Tensor | None = None                       # (B, 3) of the judge's answers
 
 
 class Reward:
     """The composite reward: a judge's ratings and the regularisers, each named, and their weighted sum.
 
-    Args:    judge: anything with `rate(frames, audio, names)` and `window`, which rates chunks where it has a
-             `local_window`, too; None: ratings are left out.
+    Args:    judge: anything with `rate(frames, audio, names)` and `window`; None: ratings are left out.
              exemplars: what good clips show; weights: name -> weight, where not that of COMPONENTS.
-             calibration: aspect -> ratings, and what people mean by them; sync: the reward's SyncNetwork.
+             calibration: aspect -> knots of `calibrate`; sync: the reward's SyncNetwork; None: none.
     """
 
     def __init__(self, judge, exemplars: Exemplars, weights: dict[str, float] | None = None,
@@ -556,7 +541,7 @@ class Reward:
         """Score clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names.
-                 per_chunk: also score the chunks; ratings, and the total, are then means over windows.
+                 per_chunk: also return the scores of the chunks. A rating has none: it is of the whole.
         Returns: Scores; NaN where the judge gave no rating.
         Raises:  JudgeError where the judge fails; MediaError, with a name, where another score is no number.
         """
@@ -569,14 +554,10 @@ class Reward:
         components = {name: values.mean(1) for name, values in chunks.items()}                # (B,) each
         mass = None
         if set(JUDGED) & set(self.weights):
-            local = per_chunk and getattr(self.judge, "local_window", None)
-            score, mass = (rate_frames if local else rate_whole)(self.judge, frames, audio, names)
-            for name, aspect, values in zip(JUDGED, ASPECTS, score.unbind(-1)):       # (B,); local: (B, F)
-                if knots := self.calibration.get(aspect):
-                    values = torch.from_numpy(np.interp(values.cpu(), *knots)).float()
-                if local:
-                    chunks[name] = in_chunks(values, frames.shape[1], self.chunk_frames).mean(2)
-                components[name] = chunks[name].mean(1) if local else values
+            score, mass = rate_whole(self.judge, frames, audio, names)                        # (B, 3) each
+            for aspect, values in zip(ASPECTS, score.T):
+                knots = self.calibration.get(aspect)
+                components[f"judge_{aspect}"] = calibrate(values, knots) if knots else values
         components = {name: components[name] for name in self.weights if name in components}
         for name, values in components.items():
             if name not in JUDGED and not values.isfinite().all():

@@ -119,9 +119,6 @@ def rater_ceiling(ratings: Sequence[Sequence[float]]) -> float:
 def isotonic(x, y) -> tuple[np.ndarray, np.ndarray]:
     """Fit the non-decreasing function with the least squared error, a staircase of blocks.
 
-    On a step two videos would earn the same reward, and GRPO would learn nothing. So a reward is linear
-    between the blocks' centres; beyond the outermost the scale ends.
-
     Args: x, y (n,). Returns: the blocks' mean x and mean y (K,), both strictly increasing.
     """
     x, place, count = np.unique(x, return_inverse=True, return_counts=True)     # equal x must get equal y

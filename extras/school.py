@@ -63,7 +63,7 @@ def tiny_judge(seed: int = 0) -> Judge:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = type(shipped.model)(shipped.model.config)
-    return Judge(model, shipped.processor, shipped.rubric, shipped.side, shipped.window, shipped.local_window)
+    return Judge(model, shipped.processor, shipped.rubric, shipped.side, shipped.window)
 
 
 def within_groups(error: Tensor, of: int) -> Tensor:
@@ -248,15 +248,14 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
 
 
 def save_judge(judge: Judge, folder: Path, card: str) -> None:
-    """Write the judge as transformers does; beside it judge.json (rubric, pixels, windows, dtype: what counts
+    """Write the judge as transformers does; beside it judge.json (rubric, pixels, window, dtype: what counts
     are differences that bf16 would round away) and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         judge.model.half().save_pretrained(temporary)
         judge.model.float()
         judge.processor.save_pretrained(temporary)
-        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window,
-               "local_window": judge.local_window, "dtype": "float32"}
+        own = {"rubric": judge.rubric, "side": judge.side, "window": judge.window, "dtype": "float32"}
         Path(temporary, "judge.json").write_text(json.dumps(own, indent=1) + "\n")
         Path(temporary, "README.md").write_text(card, "utf-8", "backslashreplace")
         for path in Path(temporary).iterdir():
@@ -371,7 +370,6 @@ def train_judge(args: argparse.Namespace) -> None:
     good, unseen = good_material(clips), good_material(held_out)         # what is too short is told now
     generated = generated_material(args.generator, clips, args.seed) if args.generator else None
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
-    judge.local_window = LESSON_FRAMES[0]                                # it learns to rate so few frames
     teach(judge, good, generated, args.steps, args.tower_steps, seed=args.seed)
     table = "| aspect | Spearman | pairs of one clip ranked right |\n|---|---|---|"
     for aspect, cells in exam(judge, unseen, EXAM_CLIPS).items():

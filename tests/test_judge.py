@@ -133,8 +133,7 @@ def test_what_is_no_judge_is_named_in_one_line(tmp_path):
 def test_the_embedded_judge_rates_drawn_talkers_only_and_a_named_one_whatever_there_is(capsys):
     """With --data and no --judge there is no judge, and one line says how to have one."""
     flags = ["v.mp4", "--device", "cpu"]
-    embedded = make_judge(score.parse_arguments(flags))
-    assert (embedded.window, embedded.local_window) == (48, 16)
+    assert make_judge(score.parse_arguments(flags)).window == 48
     assert make_judge(score.parse_arguments([*flags, "--judge", "none"])) is None
     assert capsys.readouterr().err == ""
     assert make_judge(score.parse_arguments([*flags, "--data", "my clips"])) is None
@@ -280,30 +279,6 @@ def test_long_videos_are_judged_in_windows_and_earn_their_mean_by_the_calibratio
     assert plain["judge_motion"].item() == pytest.approx(3)
     assert mapped["judge_motion"].item() == pytest.approx(2.25)
     assert mapped["judge_lip_sync"].item() == pytest.approx(3)
-
-
-def test_a_judge_with_a_local_window_rates_chunks_by_the_windows_around_their_frames(exemplars):
-    """Of 30 frames, each brighter than the last, by a loop over windows of 8 that begin where is said here.
-    Asked for whole videos it rates as it did before; unrated in one window, a video is unrated."""
-    judge, starts = Bright(), (0, 4, 7, 11, 15, 18, 22)
-    frames = (torch.arange(30.0) / 30).square().view(1, 30, 1, 1, 1).repeat(2, 1, 3, 64, 64)
-    asked = frames, torch.zeros(2, 30 * 640), frames[:, 0], "ab"
-    rate = Reward(judge, exemplars, calibration={"motion": ([1.0, 5.0], [2.0, 2.5])})
-    whole = rate(*asked, per_chunk=True)
-    assert not set(whole.per_chunk) & set(JUDGED)
-    judge.local_window = 8
-    assert rate(*asked).components["judge_motion"].tolist() == whole.components["judge_motion"].tolist()
-    scores = rate(*asked, per_chunk=True)
-    said = [1 + 4 * sum((f / 30) ** 2 for f in range(s, s + 8)) / 8 for s in starts]
-    around = [[r for s, r in zip(starts, said) if s <= f < s + 8] for f in range(30)]
-    by_frame = [sum(some) / len(some) for some in (*around, around[-1], around[-1])]  # the last is filled up
-    chunks = torch.tensor(by_frame).view(8, 4).mean(1).expand(2, 8)
-    torch.testing.assert_close(scores.per_chunk["judge_lip_sync"], chunks)
-    torch.testing.assert_close(scores.components["judge_lip_sync"], chunks.mean(1))
-    torch.testing.assert_close(scores.per_chunk["judge_motion"], 2 + (chunks - 1) / 8)
-    judge.rate = lambda frames, audio, names, of=judge.rate: of(
-        frames, audio, names) if frames[0, 0, 0, 0, 0] < 0.5 else Bright([1]).rate(frames, audio, names)
-    assert rate(*asked, per_chunk=True).components["judge_lip_sync"].isnan().tolist() == [False, True]
 
 
 def test_what_is_not_a_number_names_the_clip_but_a_rating_may_be_missing(exemplars, batch):

@@ -1,4 +1,4 @@
-"""A judge of your own: anything with `window`, `fingerprint` and `rate`; `local_window` may be left out.
+"""A judge of your own: anything with `window`, `fingerprint` and `rate`.
 
     python -m extras.examples.own_judge --out runs/own-judge      with the flags of train.py, --resume too
     python -m extras.examples.own_judge validate                  as python -m extras.school does
@@ -26,7 +26,6 @@ class OwnJudge:
     """
 
     window = None                                    # frames that it rates at once; None: any number
-    local_window = 16                                # the same where chunks are rated; None: none are
     fingerprint = "own judge, first version"         # ratings are kept under it: change it with the rules
 
     def rate(self, frames: Tensor, audio: Tensor, names: list[str]) -> Ratings:
