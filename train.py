@@ -258,6 +258,10 @@ def draw_batch(data: Latents, args: argparse.Namespace, step: int) -> tuple[Tens
     # Noise on the past, from none to as much as there is signal: generation's own past is never perfect, and
     # a trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
     slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, **draw)
+    # Each head moves half as another clip's: a hundred ways of swaying would be learned by heart, and all
+    # videos of one speech be alike. The pose comes last; of two independent ones the variance stays.
+    others = data.clean[torch.randint(len(data), (args.batch,), **draw).cpu(), :, -1].to(device)
+    clean[:, :, -1] = (clean[:, :, -1] + others) / math.sqrt(2)
     context = clean + slip * torch.randn(clean.shape, **draw)
     portrait, mel = data.portrait[rows].to(device) / 255, data.mel[rows].to(device)
     return tuple(x[shard()] for x in (portrait, mel, clean[:, None], context, noise, sigma, heard))

@@ -67,6 +67,23 @@ def test_seed_and_step_draw_the_batch_a_tenth_of_it_without_sound():
     assert not torch.equal(drawn(0, 3), drawn(1, 3)) and not torch.equal(drawn(0, 3), drawn(0, 4))
 
 
+def test_a_head_moves_half_as_that_of_another_clip_and_a_face_as_its_own():
+    """Where pose i is the unit vector e_i, a mixed one is (e_own + e_other) / sqrt(2), with any other clip,
+    and all have the variance of unmixed ones, 1/5 * 4/5 a channel."""
+    data, args = random_latents(), train.parse_arguments([*TINY, "--batch", "1000"])
+    data.clean[:, :, -1] = torch.eye(5, 8)[:, None]
+    faces = data.clean[:, :, :-1].clone()
+    clean = train.draw_batch(data, args, step=0)[2][:, 0]                            # (B, K, N, C)
+    own = (clean[:, None, :, :-1] == faces).flatten(2).all(2).long().argmax(1)
+    assert torch.equal(clean[:, :, :-1], faces[own]) and own.unique().tolist() == [0, 1, 2, 3, 4]
+    other = clean[:, :, -1] * math.sqrt(2) - torch.eye(5, 8)[own][:, None]
+    which = other.argmax(-1)
+    torch.testing.assert_close(other, torch.eye(5, 8)[which])
+    assert (which == which[:, :1]).all()                                             # one path, all along
+    assert torch.bincount(5 * own + which[:, 0]).min() > 20
+    assert clean[:, 0, -1, :5].var(0).tolist() == pytest.approx([0.16] * 5, abs=0.02)
+
+
 def test_the_average_forgets_slowly_and_at_first_fast():
     """After 90 steps its decay is 90 / 100 at most: of zeros and ones .1, and with a decay of .5 then .55."""
     args = train.parse_arguments(TINY)
