@@ -225,6 +225,15 @@ def relative(made: Tensor, true: Tensor) -> Tensor:
     return made / true.clamp_min(LEAST_TRUE * true.mean()).clamp_min(1e-6)
 
 
+def head_spread(videos: Tensor, others: Tensor, truths: Tensor) -> Tensor:
+    """Compare how far the heads of two takes (B, F, 3, S, S) of each clip are apart with how far they are from
+    the true one: 1 where the truth could be a third take, 0 where all takes are one (the ratio of spread and
+    skill of ensemble forecasts, Fortin et al. 2014). Returns: (B,)."""
+    one, other, true = (each(head_pose, some)[..., [0, 3]] for some in (videos, others, truths))
+    apart, off, also = ((a - b).norm(dim=-1).mean(1) for a, b in ((one, other), (one, true), (other, true)))
+    return apart / (off + also).mean().div(2).clamp_min(1e-6)
+
+
 def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
              sync: SyncNetwork | None = None) -> dict[str, Tensor]:
     """Measure videos (B, F, 3, S, S) in [0, 1] against their true clips by the held-out metrics.

@@ -350,10 +350,7 @@ class Stage:
 
 
 class FlowMatching(Stage):
-    """Learning by flow matching, on all clips or on the curated ones.
-
-    Args: first: where its random numbers begin.
-    """
+    """Learning by flow matching, on all clips or the curated ones. first: where its random numbers begin."""
 
     def __init__(self, name: str, data: Latents, args: argparse.Namespace, total: int = 0,
                  budget: float = 0.0, first: int = 0):

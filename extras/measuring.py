@@ -26,7 +26,7 @@ from extras.reward_flags import measuring_sync, table
 from extras.session import Log, means, plain_json
 from model import Generator, ode_step
 from reward import Reward
-from sample import evaluate, frechet, imitate, seeded_noise
+from sample import evaluate, frechet, head_spread, imitate, seeded_noise
 
 HELD_OUT_SEED = 1_000_000          # talkers with another seed: other identities, other speech
 
@@ -117,9 +117,12 @@ def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argpars
     for sampler in ("ode", args.sampler) if len(arms) > 1 else ("ode",):
         made = {}
         for name, weights in arms.items():
-            made[name], videos = validate(loaded(weights, args), clips, args, noisy=sampler != "ode")
+            model = loaded(weights, args)
+            made[name], videos = validate(model, clips, args, noisy=sampler != "ode")
             if sampler == "ode":
                 shown[name] = videos
+                others = imitate(model, clips, args.frames, args.sampling_steps, seed=args.seed + 1)
+                made[name]["head_spread"] = head_spread(videos, others, pixels(clips, args.frames))
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")
             together = mouth_distance(videos, clips, args)

@@ -34,7 +34,7 @@ ENDS = {  # what a line of the log without a stage of training ends
 GROUPS = {  # how independent of the reward a metric is
     "no part of the reward contains or resembles them": (
         "lip_correlation", "late_correlation", "other_correlation", "over_late", "over_other", "offset",
-        "mouth_psnr", "psnr"),
+        "mouth_psnr", "psnr", "head_spread"),
     "measured by another network of the same make as the reward's": (
         "sync_confidence", "sync_own", "mouth_distance", "identity_cosine"),
     "resembled by a part of the reward": (

@@ -16,7 +16,7 @@ from extras.mouths import mouth_axis, mouth_boxes, mouth_opening_from_pixels
 from extras.talkers import LIP_LEAD, render_talker
 from model import estimate_pose, warp
 from reward import COMPONENTS
-from sample import (correlation, evaluate, frechet, head_motion, jerk, frame_change, psnr, seam_ratio,
+from sample import (correlation, evaluate, frechet, head_motion, head_spread, jerk, frame_change, psnr, seam_ratio,
                     shifted_correlation, still_psnr, sync_metrics, lip_offset)
 
 
@@ -152,6 +152,19 @@ def test_the_truth_measures_as_the_truth_and_each_fault_shows_in_its_own_metric(
     scale = torch.stack([head_motion(estimate_pose(video[None])[0]) for video in true]).mean()
     head = evaluate(swung, few, 4)["head"] * scale
     torch.testing.assert_close(head, pose[:, 0].std().expand(4), rtol=0.1, atol=0)
+
+
+def test_heads_are_spread_as_far_as_they_are_wrong_where_the_truth_could_be_another_take():
+    """Heads that were moved by hand, by a, b and c pixels: |a - b| over the mean of |a - c| and |b - c|."""
+    def moved(*pixels):
+        pose = torch.zeros(6, 6)
+        pose[1:, 0] = torch.tensor(pixels) * 2 / 64
+        return warp(portrait[None].repeat(6, 1, 1, 1), pose)[None]
+    portrait = render_talker(3, 5, 64, 1).frames[0] / 255
+    one, other, true = moved(0, 0, 1, 1, 0), moved(2, 1, 2, 0, 1), moved(0, 2, 0, 1, 2)
+    apart, off = 2 + 1 + 1 + 1 + 1, (0 + 2 + 1 + 0 + 2 + 2 + 1 + 2 + 1 + 1) / 2
+    assert head_spread(one, other, true).item() == pytest.approx(apart / off, abs=0.05)
+    assert head_spread(one, one, true).item() == 0 and head_spread(one, other, other).item() == pytest.approx(2)
 
 
 # ---------------------------------------------------------------- the metrics of a sync network
