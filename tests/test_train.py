@@ -228,7 +228,7 @@ class Garbled(Clips):
 
 @pytest.mark.parametrize("way", ["with garbled faults", "from the pretrained run"])
 def test_the_stages_end_with_the_same_bits(finished, taste, unmeasured, tmp_path, monkeypatch, way):
-    """Nothing that trains, judges or picks reads what was done to a clip; and --pretrained repeats the rest."""
+    """Nothing that trains, judges or picks reads what was done to a clip; --pretrained repeats the rest."""
     flags, load = ["--pretrained", str(finished), *POST], train.load_clips
     if way == "with garbled faults":
         flags = [*WHOLE]
