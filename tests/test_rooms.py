@@ -22,52 +22,31 @@ ON_DEMAND = {
 }
 
 
-@cache
-def files() -> dict[str, list[Path]]:
-    """Room -> its files. The kernels are one room, their benchmark another."""
-    rooms: dict[str, list[Path]] = {}
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("kernels/*.py")]):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if name != "extras.__init__":
-            rooms.setdefault(room_of(name), []).append(path)
-    return rooms
-
-
 def room_of(name: str) -> str:
     """The room of a module: kernels.attention belongs to kernels, torch.nn to none of ours."""
-    if name.startswith("kernels") and name != "kernels.bench":
-        return "kernels"
-    return name
+    return "kernels" if name.startswith("kernels") and name != "kernels.bench" else name
 
 
 @cache
-def imports(path: Path) -> list[tuple[str | None, str]]:
-    """(function or None at the top, module) for each import in a file."""
-    found = []
-
-    def visit(node: ast.AST, function: str | None) -> None:
-        if isinstance(node, ast.FunctionDef) and function is None:
-            function = node.name
-        if isinstance(node, ast.Import):
-            found.extend((function, alias.name) for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            package = node.module == "extras"                   # from extras import people
-            found.extend((function, f"extras.{alias.name}" if package else node.module)
-                         for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child, function)
-    visit(ast.parse(path.read_text()), None)
-    return found
-
-
 def arrows() -> list[tuple[str, str | None, str]]:
     """(room, function or None at the top, room of ours that it imports) for each import."""
-    return [(room, function, room_of(module)) for room, paths in files().items() for path in paths
-            for function, module in imports(path) if room_of(module) in {*ORDER} - {room}]
+    found = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("kernels/*.py")]:
+        room = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for node in ast.parse(path.read_text()).body:
+            for part in ast.walk(node):
+                modules = []
+                if isinstance(part, ast.ImportFrom) and part.module != "extras":
+                    modules = [part.module]
+                elif isinstance(part, ast.Import | ast.ImportFrom):                # from extras import people
+                    package = "extras." if isinstance(part, ast.ImportFrom) else ""
+                    modules = [package + alias.name for alias in part.names]
+                found += [(room, getattr(node, "name", None), room_of(module)) for module in modules]
+    return [(room, function, to) for room, function, to in found if to in ORDER and to != room]
 
 
 def test_a_room_imports_those_before_it_and_in_functions_what_is_named():
-    assert sorted(files()) == sorted(ORDER)
+    assert {room for room, *_ in arrows()} <= {*ORDER}
     for room, function, imported in arrows():
         if function:
             assert imported in ON_DEMAND.get((room, function), set()), f"{room}.{function} imports {imported}"
