@@ -58,10 +58,10 @@ def make_video(path: Path, *extra, fps: str = "25", seconds: float = 3, sound: s
 def mixed(path: Path, *sounds: str, merge: bool) -> Path:
     """A file with each of the sounds, as channels of one track or as tracks."""
     n = len(sounds)
-    channels = f"{''.join(f'[{i}]' for i in range(n))}join=inputs={n}:channel_layout={n}c"
+    inputs = [word for sound in sounds for word in ("-f", "lavfi", "-i", sound)]
+    channels = ["-filter_complex", f"join=inputs={n}:channel_layout={n}c"]
     tracks = [word for i in range(n) for word in ("-map", f"{i}:a")]
-    ffmpeg(*[word for sound in sounds for word in ("-f", "lavfi", "-i", sound)],
-           *(["-filter_complex", channels] if merge else tracks), "-c:a", "pcm_s16le", path)
+    ffmpeg(*inputs, *(channels if merge else tracks), "-c:a", "pcm_s16le", path)
     return path
 
 
@@ -74,56 +74,33 @@ def pixels(path: Path) -> np.ndarray:
 
 # ---- What cannot be used ------------------------------------------------------------------------------
 
-def clip(path: Path) -> data.Clip:
-    return data.load_clip(path, 32)
-
-
-def picture(path: Path) -> torch.Tensor:
-    return data.load_portrait(path, 64)
-
-
-def blank(*size: int, mode: str = "RGB"):
-    return lambda path: Image.new(mode, size).save(path)
-
-
-def cut(path: Path) -> None:
-    """Save the first two thirds of a file that was whole."""
-    make_video(path) if path.suffix == ".mp4" else Image.fromarray(colours()).save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-
-
+picture, clip = partial(data.load_portrait, size=64), partial(data.load_clip, size=32)
 decode = partial(data.folder_clips, size=16)
+INPUT = ["-f", "lavfi", "-i"]
 
 
-def texts(path: Path) -> None:
-    path.mkdir()
-    (path / "text.mp4").write_text("not a video\n")
-
-
-def sound(*arguments):
-    return lambda path: ffmpeg("-f", "lavfi", "-i", *arguments, path)
-
-
-@pytest.mark.parametrize("load, name, make, words", [
-    (picture, "8px.png", blank(8, 8), "too few"), (picture, "strip.png", blank(40, 900), "strip"),
-    (picture, "200_megapixels.png", blank(20000, 10000, mode="1"), "20000x10000 are too many"),
-    (picture, "cut.png", cut, "truncated"), (picture, "text.png", b"hello", "not a picture"),
+@pytest.mark.parametrize("load, name, made_of, words", [
+    (picture, "8px.png", (8, 8), "too few"), (picture, "strip.png", (40, 900), "strip"),
+    (picture, "200_megapixels.png", (20000, 10000), "20000x10000 are too many"),
+    (picture, "text.png", b"hello", "not a picture"),
     (picture, "phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC; export it"),
-    (data.load_speech, "silence.wav", sound(SILENCE), "is silent"),
-    (data.load_speech, "10ms.wav", sound(SPEECH, "-t", 0.01), "10 ms"),
-    (data.load_speech, "no_audio.mp4", lambda path: ffmpeg(*clock(), path), "no audio track"),
+    (data.load_speech, "silence.wav", [*INPUT, SILENCE], "is silent"),
+    (data.load_speech, "10ms.wav", [*INPUT, SPEECH, "-t", 0.01], "10 ms"),
+    (data.load_speech, "no_audio.mp4", clock(), "no audio track"),
     (data.load_speech, "riff.wav", b"RIFF", "not audio or video"),
     (data.load_speech, "empty.wav", b"", "is empty"),
     (data.load_speech, "missing.wav", None, "does not exist"),
-    (clip, "cut.mp4", cut, "is cut off"), (clip, "sound.mp4", sound(SPEECH), "no video track"),
-    (clip, "short.mp4", partial(make_video, seconds=0.2), "a clip needs 25"),
-    (decode, "nowhere", None, "is not there"), (decode, "texts", texts, "none of its 1 videos")])
-def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, name, make, words):
+    (clip, "sound.mp4", [*INPUT, SPEECH], "no video track"),
+    (clip, "short.mp4", [*clock(seconds=0.2), *INPUT, SPEECH, "-t", 0.2], "a clip needs 25"),
+    (decode, "nowhere", None, "is not there"), (decode, "text.mp4", b"hello", "is not audio or video")])
+def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, name, made_of, words):
     path = tmp_path / name
-    if isinstance(make, bytes):
-        path.write_bytes(make)
-    elif make:
-        make(path)
+    if isinstance(made_of, bytes):
+        path.write_bytes(made_of)
+    elif isinstance(made_of, tuple):
+        Image.new("1", made_of).save(path)
+    elif made_of:
+        ffmpeg(*made_of, path)
     with pytest.raises(data.MediaError) as caught:
         load(path)
     message = str(caught.value)
@@ -147,14 +124,12 @@ def test_frame_f_shows_the_time_f_over_25_whatever_the_file_s_rate(tmp_path, nam
     assert error.abs().max() < frame + 0.01 and error.mean().abs() < frame / 2
 
 
-@pytest.mark.parametrize("trim, frames, silent", [("start=1", 50, slice(0, 15500)),
-                                                  ("end=1.88", 50, slice(-640, None)),
-                                                  ("end=1.6", 40, slice(0))])
+@pytest.mark.parametrize("trim, frames, silent", [
+    ("start=1", 50, slice(0, 15500)), ("end=1.88", 50, slice(-640, None)), ("end=1.6", 40, slice(0))])
 def test_missing_sound_is_padded_if_it_starts_late_or_lacks_little_and_else_cuts_the_picture(
         tmp_path, trim, frames, silent):
     """Two seconds of picture: sound that starts late stays in time, up to five frames may lack at its end."""
-    make_video(tmp_path / "a.mkv", "-af", f"atrim={trim}", "-c:a", "pcm_s16le", seconds=2)
-    got = clip(tmp_path / "a.mkv")
+    got = clip(make_video(tmp_path / "a.mkv", "-af", f"atrim={trim}", "-c:a", "pcm_s16le", seconds=2))
     assert len(got.frames) == frames and len(got.audio) == frames * 640
     assert not got.audio[silent].abs().gt(0.01).any() and got.audio[16500:25600].abs().max() > 0.1
 
@@ -200,11 +175,10 @@ def test_a_video_shows_its_colours_in_srgb(tmp_path, matrix, tags, extent, width
 
 def test_an_interlaced_video_has_no_combs(tmp_path):
     """A bar that moves 4 pixels a field has, in a frame, the same edge in rows that are neighbours."""
-    bar = "geq=lum='if(lt(X,mod(200*T,128)),200,30)':cb=128:cr=128"
-    ffmpeg("-f", "lavfi", "-i", f"color=black:s=128x96:r=50:d=2,format=yuv420p,{bar},"
-           "tinterlace=interleave_top,setfield=tff", "-f", "lavfi", "-i", SPEECH, "-t", 2,
-           "-flags", "+ilme+ildct", "-c:v", "mpeg2video", "-q:v", 2, tmp_path / "a.mpg")
-    frames = data.load_clip(tmp_path / "a.mpg", 96).frames[5:30, 0].float()          # (25, 96, 96)
+    bar = "color=black:s=128x96:r=50:d=2,geq=lum='if(lt(X,mod(200*T,128)),200,30)':cb=128:cr=128,tinterlace=4"
+    ffmpeg("-f", "lavfi", "-i", bar, "-f", "lavfi", "-i", SPEECH, "-t", 2, "-flags", "+ilme+ildct",
+           tmp_path / "a.mp4")
+    frames = data.load_clip(tmp_path / "a.mp4", 96).frames[5:30, 0].float()          # (25, 96, 96)
     assert (frames[:, 2:-2] - frames[:, 3:-1]).abs().mean() < 1.5     # 7 as it is stored
 
 
@@ -253,10 +227,12 @@ def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, capsys):
     for name, seconds in (("a.mp4", 2), ("b.mp4", 1.2), ("c.mp4", 1.2), ("d.mp4", 2)):
         make_video(tmp_path / name, seconds=seconds)
     train, held_out = decode(tmp_path, frames=48)
-    assert sorted(train.names + held_out.names) == ["a.mp4#0", "d.mp4#0"] and len(held_out) == 1
+    assert {*train.names, *held_out.names} == {"a.mp4#0", "d.mp4#0"} and len(held_out) == 1
     assert "2 clips are shorter than 1.92 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
     with pytest.raises(data.MediaError, match="no clip of 4.00 s"):
         decode(tmp_path, frames=100)
+    with pytest.raises(data.MediaError, match="none of its 4 videos can be used"):
+        decode(tmp_path, crop=(0, 0, 999))
 
 
 def test_links_are_followed_once_odd_names_are_names_and_runs_are_left_out(tmp_path, capsys, monkeypatch):
@@ -294,8 +270,7 @@ def test_adding_files_never_moves_one_from_training_to_held_out():
 
 
 def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
-    """Of two runs at once both get the same; what fails, or was killed a day ago, leaves nothing; the folder
-    of a living run stays."""
+    """Of two runs at once both get the same; what fails, or was killed a day ago, leaves nothing."""
     built = []
 
     def build(folder: Path) -> None:
@@ -304,8 +279,8 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
             data.cached(tmp_path, {"size": 1}, build)              # another run, which finishes first
         (folder / "clip").write_text("whole")
 
-    def fail(folder: Path) -> None:
-        raise KeyboardInterrupt
+    def fill(folder: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device")
 
     alive, dead = tmp_path / "tmp-a", tmp_path / "tmp-b"
     alive.mkdir()
@@ -314,16 +289,10 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     one = data.cached(tmp_path, {"size": 1}, build)
     assert len(built) == 2 and data.cached(tmp_path, {"size": 1}, build) == one and len(built) == 2
     two = data.cached(tmp_path, {"size": 2}, build)
-    with pytest.raises(KeyboardInterrupt):
-        data.cached(tmp_path, {"size": 3}, fail)
-    assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
-
-    def fill(folder: Path) -> None:
-        raise SafetensorError("I/O error: No space left on device")
-
     for root, wrong in ((one / "clip", build), (tmp_path, fill)):
         with pytest.raises(data.MediaError, match="cache cannot be written"):
             data.cached(root, {}, wrong)
+    assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
 
 
 # ---- Portraits ----------------------------------------------------------------------------------------
@@ -342,11 +311,11 @@ def test_a_portrait_is_the_centre_square_or_the_crop_named_and_no_grey_is_cut_of
         assert torch.equal(data.load_portrait(path, len(want), crop), torch.from_numpy(want).permute(2, 0, 1))
     with pytest.raises(data.MediaError, match="leaves the picture of 80x60"):
         data.load_portrait(path, 40, crop=(50, 15, 40))
-    ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None], 64, 0)
+    ramp = np.tile(np.linspace(0, 255, 64), (64, 1))
     for kind, full in ((np.uint16, 65535), (np.int32, 65535), (np.float32, 1)):
         Image.fromarray((ramp * (full / 255)).astype(kind)).save(tmp_path / "a.tiff")
-        grey = data.load_portrait(tmp_path / "a.tiff", 32).float().mean((0, 1))
-        assert (grey - torch.from_numpy(ramp[0]).float().view(32, 2).mean(1)).abs().max() < 6, kind
+        grey = data.load_portrait(tmp_path / "a.tiff", 64).float().mean((0, 1))
+        assert (grey - torch.from_numpy(ramp[0])).abs().max() < 6, kind
 
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -354,51 +323,35 @@ LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")   # red is green
 
 
-@pytest.mark.parametrize("mode, alpha", [("RGB", 255), ("P", 255), ("RGBA", 0)])
-@pytest.mark.parametrize("profile, shown", [(SWAPPED, (40, 220, 90)), (b"no profile", (220, 40, 90)),
-                                            (LAB, (220, 40, 90))])
-def test_a_photo_is_brought_to_srgb_by_a_profile_that_fits_it(tmp_path, mode, alpha, profile, shown):
-    """220, 40, 90 are other colours in other primaries; what is transparent is white."""
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA"])
+def test_a_photo_is_brought_to_srgb_by_a_profile_that_fits_it(tmp_path, mode):
+    """220, 40, 90 are other colours in other primaries; a profile that is broken or for other channels is
+    none. What is transparent is white."""
     photo = Image.new("RGB", (64, 64), (220, 40, 90)).convert(mode)
-    if mode == "RGBA":
-        photo.putalpha(alpha)
-    photo.save(tmp_path / "a.png", icc_profile=profile)
-    want = torch.tensor(shown if alpha else (255, 255, 255))
-    assert (data.load_portrait(tmp_path / "a.png", 32)[:, 5, 5] - want).abs().max() <= 2
+    for profile, shown in (SWAPPED, (40, 220, 90)), (b"no profile", (220, 40, 90)), (LAB, (220, 40, 90)):
+        if mode == "RGBA":
+            photo.putalpha(0)
+            shown = 255, 255, 255
+        photo.save(tmp_path / "a.png", icc_profile=profile)
+        got = data.load_portrait(tmp_path / "a.png", 32)[:, 5, 5]
+        assert (got - torch.tensor(shown)).abs().max() <= 2, profile[:8]
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_huge_photo_is_upright_and_scaled_down_while_it_is_read(tmp_path, orientation):
     """A crop of a JPEG of 25 megapixels is the same place as in the scene, and as in a hundredth of that.
     Orientation 6 says: stored lying, show turned clockwise by 90 degrees."""
-    exif = Image.Exif()
+    exif, scene = Image.Exif(), Image.fromarray(colours(600, 420))
     exif[0x0112] = orientation
-    scene = Image.fromarray(colours(600, 420))
     upright = scene.rotate(-90, expand=True) if orientation == 6 else scene
     want = torch.from_numpy(np.array(upright.resize((60, 60), box=(100, 200, 280, 380)))).permute(2, 0, 1)
     for times in (1, 10):
         scene.resize((600 * times, 420 * times)).save(tmp_path / "a.jpg", exif=exif, quality=95)
-        crop = 100 * times, 200 * times, 180 * times
-        assert (data.load_portrait(tmp_path / "a.jpg", 60, crop).float() - want).abs().mean() < 3
+        got = data.load_portrait(tmp_path / "a.jpg", 60, (100 * times, 200 * times, 180 * times))
+        assert (got.float() - want).abs().mean() < 3
 
 
 # ---- Speech -------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name, arguments", [
-    ("8k_u8.wav", ["-ar", 8000, "-ac", 1, "-c:a", "pcm_u8"]),
-    ("quiet.flac", ["-ac", 2, "-af", "volume=0.02"])])
-def test_speech_of_any_container_and_rate_comes_out_alike(tmp_path, name, arguments):
-    """3 s at 16 kHz, in time with the original, rms 0.1 over what is louder than -40 dB of the peak."""
-    ffmpeg("-f", "lavfi", "-i", SPEECH, *arguments, tmp_path / name)
-    heard = data.load_speech(tmp_path / name)
-    assert heard.dtype == torch.float32 and heard.ndim == 1 and abs(len(heard) - 48000) < 640
-    active = heard[heard.abs() > 0.01 * heard.abs().max()]
-    assert active.square().mean().sqrt() == pytest.approx(0.1, rel=0.02)
-    t = torch.arange(len(heard)) / 16000
-    want = torch.sin(2 * torch.pi * 220 * t) * torch.sin(2 * torch.pi * 2 * t).abs()
-    loudness = [x[:47360].view(-1, 160).square().mean(1) for x in (heard, want)]
-    assert torch.corrcoef(torch.stack(loudness))[0, 1] > 0.98
-
 
 AT = torch.arange(80000)
 CLAP = torch.exp(-(AT - 40000) / 300) * torch.randn(80000, generator=torch.Generator().manual_seed(0))
@@ -407,10 +360,13 @@ CLAP = torch.exp(-(AT - 40000) / 300) * torch.randn(80000, generator=torch.Gener
 @pytest.mark.parametrize("spoilt", [torch.where((AT >= 40000) & (AT < 41600), CLAP.clamp(-1, 1), 0),
                                     0.3 + 0 * AT, 0.9 * (AT // 10 == 4100)], ids=["clap", "offset", "knock"])
 def test_what_is_no_speech_does_not_change_its_loudness(spoilt):
-    """44 dB above the speech and with an echo; inaudible; a click of ten samples."""
+    """44 dB above the speech and with an echo; inaudible; a click of ten samples. Speech has an rms of 0.1
+    over what is louder than -40 dB of its peak."""
     speech = 0.006 * torch.sin(AT / 10) * torch.sin(AT / 2500).abs()
     got, want = normalise_loudness(speech + spoilt), normalise_loudness(speech)
     assert got.abs().max() <= 1 and 0.8 < got[:38000].std() / want[:38000].std() < 1.25
+    active = want[want.abs() > 0.01 * want.abs().max()]
+    assert active.square().mean().sqrt() == pytest.approx(0.1, rel=0.02)
     with pytest.raises(data.MediaError, match="silent"):
         normalise_loudness(0.3 + 0 * speech)
 
@@ -428,27 +384,10 @@ def test_the_track_and_the_channel_with_speech_are_heard(tmp_path, sounds, merge
     assert np.corrcoef(heard[:47000], alone[:47000])[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("frame", [0, 7])
-def test_frame_f_hears_its_look_ahead_and_not_one_sample_more(frame):
-    """d feature[f] / d sample[t] = 0 for t >= 640 (f + 1) + 1280 and t < 640 f - 880; inside it is not."""
-    torch.manual_seed(0)
-    audio = torch.randn(30 * 640) * 0.1
-    first, last = 640 * frame - 880, 640 * (frame + 1) + 1280
-    assert data.LATENCY == 1280 / 16000
-
-    def changes(start: int, end: int) -> bool:
-        other = audio.clone()
-        other[max(0, start) : max(0, end)] += 9
-        return not torch.equal(data.log_mel(other, 20)[frame], data.log_mel(audio, 20)[frame])
-
-    assert not changes(0, first) and not changes(last, len(audio))
-    assert changes(last - 30, last)                                 # a window's ends weigh almost nothing
-    assert changes(first, first + 30) or first < 0
-
-
 def test_log_mel_equals_the_definition_written_as_loops_in_batches_and_in_pieces():
     """log(mel + floor) of a Hann-windowed DFT in float64; only torchaudio's filter bank is shared. Frames 390
     to 410 lie on either side of a piece's end; audio that ends early goes on in zeros."""
+    assert data.LATENCY == 1280 / 16000
     torch.manual_seed(0)
     audio, n_frames = torch.randn(4 * 640) * 0.1, 4
     bank = data._mel(torch.device("cpu")).mel_scale.fb.double().numpy()             # (201, 32)
@@ -471,27 +410,23 @@ def test_log_mel_equals_the_definition_written_as_loops_in_batches_and_in_pieces
 
 # ---- Writing video ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("n_samples, height, width", [(640, 64, 64), (16001, 33, 47)])
-def test_the_video_has_every_frame_and_all_of_the_sound_as_browsers_play_them(tmp_path, n_samples, height,
-                                                                              width):
-    """ceil(T / 640) frames in; as many out, in order, and red stays red; the sound as long as it was to
-    within one frame. H.264 4:2:0 with AAC, the index in front, a stated colour matrix."""
-    shade = torch.arange(-(-n_samples // 640)) * 3 % 200 + 20
+def test_the_video_has_every_frame_and_all_of_the_sound_as_browsers_play_them(tmp_path):
+    """ceil(T / 640) frames of an odd size in; as many out, in order, and red stays red; the sound as long as
+    it was to within one frame. H.264 4:2:0 with AAC, the index in front, a stated colour matrix."""
+    shade = torch.arange(26) * 3 + 20
     colour = torch.stack([shade, 240 - shade, 60 + 0 * shade], 1)
-    frames = colour.to(torch.uint8)[:, :, None, None].expand(-1, 3, height, width)
-    audio = 0.3 * torch.sin(torch.arange(n_samples) / 10)
+    frames = colour.to(torch.uint8)[:, :, None, None].expand(-1, 3, 33, 47)
+    audio = 0.3 * torch.sin(torch.arange(16001) / 10)
     path = tmp_path / "a.mp4"
     data.write_video(path, iter(frames), audio)
     out = pixels(path)
-    assert out.shape == (len(shade), height + height % 2, width + width % 2, 3)
-    assert np.abs(out.mean((1, 2)) - colour.numpy()).max() < 3
+    assert out.shape == (26, 34, 48, 3) and np.abs(out.mean((1, 2)) - colour.numpy()).max() < 3
     assert all(words in streams(path) for words in ("h264", "yuv420p(tv, bt709", "aac (LC)"))
     assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
     heard = np.frombuffer(ffmpeg("-i", path, "-map", "0:a", "-ar", 16000, "-f", "f32le", "-"), np.float32)
-    assert abs(len(heard) - n_samples) <= 640
-    if n_samples > 640:
-        overlap = min(len(heard), n_samples)
-        assert np.corrcoef(heard[:overlap], audio[:overlap])[0, 1] > 0.95    # 4 samples late would read 0.9
+    assert abs(len(heard) - 16001) <= 640
+    overlap = min(len(heard), 16001)
+    assert np.corrcoef(heard[:overlap], audio[:overlap])[0, 1] > 0.95        # 4 samples late would read 0.9
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -518,17 +453,14 @@ def test_the_video_carries_the_sound_that_was_given(tmp_path, name, arguments, s
 
 def test_what_cannot_be_written_is_refused_before_the_first_frame_and_an_error_leaves_the_old_file(tmp_path):
     """The name changes hands only when the new file is whole."""
-    asked = []
-    for path in tmp_path, tmp_path / "no" / "a.mp4":
-        with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
-            data.write_video(path, (asked.append(i) for i in range(3)), torch.zeros(1280))
-    assert not asked and not [*tmp_path.iterdir()]
-    (tmp_path / "a.mp4").write_bytes(b"old")
-
     def frames():
         yield torch.zeros(3, 64, 64, dtype=torch.uint8)
         raise RuntimeError("generator failed")
 
+    for path in tmp_path, tmp_path / "no" / "a.mp4":
+        with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
+            data.write_video(path, frames(), torch.zeros(1280))
+    (tmp_path / "a.mp4").write_bytes(b"old")
     with pytest.raises(RuntimeError, match="generator failed"):
         data.write_video(tmp_path / "a.mp4", frames(), torch.zeros(6400))
     with pytest.raises(data.MediaError, match="no frame"):
@@ -536,33 +468,14 @@ def test_what_cannot_be_written_is_refused_before_the_first_frame_and_an_error_l
     assert (tmp_path / "a.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["a.mp3", "a.mp4", "a.jpg"])
-def test_a_damaged_file_is_one_line_or_a_good_result(tmp_path, name):
-    """Ten times bytes are flipped, the end is cut off or a piece is cut out. The video that carries what was
-    heard decodes without a complaint."""
-    path, rng = tmp_path / name, np.random.default_rng(0)
-    if name == "a.jpg":
-        Image.fromarray(colours()).save(path)
-    else:
-        make_video(path) if name == "a.mp4" else ffmpeg("-f", "lavfi", "-i", SPEECH, path)
-    whole, good = path.read_bytes(), 0
-    for turn in range(10):
-        raw, at = bytearray(whole), rng.integers(len(whole) // 3, len(whole), 8)
-        for i in at:
-            raw[i] ^= 255
-        path.write_bytes([raw, whole[: at[0]], whole[: min(at)] + whole[max(at) :]][turn % 3])
-        try:
-            if name == "a.jpg":
-                assert picture(path).shape == (3, 64, 64)
-                good += 1
-                continue
-            speech, track = data.read_speech(path)
-            frames = torch.zeros(-(-len(speech) // 640), 3, 32, 32, dtype=torch.uint8)
-            data.write_video(tmp_path / "out.mp4", frames, track)
-            good += 1
-            checked = subprocess.run([FFMPEG, "-v", "error", "-i", tmp_path / "out.mp4", "-f", "null", "-"],
-                                     capture_output=True)
-            assert not checked.stderr, turn
-        except data.MediaError as error:
-            assert str(error).startswith(str(path)) and "\n" not in str(error)
-    assert good
+def test_a_damaged_track_is_not_copied_but_carried_so_that_players_do_not_stop(tmp_path):
+    """A piece is cut out of a file. The video that carries what was heard decodes without a complaint."""
+    ffmpeg("-f", "lavfi", "-i", SPEECH, path := tmp_path / "a.mp3")
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + whole[middle + 1234 :])
+    speech, track = data.read_speech(path)
+    frames = torch.zeros(-(-len(speech) // 640), 3, 32, 32, dtype=torch.uint8)
+    data.write_video(tmp_path / "out.mp4", frames, track)
+    check = [FFMPEG, "-v", "error", "-i", tmp_path / "out.mp4", "-f", "null", "-"]
+    assert not subprocess.run(check, capture_output=True).stderr

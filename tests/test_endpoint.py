@@ -7,8 +7,9 @@ import math
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from extras import endpoint
 from extras.endpoint import RemoteJudge
 from extras.files import MediaError
 from reward import ASPECTS, JudgeError, prompt
-from tiny import SHAPE, logged, state
+from tiny import POST, SHAPE, logged, state
 
 
 def completion(**p: float) -> bytes:
@@ -38,34 +39,27 @@ BUSY = 503, {"Retry-After": "0.01"}, b'{"error": {"message": "still\\nloading"}}
 @contextmanager
 def serving(answer):
     """Serve answer(k, body) -> (status, headers, bytes) to the k-th request. Yields: url, requests."""
-    seen, lock = [], threading.Lock()
+    seen, numbers = [], count()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                seen.append({"path": self.path, "key": self.headers["Authorization"], "body": body})
-                k = len(seen) - 1
-            status, headers, data = answer(k, body)
-            try:
+            seen.append({"path": self.path, "key": self.headers["Authorization"], "body": body})
+            status, headers, data = answer(next(numbers), body)
+            with suppress(OSError):                  # the client gave up, as it should
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
-            except OSError:
-                pass                                 # the client gave up, as it should
 
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
         server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(autouse=True)
@@ -82,16 +76,14 @@ def quick(monkeypatch):
 @pytest.fixture
 def no_media(monkeypatch):
     """Most tests are about the talk, not about ffmpeg: a clip is sent as its brightness."""
-    monkeypatch.setattr(endpoint, "video_uri", lambda frames, audio: f"{frames[0, 0, 0, 0].item()}")
+    monkeypatch.setattr(endpoint, "video_uri", lambda frames, audio: f"{frames[0, 0, 0, 0]}")
 
 
-def clips(n: int, frames: int = 2) -> tuple:
+def clips(n: int) -> tuple:
     """n clips, the i-th of brightness i of 255."""
     shades = torch.arange(n).view(-1, 1, 1, 1, 1) / 255
-    return shades.expand(n, frames, 3, 4, 4), torch.zeros(n, frames * 640), [f"clip{i}" for i in range(n)]
+    return shades.expand(n, 2, 3, 4, 4), torch.zeros(n, 2 * 640), [f"clip{i}" for i in range(n)]
 
-
-# ---------------------------------------------------------------- what is sent and read
 
 def test_a_request_holds_the_whole_clip_before_the_question_and_asks_for_log_probs(tmp_path, monkeypatch):
     """Its answer is read digit by digit: ' 4' and '4' are one, 'The' is none. A proxy is gone around."""
@@ -115,16 +107,13 @@ def test_a_request_holds_the_whole_clip_before_the_question_and_asks_for_log_pro
 
 
 def test_scores_stand_at_their_clip_and_aspect_and_as_many_requests_as_asked_for_are_under_way(no_media):
-    now, most, lock = 0, 0, threading.Lock()
+    under_way, counts = [], []
 
     def answer(k, body):
-        nonlocal now, most
-        with lock:
-            now += 1
-            most = max(most, now)
+        under_way.append(k)
+        counts.append(len(under_way))
         time.sleep(0.03)
-        with lock:
-            now -= 1
+        under_way.remove(k)
         video, question = body["messages"][0]["content"]
         aspect = [prompt(aspect) for aspect in ASPECTS].index(question["text"])
         return 200, {}, completion(**{f"{1 + (int(video['video_url']['url']) + aspect) % 5}": 0.9})
@@ -132,7 +121,7 @@ def test_scores_stand_at_their_clip_and_aspect_and_as_many_requests_as_asked_for
     with serving(answer) as (url, seen):
         score = RemoteJudge(url.replace("127.0.0.1", "0.0.0.0"), "m", at_once=3).rate(*clips(8)).score
     assert score.tolist() == [pytest.approx([1 + (i + j) % 5 for j in range(3)]) for i in range(8)]
-    assert most == 3 and len(seen) == 24
+    assert max(counts) == 3 and len(seen) == 24
 
 
 @pytest.mark.parametrize("odd", [
@@ -147,8 +136,6 @@ def test_an_answer_that_is_no_rating_drops_one_clip_and_says_so(no_media, capsys
     assert "note: clip1: the judge does not rate its expressiveness" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- an endpoint that fails
-
 def test_an_outage_is_waited_out_and_told_once(no_media, capsys):
     """The first 12 requests find the server busy: more than the client's own retries bridge."""
     with serving(lambda k, body: BUSY if k < 12 else (200, {}, GOOD)) as (url, seen):
@@ -157,20 +144,21 @@ def test_an_outage_is_waited_out_and_told_once(no_media, capsys):
     assert capsys.readouterr().err.count("asking again for 30 s") == 1
 
 
-GONE = "http://127.0.0.1:9/v1"
-NO_KEY = 401, {}, b'{"error": {"message": "Invalid key"}}'
+def silent(k, body):
+    time.sleep(0.4)
+    return 200, {}, GOOD
 
 
 @pytest.mark.parametrize("answer, said", [
-    (None, "refused.*--judge-patience"),
-    (lambda k, body: (time.sleep(0.4), (200, {}, GOOD))[1], "timed out.*--judge-patience"),
-    (lambda k, body: NO_KEY, "401.*Invalid key.*check --judge-model")],
+    (None, "refused.*--judge-patience"), (silent, "timed out.*--judge-patience"),
+    (lambda *_: (401, {}, b'{"error": {"message": "No key"}}'), "401.*No key.*check --judge-model")],
     ids=["gone", "silent", "refused"])
 def test_what_fails_for_good_ends_with_one_line_and_nothing_more_is_asked(no_media, answer, said):
     """Of twenty clips no more than those that two workers had begun, three tries each."""
     with serving(answer) as (url, seen):
+        url = url if answer else "http://127.0.0.1:9/v1"
         with pytest.raises(JudgeError, match=f"http://127.*: .*{said}") as caught:
-            RemoteJudge(url if answer else GONE, "m", timeout=0.1, patience=0, at_once=2).rate(*clips(20))
+            RemoteJudge(url, "m", timeout=0.1, patience=0, at_once=2).rate(*clips(20))
         time.sleep(0.1)
         assert "\n" not in str(caught.value) and len(seen) <= 2 * 3
 
@@ -180,16 +168,13 @@ def test_what_cannot_be_asked_is_named_and_a_server_elsewhere_is_asked_through_t
     with pytest.raises(JudgeError, match=r"http://judge\.invalid/v1: .*refused.*proxy") as caught:
         RemoteJudge("http://judge.invalid/v1", "m", patience=0).rate(*clips(1))
     assert "secret" not in str(caught.value)
-    for url, timeout, said in (("localhost:8000", 1, "is not the address"),
-                               ("http://localhost/v1", 0, "must be above 0")):
-        with pytest.raises(MediaError, match=said):
-            RemoteJudge(url, "m", timeout)
+    with pytest.raises(MediaError, match="is not the address"):
+        RemoteJudge("localhost:8000", "m")
+    with pytest.raises(MediaError, match="must be above 0"):
+        RemoteJudge("http://localhost/v1", "m", timeout=0)
 
 
-# ---------------------------------------------------------------- a run whose judge fails
-
-RUN = [*SHAPE, *"--clips 6 --steps 2 --curate 0 --updates 4 --looks 1 --watch-clips 2 --prompts 2 --group 3 "
-       "--rollout-steps 3 --draws 1 --parts 1 --judge-model m --judge-batch 1".split()]
+RUN = [*SHAPE, *POST, *"--clips 6 --steps 2 --curate 0 --looks 1 --parts 1 --judge-batch 1".split()]
 REQUESTS = 2 * 3 * 3                                 # of an update: prompts, group, aspects
 RATING = 6 * 3                                       # of all training clips, once, before the first update
 
@@ -201,11 +186,10 @@ def rated(k: int, body: dict) -> tuple:
 
 
 def test_a_run_whose_judge_is_away_is_saved_and_resumes_bit_equal(unmeasured, tmp_path):
-    """The endpoint goes for good in the third update: two are saved. Where it is back, the run ends as it
-    would have without the outage."""
+    """It goes in the third update: two are saved. Once it is back, the run ends as if nothing had been."""
     away, whole, stopped = [math.inf], tmp_path / "whole", tmp_path / "stopped"
     with serving(lambda k, body: BUSY if k >= away[0] else rated(k, body)) as (url, seen):
-        flags = [*RUN, "--judge-url", url, "--judge-patience", "0"]
+        flags = [*RUN, "--judge-model", "m", "--judge-url", url, "--judge-patience", "0"]
         train.main([*flags, "--out", str(whole)])
         away[0] = len(seen) + 2 * REQUESTS + 5
         with pytest.raises(SystemExit, match="503.*; then go on with: python train.py --resume .*stopped"):

@@ -31,8 +31,7 @@ def example(monkeypatch, tmp_path):
 
 
 def test_a_judge_of_your_own_picks_and_rewards_and_can_be_validated(example, monkeypatch, capsys):
-    """It is asked for the training clips, of which it picks half, and in each of two updates. It fails, as
-    its file says: it cannot tell a shift of three frames."""
+    """As its file says, it cannot tell a shift of three frames."""
     log = example("own_judge")
     assert any("funnel" in entry for entry in log)
     updates = [entry for entry in log if "parts" in entry]

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from data import folder_clips, write_video
+from extras import face
 from extras.files import MediaError
 from extras.media import FPS, SAMPLES_PER_FRAME
-from extras import face
 
 PHOTO = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")      # a real face, always there
 
@@ -38,9 +38,11 @@ def box(x, y, size, score=1.0):
     return x, y, size, size, score
 
 
+TALKER, PAIR = [box(100, 80, 60)], [box(100, 80, 60), box(300, 80, 60)]
+
+
 def test_the_same_head_is_cut_alike_wherever_it_is_and_however_large(photo):
-    """A frame of the photo moved and scaled is the frame of the picture, moved and scaled; a picture that is
-    framed already stays nearly whole."""
+    """Moved and scaled like the photo; and a picture that is framed already stays nearly whole."""
     x, y, side = face.frame_of([np.asarray(photo)])
     scale = 300 / photo.width
     picture = on_a_wall(photo, 640, 360, 200, 8, 300)
@@ -52,7 +54,7 @@ def test_the_same_head_is_cut_alike_wherever_it_is_and_however_large(photo):
 
 
 def test_one_square_inside_the_picture_serves_a_clip_and_a_slip_does_not_move_it():
-    steady = [[box(100, 80, 60)]] * 9
+    steady = [TALKER] * 9
     slips = [*steady[:4], [box(300, 10, 90)], *steady[5:], []]
     assert face.square_of(slips, 640, 360) == face.square_of(steady, 640, 360)
     assert face.square_of([[box(0, 0, 50), box(300, 100, 100)]], 640, 360)[0] > 200     # of two, the larger
@@ -70,18 +72,17 @@ def test_what_cannot_be_framed_is_refused_in_one_line_that_names_the_flag(found,
         face.square_of(found, 640, 360, "me.jpg")
 
 
+@pytest.mark.parametrize("turn, says", [(np.rot90, "turn the picture"), (np.zeros_like, "no face")])
+def test_a_picture_that_lies_on_its_side_is_to_be_turned_and_a_wall_has_no_face(photo, turn, says):
+    with pytest.raises(MediaError, match=says):
+        face.frame_of([turn(np.asarray(photo))])
+
+
 def test_without_dlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dlib", None)
     face._detector.cache_clear()
     with pytest.raises(MediaError, match="pip install dlib-bin"):
         face.find_faces(np.zeros((64, 64, 3), np.uint8))
-
-
-def test_a_picture_that_lies_on_its_side_is_to_be_turned_and_a_wall_has_no_face(photo):
-    wall = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
-    for picture, says in (np.rot90(np.asarray(photo)), "turn the picture"), (wall, "no face"):
-        with pytest.raises(MediaError, match=says):
-            face.frame_of([picture])
 
 
 def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
@@ -98,50 +99,42 @@ def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
 
 def test_a_broken_video_is_one_line_whatever_its_name(tmp_path):
     """ffmpeg repeats the name, which need not be UTF-8."""
-    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
     path.write_bytes(b"no video")
     with pytest.raises(MediaError, match="is not audio or video, [^\n]*$"):
         face.watch(path)
 
 
-def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch):
-    """Looks by scene: a talker, then silence; a talker with one slip; two talkers; a scene of a second."""
-    talker, pair = [box(100, 80, 60)], [box(100, 80, 60), box(300, 80, 60)]
-    found = [talker] * 12 + [talker] * 5 + [[]] + [talker] * 6 + [pair] * 12 + [talker] * 2
-    heard = np.ones(38 * face.LOOK, bool)
-    heard[84:144] = False
-    monkeypatch.setattr(face, "watch", lambda path: face.Seen(found, 640, 360, [144, 288, 432]))
+MOVED, DRIFT = [box(300, 80, 90)], [[box(100 + 7 * i, 80, 60)] for i in range(12)]
+
+
+@pytest.mark.parametrize("found, cuts, silent, kept, left_out", [
+    ([TALKER] * 17 + [[]] + [TALKER] * 6 + [PAIR] * 12 + [TALKER] * 2, [144, 288, 432], slice(84, 144),
+     [(0, 84, 111), (144, 288, 111)],
+     [(84, 144, "no speech"), (288, 432, "two faces"), (432, 456, "too short")]),
+    ([TALKER] * 6 + [MOVED] * 6, [], slice(0), [(0, 54, 111), (90, 144, 166)], [(54, 90, "head jumps")]),
+    (DRIFT, [], slice(0), [(0, 72, 111), (72, 144, 111)], []),
+    *(([other] * 4 + [TALKER] * 8 + [other] * 4, [], slice(0), [(72, 120, 111)],
+       [(0, 72, why), (120, 192, why)]) for other, why in (([], "no face"), (PAIR, "two faces")))],
+    ids=["scenes", "dissolve", "drift", "no face first", "two faces first"])
+def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch, found, cuts, silent, kept, left_out):
+    """By looks, of half a second each. A slip in one look is none. Where a head jumps without a cut, half a
+    look more is left out on either side; where it drifts too far for one square, each half has its own. A
+    face that fades in or out is left out for two looks more, as a portrait may not be a ghost."""
+    heard = np.ones(len(found) * face.LOOK, bool)
+    heard[silent] = False
+    monkeypatch.setattr(face, "watch", lambda path: face.Seen(found, 640, 360, cuts))
     monkeypatch.setattr(face, "speaks", lambda path: heard)
-    kept, left_out = face.pieces("me.mp4")
-    assert [piece[:2] for piece in kept] == [(0, 84), (144, 288)]
-    assert left_out == [(84, 144, "no speech"), (288, 432, "two faces"), (432, 456, "too short")]
-
-
-def test_a_dissolve_is_left_out_and_each_scene_has_its_own_square(monkeypatch):
-    """Nothing cuts at look 6, where the head is elsewhere: half a look more is left out on either side. A
-    head that drifts by 7 pixels a look, too far for one square of 111, has a square for each half."""
-    found = [[box(100, 80, 60)]] * 6 + [[box(300, 80, 90)]] * 6
-    monkeypatch.setattr(face, "watch", lambda path: face.Seen(found, 640, 360, []))
-    monkeypatch.setattr(face, "speaks", lambda path: np.ones(12 * face.LOOK, bool))
-    kept, left_out = face.pieces("me.mp4")
-    assert [piece[:2] for piece in kept] == [(0, 54), (90, 144)] and left_out == [(54, 90, "head jumps")]
-    assert [square[2] for _, _, square in kept] == [round(1.85 * 60), round(1.85 * 90)]
-    drifting = face.Seen([[box(100 + 7 * i, 80, 60)] for i in range(12)], 640, 360, [])
-    assert [part[:2] for part in face.steady(drifting, 0, 144, 25, "me.mp4")] == [(0, 72), (72, 144)]
-
-
-@pytest.mark.parametrize("other", [[], [box(100, 80, 60), box(300, 80, 60)]])
-def test_a_face_that_fades_in_or_out_is_left_out_while_it_is_half_there(other):
-    """A scene that begins without a face, or with two: two looks more, as a portrait may not be a ghost."""
-    found = [other] * 4 + [[box(100, 80, 60)]] * 8 + [other] * 4
-    kept = face.marks(face.Seen(found, 640, 360, []), np.ones(16 * face.LOOK, bool))
-    assert [i for i, (_, why) in enumerate(kept) if not why] == list(range(72, 120))
+    got = face.pieces("me.mp4")
+    assert [(start, stop, square[2]) for start, stop, square in got[0]] == kept and got[1] == left_out
 
 
 def test_one_video_becomes_clips_of_its_stretches(tmp_path, monkeypatch, capsys):
-    """Red on the left, blue on the right: each stretch is cut by its square, what is between is left out."""
+    """Red on the left, blue on the right: each stretch is cut by its square, what is between is left out.
+    cut.jpg shows both, a red square in the picture, and beside it what is cut."""
     picture = torch.zeros(150, 3, 64, 128, dtype=torch.uint8)
-    picture[:, 0, :, :64], picture[:, 2, :, 64:] = 200, 200
+    picture[:, 0, :, :64] = 200
+    picture[:, 2, :, 64:] = 200
     picture[:, :, 20:40] += 40                       # a plain portrait would be taken for an empty picture
     write_video(tmp_path / "me.mp4", picture, 0.1 * torch.randn(150 * SAMPLES_PER_FRAME))
     monkeypatch.setattr(face, "detector", lambda: None)
@@ -150,9 +143,12 @@ def test_one_video_becomes_clips_of_its_stretches(tmp_path, monkeypatch, capsys)
     clips, held_out = folder_clips(tmp_path / "me.mp4", 16, 1.0, "face", tmp_path / "cache")
     assert "skipped parts of me.mp4: no face 1 s (at 0:02)" in capsys.readouterr().out
     both = [*clips, *held_out]
-    assert [len(clip.frames) for clip in both] == [25, 25, 25, 25] and (clips.folder / "cut.jpg").exists()
+    assert [len(clip.frames) for clip in both] == [25, 25, 25, 25]
     red = [clip.frames.float().mean((0, 2, 3))[0] > clip.frames.float().mean((0, 2, 3))[2] for clip in both]
     assert red == [True, True, False, False]
+    shown = np.asarray(Image.open(clips.folder / "cut.jpg")).astype(int)
+    assert shown.shape == (2 * 256, 512 + 256, 3)
+    assert abs(shown[450, 600] - [0, 0, 200]).max() < 20 and shown[266, 400, 0] > 100     # it begins at 264
 
 
 @pytest.mark.parametrize("trained, given, found", [
@@ -178,12 +174,3 @@ def test_a_still_that_is_held_for_long_is_seen_at_any_second(tmp_path):
     still = "color=red:s=64x48:r=1/8:d=8"
     subprocess.run([*face.FFMPEG, "error", "-f", "lavfi", "-i", still, tmp_path / "a.mp4"], check=True)
     assert face.frame_at(tmp_path / "a.mp4", 4.0).shape == (48, 64, 3)
-
-
-def test_the_drawing_shows_what_is_cut():
-    """Left the picture with a red square, right the square alone."""
-    picture = np.zeros((100, 200, 3), np.uint8)
-    picture[20:60, 100:140] = (0, 0, 255)
-    shown = np.asarray(face.show(picture, (100, 20, 40), side=100))
-    assert shown.shape == (100, 300, 3)
-    assert (shown[5:95, 205:295] == (0, 0, 255)).all() and (shown[20, 100:140, 0] > 200).any()

@@ -9,7 +9,7 @@ import torch
 
 import train
 from data import Clip, Clips, fill_cache, folder_clips, load_clip, write_video
-from extras import footage
+from extras import footage, session
 from extras.reward_flags import measuring_sync, reward_sync
 from extras.sync import load_sync
 from extras.talkers import render_talker, synthetic_clips
@@ -59,30 +59,25 @@ def before(found) -> dict[str, Clip]:
     return by_name(folder_clips(found, 64, 1.6))
 
 
-def test_late_and_early_sound_is_put_in_time_to_the_sample(found, taught):
+def test_sound_is_put_in_time_to_the_sample_and_what_is_in_time_is_not_touched(found, before, taught, capsys):
     """Inside a stretch a clip keeps its frames, and hears the sound of its file so many frames later. At the
-    beginning there is no earlier sound: that clip would be too short."""
-    clips = by_name(footage.learn(flags(found)).clips)
+    beginning there is no earlier sound: that clip would be too short. One line counts them all."""
+    footage_found = footage.learn(flags(found))
+    clips, said = by_name(footage_found.clips), capsys.readouterr().out.splitlines()[-1]
     for file, late, numbers in ("late6", 6, [0]), ("long-late5", 5, range(3)), ("long-early3", -3, [1, 2]):
         whole = load_clip(found / f"{file}.mp4", 64)
         for k in numbers:
             clip, at = clips[f"{file}.mp4#{k}"], slice(40 * k, 40 * k + 40)
-            assert torch.equal(clip.frames, whole.frames[at])
             heard = slice((at.start + late) * FRAMES, (at.stop + late) * FRAMES)
-            assert torch.equal(clip.audio, whole.audio[heard])
+            assert torch.equal(clip.frames, whole.frames[at]) and torch.equal(clip.audio, whole.audio[heard])
     assert "long-early3.mp4#0" not in clips and "dubbed.mp4#0" not in clips
-
-
-def test_what_is_in_time_stays_as_it_was_and_one_line_counts_the_rest(found, before, taught, capsys):
-    footage_found = footage.learn(flags(found))
-    clips, said = by_name(footage_found.clips), capsys.readouterr().out.splitlines()[-1]
     untouched = [name for name in clips if name.split(".")[0].isdigit()]
     assert len(untouched) >= 29
     for name in untouched:
         assert torch.equal(clips[name].frames, before[name].frames)
         assert torch.equal(clips[name].audio, before[name].audio)
-    assert said == footage_found.said
     assert footage_found.late["late6.mp4#0"] == 6 and footage_found.late["dubbed.mp4#0"] is None
+    assert said == footage_found.said
     assert f"sound of {len(before)} clips: {len(untouched)} in time ({1.6 * len(untouched):.0f} s); " in said
     assert "; 4 late, shifted back (6 s, by 5 to 6 frames); " in said
     assert "; 2 early, shifted back (3 s, by 3 frames); " in said
@@ -98,13 +93,12 @@ def test_what_was_taught_measures_and_rewards_and_a_second_call_teaches_nothing(
     first = args.footage = footage.learn(args)
     assert len(taught) == 3 and taught[0] >= taught[2] > taught[1]
     again = footage.learn(flags(found))
-    assert len(taught) == 3 and again.said == first.said
+    assert len(taught) == 3 and again.said == first.said and first.cpu_seconds == again.cpu_seconds > 0
     assert by_name(again.clips).keys() == by_name(first.clips).keys()
-    assert first.cpu_seconds == again.cpu_seconds > 0
     for net, folder in (measuring_sync(args), DEFAULT_SYNC), (reward_sync(args), REWARD_SYNC):
         expected = load_sync(folder).state_dict()
         assert all(torch.equal(weight, expected[name]) for name, weight in net.state_dict().items())
-    assert "footage" not in train.parse_arguments.__globals__["flags"](args)
+    assert "footage" not in session.flags(args)
     for named in ["--sync", "none"], ["--reward-sync", str(REWARD_SYNC)]:
         assert footage.learn(flags(found, *named)) is None
 
@@ -120,13 +114,12 @@ def test_one_command_does_all_three_stages_and_its_report_says_what_was_found(fo
     assert "sync_confidence" in arms["post-trained", "ode"]
 
 
-def test_footage_that_cannot_teach_is_taken_as_it_is(videos, found, before, taught, monkeypatch, tmp_path,
-                                                     capsys):
+def test_footage_that_cannot_teach_is_taken_as_it_is(videos, found, before, taught, monkeypatch, tmp_path):
     """Too few clips are not even tried; a network may have learned nothing, as an untrained one; or it may
     find that none of the one or two clips that a minute of footage has held out fits."""
     few = footage.learn(flags(videos[0], "--seconds", "1"))
     assert not taught and few.sync == few.reward_sync == "none"
-    assert "sound is taken as it is: 6 clips are too few to teach a sync network" in capsys.readouterr().out
+    assert "sound is taken as it is: 6 clips are too few to teach a sync network" in few.said
     untrained = lambda *_: SyncNetwork()
     all_late = lambda train, held_out, frames: {
         "tells": 1.0, "lessons": train.rows, "late": [0] * len(train) + [None] * len(held_out)}
@@ -140,23 +133,9 @@ def test_footage_that_cannot_teach_is_taken_as_it_is(videos, found, before, taug
         assert by_name(as_it_is.clips).keys() == before.keys()
 
 
-def test_a_clip_is_measured_with_its_neighbours_in_a_stretch(found, before):
-    """Files of one clip stand alone; the three pieces of a long one share their mean."""
-    clips, _ = folder_clips(found, 64, 1.6)
-    curves = torch.randn(len(clips), 2, 31, dtype=torch.float64)
-    mean = footage.together(curves, footage.neighbours(clips))
-    pieces = [i for i, name in enumerate(clips.names) if name.startswith("long-late5")]
-    assert len(pieces) == 3
-    for i, name in enumerate(clips.names):
-        if not name.startswith("long"):
-            assert torch.equal(mean[i], curves[i])
-    for i in pieces:
-        torch.testing.assert_close(mean[i], sum(curves[j] for j in pieces) / 3)
-
-
-def test_a_file_without_its_first_clip_is_no_part_of_the_file_before(tmp_path):
-    """b.mp4 fades in, so b.mp4#0 is left out: what is kept of it begins with sound from before. Its first and
-    fourth clip are too far apart."""
+def test_a_clip_is_measured_with_its_neighbours_in_a_stretch(tmp_path):
+    """b.mp4 fades in, so b.mp4#0 is left out: what is kept of it begins with sound from before, and is no
+    part of a.mp4. Its first and fourth clip are too far apart."""
     parts = [("a.mp4", 0, 0), ("a.mp4", 1, 15), *(("b.mp4", k, 15) for k in (1, 2, 3, 4))]
     fill_cache(tmp_path, ((f"{file}#{k}", file, torch.zeros(1), torch.zeros(1), {"before": before})
                           for file, k, before in parts), {})
@@ -165,20 +144,24 @@ def test_a_file_without_its_first_clip_is_no_part_of_the_file_before(tmp_path):
                                    [0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
     some = Clips(tmp_path, [5, 2, 3])                # held-out clips come last, whatever their place
     assert footage.neighbours(some).int().tolist() == [[1, 0, 1], [0, 1, 1], [1, 1, 1]]
+    curves = torch.randn(6, 2, 31)
+    mean = footage.together(curves, near)
+    torch.testing.assert_close(mean[0], (curves[0] + curves[1]) / 2)
+    torch.testing.assert_close(mean[2], (curves[2] + curves[3] + curves[4]) / 3)
 
 
 def test_limits_are_what_the_sound_of_others_exceeds_by_chance():
     """Distances of shifts by hand. Of a hundred curves of others, ten dip by 1 and the rest by .5."""
-    def dips(**by):                                  # at k = 4: _4; at -7: m7
+    def dips(by):                                    # {frames: depth}
         curve = torch.full((31,), 2.0)
-        for name, depth in by.items():
-            curve[15 + int(name.replace("_", "").replace("m", "-"))] -= depth
+        for frames, depth in by.items():
+            curve[15 + frames] -= depth
         return curve
-    others = torch.stack([dips(_9=1.0)] * 10 + [dips(_9=0.5)] * 90).view(20, 5, 31)
-    expected = [(dips(_0=1.1), 0), (dips(_4=1.1), 4), (dips(m7=1.1), -7), (dips(_4=0.9), None),
-                (dips(), None), (dips(_1=1.1), 0), (dips(_4=1.1, _0=0.2), 0)]        # better, but by chance
+    others = torch.stack([dips({9: 1.0})] * 10 + [dips({9: 0.5})] * 90).view(20, 5, 31)
+    expected = [({0: 1.1}, 0), ({4: 1.1}, 4), ({-7: 1.1}, -7), ({4: 0.9}, None), ({}, None), ({1: 1.1}, 0),
+                ({4: 1.1, 0: 0.2}, 0)]               # better, but by chance
     own, late = zip(*expected)
-    assert footage.verdicts(torch.stack(own), others) == list(late)
+    assert footage.verdicts(torch.stack([dips(by) for by in own]), others) == list(late)
 
 
 def test_drawn_clips_are_put_in_time_by_the_network_of_the_reward():

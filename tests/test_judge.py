@@ -30,8 +30,6 @@ def batch(strangers):
             [c.name for c in four])
 
 
-# ---------------------------------------------------------------- judges of the real architectures
-
 def save_omni(folder, generation: str) -> torch.nn.Module:
     """Write a Qwen-Omni checkpoint, random and tiny, as transformers would. Returns: its thinker."""
     tiny = tiny_judge()
@@ -74,8 +72,7 @@ def omni(request, tmp_path_factory):
 
 
 def test_questions_that_share_a_clip_get_the_answers_of_separate_prompts(omni, batch):
-    """Keys and values of the clips are computed once, four clips at a time. All logits equal those of each
-    whole prompt of each clip alone."""
+    """Keys and values of the clips are computed once. All logits equal those of each whole prompt alone."""
     judge, frames, audio = omni[0], to_bytes(batch[0]), batch[1]
     prefix, questions = judge.questions()
     with torch.no_grad():
@@ -142,8 +139,6 @@ def test_the_embedded_judge_rates_drawn_talkers_only_and_a_named_one_whatever_th
     assert isinstance(make_judge(score.parse_arguments(named)), Judge)
 
 
-# ---------------------------------------------------------------- regularisers
-
 @pytest.fixture(scope="module")
 def exemplars(strangers) -> Exemplars:
     return Exemplars.measure(strangers, strangers, 4)
@@ -155,8 +150,7 @@ def frozen(frames):
 
 def test_regularisers_equal_hand_computed_values():
     """Brightness n / 100: .08 over 8 frames, no third difference; a jump of .03 at a border: seams log 3.
-    Straying counts where the exemplars are still. For a range of 2 to 3: too much, too little, and a mean
-    inside of it: chunks earn what moves their video into the range."""
+    Straying counts where the exemplars are still. Chunks earn what moves a video into the range 2 to 3."""
     frames = torch.zeros(1, 12, 3, 16, 16)
     measured = temporal(frames + torch.arange(12.0)[None, :, None, None, None] / 100, 4)
     moved = torch.full((1, 3), math.log(0.08 + 1e-4))
@@ -232,8 +226,6 @@ def test_what_lies_between_a_real_clip_and_the_codecs_view_of_it_costs_nothing(s
     for made in shaken.clamp(0, 1), frozen(frames):
         assert rate(made, sound, frames[:, 0], "a").total < -0.5
 
-
-# ---------------------------------------------------------------- the composite
 
 def test_components_add_up_to_the_total_and_what_nobody_can_say_is_left_out(exemplars, batch):
     """Nine components at most; without a judge or a sync network theirs are no part of it."""

@@ -130,14 +130,12 @@ def test_cache_slots_that_were_never_written_change_nothing(monkeypatch):
 
 def test_a_chunk_costs_the_same_however_many_came_before(monkeypatch):
     """The number of keys that attention reads stops growing once the window is full."""
-    model, seen = generator(window=2), []
-    attend = m.attention
+    model, seen, attend = generator(window=2), [], m.attention
     monkeypatch.setattr(m, "attention", lambda q, k, *rest: (seen.append(k.shape[2]), attend(q, k, *rest))[1])
-    lengths = []
+    lengths, c = [], model.config
     for _ in model.generate(*inputs(model, 12, 1), noise_for(model, 1), 1):
         lengths.append(max(seen))
         seen.clear()
-    c = model.config
     full = c.video_tokens + 2 * (c.video_tokens + c.chunk_frames) + c.video_tokens   # portrait, window, chunk
     assert lengths[0] < full and lengths[2:] == [full] * 10
 
@@ -145,6 +143,7 @@ def test_a_chunk_costs_the_same_however_many_came_before(monkeypatch):
 def test_the_seed_reproduces_and_changes_and_a_video_does_not_depend_on_its_batch():
     model = generator()
     portrait, mel = inputs(model, 3)
+
     def make(seed, rows=slice(None)):
         noise = seeded_noise(seed, range(2)[rows], (model.config.video_tokens, model.config.channels))
         return torch.cat([f for _, f in model.generate(portrait[rows], mel[rows], noise, 2)], 1)
@@ -153,20 +152,16 @@ def test_the_seed_reproduces_and_changes_and_a_video_does_not_depend_on_its_batc
     assert torch.allclose(make(0)[1:], make(0, slice(1, 2)), atol=1e-5)
 
 
-def test_guidance_is_the_formula_and_one_is_no_guidance():
+def test_guidance_is_the_formula_and_one_is_no_guidance(monkeypatch):
     """velocity = unheard + g (heard - unheard): one chunk and one step, against two plain runs."""
     model = generator()
-    portrait, mel = inputs(model, 1)
-    def first(guidance, silent=False):
-        if silent:
-            embed = model.embed_audio
-            model.embed_audio = lambda mel: model.no_audio.expand_as(embed(mel))
-        x = next(model.generate(portrait, mel, noise_for(model), 1, guidance))[0]
-        model.__dict__.pop("embed_audio", None)
-        return x
-    heard, unheard = first(1.0), first(1.0, silent=True)
+    first = lambda guidance: next(model.generate(*inputs(model, 1), noise_for(model), 1, guidance))[0]
+    heard, guided = first(1.0), first(2.5)
+    embed = model.embed_audio
+    monkeypatch.setattr(model, "embed_audio", lambda mel: model.no_audio.expand_as(embed(mel)))
+    unheard = first(1.0)
     assert not torch.allclose(heard, unheard, atol=1e-3)
-    assert torch.allclose(first(2.5), unheard + 2.5 * (heard - unheard), atol=1e-4)
+    assert torch.allclose(guided, unheard + 2.5 * (heard - unheard), atol=1e-4)
 
 
 def test_the_codec_finds_a_head_motion_that_was_put_in():

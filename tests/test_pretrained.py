@@ -33,9 +33,8 @@ KINDS = {"wav2vec2": transformers.Wav2Vec2Config(**SMALL), "hubert": transformer
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """One folder per kind of encoder: tiny, random, its convolutions the same forwards and backwards in time,
-    its attention and the convolution that tells it positions silenced: both spread a change over all the
-    sound."""
+    """A folder per kind of encoder: tiny, random, its convolutions the same forwards and backwards in time,
+    attention and positional convolution silenced: both spread a change over all the sound."""
     root = tmp_path_factory.mktemp("encoders")
     for kind, config in KINDS.items():
         torch.manual_seed(0)
@@ -98,8 +97,7 @@ RUN = [*SHAPE, *"--clips 6 --steps 2 --judge none --curate 0 --updates 1 --promp
 
 def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(encoders, tmp_path, monkeypatch,
                                                                             capsys):
-    """The run remembers the encoder; rollouts get the features of `hear`, and so does sample.py, from
-    config.json."""
+    """The run remembers the encoder; rollouts get the features of `hear`, and so does sample.py."""
     heard, roll_out = [], train.grpo.roll_out
     monkeypatch.setattr(train.grpo, "roll_out", lambda model, portrait, mel, *rest: (
         heard.append(mel), roll_out(model, portrait, mel, *rest))[1])
@@ -115,8 +113,6 @@ def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(enco
     sample.main("--checkpoint run --image run/portrait.png --audio run/speech.wav --out v.mp4".split())
     assert "all of the sound, which the speech encoder hears first" in capsys.readouterr().out
 
-
-# ---------------------------------------------------------------- a trunk that was a language model
 
 QWEN3 = dict(vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-4, rope_parameters={"rope_type": "default",
@@ -142,9 +138,8 @@ def generator_from(folder) -> Generator:
 
 
 def test_the_trunk_under_a_causal_mask_is_the_language_model(tmp_path):
-    """One token a chunk and no sound make the mask causal; time, row and column are the token's index. Then
-    hidden states are transformers', and the gradients of a sum of them with respect to the tokens and to
-    every weight of the trunk, all to 1e-5 in fp32, whatever the noise level."""
+    """One token a chunk and no sound make the mask causal. Then hidden states are transformers', and so are
+    the gradients for the tokens and for every weight, to 1e-5 in fp32, whatever the noise level."""
     language = language_model(tmp_path)
     model, length = generator_from(str(tmp_path)), 40
     tokens = torch.randn(2, length, QWEN3["hidden_size"])
@@ -174,9 +169,8 @@ FLAGS = ("--size 32 --space-channels 6 --channels 8 --clips 6 --seconds 1 --vali
 
 
 def test_a_run_starts_from_the_language_model_and_goes_on_without_it(unmeasured, tmp_path, monkeypatch):
-    """With learning rates of 0 and --checkpointing, the trunk that is saved is the language model's; its
-    folder may go away afterwards. Every block of every step, of pretraining and of post-training, runs
-    through checkpoint."""
+    """With learning rates of 0, the trunk that is saved is the language model's; its folder may go away then.
+    Every block of every step runs through checkpoint."""
     language, calls = language_model(tmp_path / "qwen"), []
     real = m.checkpoint
     monkeypatch.setattr(m, "checkpoint", lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1])
@@ -192,8 +186,6 @@ def test_a_run_starts_from_the_language_model_and_goes_on_without_it(unmeasured,
     shutil.rmtree(tmp_path / "qwen")
     train.main(["--resume", str(folder)])
 
-
-# ---------------------------------------------------------------- refused
 
 @pytest.mark.parametrize("load, make, words", [
     (SpeechEncoder, transformers.BertConfig().save_pretrained, "is a bert, not a speech encoder"),

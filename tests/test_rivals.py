@@ -1,5 +1,4 @@
-"""The rivals of GRPO do what they are called: the best by the judge, sound put in time, own videos learned
-from."""
+"""The rivals of GRPO do what they are called: the best by the judge, own videos learned from."""
 
 from types import SimpleNamespace
 
@@ -8,25 +7,16 @@ import torch
 
 import train
 from extras import measuring, rivals
-from extras.footage import lateness
 from extras.files import MediaError
+from extras.footage import lateness
 from extras.session import go_on
 from extras.sync import load_sync
 from extras.talkers import synthetic_clips
-from reward import DEFAULT_SYNC, Ratings
+from reward import DEFAULT_SYNC
 from sample import imitate
 from tiny import SHAPE, Bright
 
 STAGES = "curate.pt", "post.pt", "curated"
-
-
-class Grey:
-    """A judge of the mean grey level."""
-
-    window, fingerprint = None, "grey"
-
-    def rate(self, frames, audio, names):
-        return Ratings(frames.mean((1, 2, 3, 4))[:, None].expand(-1, 3), torch.ones(len(frames), 3))
 
 
 @pytest.fixture
@@ -41,29 +31,30 @@ def run(tmp_path):
     return SimpleNamespace(args=args, clips=clips, data=data, model=stage.model.eval())
 
 
-def test_the_best_of_n_is_the_best_of_takes_that_differ(run):
+def test_the_best_of_n_is_the_best_of_takes_that_differ_and_never_an_unrated_one(run):
     args, clips = run.args, list(run.clips)
     takes = torch.stack([imitate(run.model, clips, args.frames, args.sampling_steps, seed=3 + 1000 * take)
                          for take in range(3)])
-    best = rivals.best_of(3, run.model, Grey(), clips, args)
+    best = rivals.best_of(3, run.model, Bright(window=None), clips, args)
     level = takes.mean((2, 3, 4, 5))
     assert torch.equal(best.mean((1, 2, 3, 4)), level.amax(0)) and level.argmax(0).unique().numel() > 1
-    assert torch.equal(rivals.best_of(1, run.model, Grey(), clips, args), takes[0])
+    assert torch.equal(rivals.best_of(1, run.model, Bright(window=None), clips, args), takes[0])
+    ratings = rivals.rated(Bright(unrated=[1]), takes[0], clips)
+    assert ratings.argmin() == 1 and ratings.isfinite().sum() == 5
 
 
 def test_its_own_videos_are_the_best_of_their_prompts(run, monkeypatch):
     """Latents, portrait and sound belong together, and no rejected video is brighter than the kept one."""
     monkeypatch.setattr(rivals, "PROMPTS", 4)
-    stage = rivals.RejectionSampling(run, judge := Grey(), 1.0)
-    stage.average = train.snapshot(run.model.state_dict())
-    seen = []
-    monkeypatch.setattr(judge, "rate", lambda *a: seen.append(Grey.rate(judge, *a)) or seen[-1])
+    stage = rivals.RejectionSampling(run, judge := Bright(window=None), 1.0)
+    stage.average, seen = train.snapshot(run.model.state_dict()), []
+    monkeypatch.setattr(judge, "rate", lambda *a: seen.append(Bright.rate(judge, *a)) or seen[-1])
     own = stage.best_own()
-    [rated] = seen
+    rated = seen[0].score[:, 0]
     videos = run.model.codec.decode(own.portrait / 255, own.clean)
-    best = rated.score[:, 0].view(4, rivals.SAMPLES).amax(1)
-    torch.testing.assert_close(videos.mean((1, 2, 3, 4)), best, atol=1e-5, rtol=0)
-    assert rated.score[:, 0].unique().numel() > 4
+    best = rated.view(4, rivals.SAMPLES).amax(1)
+    torch.testing.assert_close(1 + 4 * videos.mean((1, 2, 3, 4)), best, atol=1e-5, rtol=0)
+    assert rated.unique().numel() > 4
     for portrait, mel in zip(own.portrait, own.mel):
         [row] = [i for i in range(6) if torch.equal(run.data.portrait[i], portrait)]
         assert torch.equal(run.data.mel[row], mel)
@@ -87,28 +78,16 @@ def test_the_distance_of_mouths_is_left_out_where_no_network_measures(run, capsy
     assert measuring.mouth_distance(videos, clips, args) == {} and not capsys.readouterr().out
 
 
-def test_an_unrated_video_is_never_the_best(run):
-    clips = list(run.clips)[:4]
-    videos = torch.rand(4, run.args.frames, 3, 32, 32)
-    ratings = rivals.rated(Bright(unrated=[1]), videos, clips)
-    assert ratings.argmin() == 1 and ratings.argmax() != 1
-    assert ratings.argsort(descending=True)[-1] == 1 and ratings[[0, 2, 3]].isfinite().all()
-
-
-@pytest.mark.parametrize("training, left", [("{}", []), ('{"reward_sync": "none"}', STAGES)])
-def test_a_run_without_its_stages_or_networks_is_refused_in_one_line(tmp_path, training, left):
-    (tmp_path / "config.json").write_text(f'{{"model": {{}}, "training": {training}}}')
-    for name in ("log.jsonl", *left):
-        (tmp_path / name).touch()
-    with pytest.raises(MediaError, match="sync network of the reward and all three stages"):
-        rivals.main([str(tmp_path)])
-
-
-def test_a_stopped_stage_names_the_command_that_goes_on(tmp_path, monkeypatch):
-    """It was --resume, a flag that this command does not have."""
-    (tmp_path / "config.json").write_text('{"model": {}, "training": {}}')
-    for name in ("log.jsonl", *STAGES):
-        (tmp_path / name).touch()
+def test_a_run_without_its_stages_is_refused_and_a_stopped_one_says_how_to_go_on(tmp_path, monkeypatch):
+    """Or without a network. It was --resume, a flag that this command does not have."""
+    config = tmp_path / "config.json"
+    for training, left in (("{}", []), ('{"reward_sync": "none"}', STAGES)):
+        config.write_text(f'{{"model": {{}}, "training": {training}}}')
+        for name in ("log.jsonl", *left):
+            (tmp_path / name).touch()
+        with pytest.raises(MediaError, match="sync network of the reward and all three stages"):
+            rivals.main([str(tmp_path)])
+    config.write_text('{"model": {}, "training": {}}')
     for name in ("make_judge", "reward_sync", "measuring_sync"):
         monkeypatch.setattr(rivals, name, lambda args: None)
     monkeypatch.setattr(train, "load_clips", lambda args, watched: pytest.fail(go_on(args)))

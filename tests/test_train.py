@@ -26,15 +26,12 @@ from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
 
 
-# ---------------------------------------------------------------- flow matching
-
 def random_latents() -> train.Latents:
     return train.Latents(torch.zeros(5, 3, 32, 32).byte(), torch.zeros(5, 12, 4), torch.randn(5, 3, 10, 8))
 
 
 def test_the_loss_is_the_velocity_error_of_the_levels_it_draws():
-    """Against a stand-in that predicts half of what it sees, the loss is a weighted mean square that a loop
-    can compute."""
+    """Of a stand-in that predicts half of what it sees, a loop computes the weighted mean square."""
     args, seen = train.parse_arguments([*TINY, "--context-noise", "0", "--batch", "16"]), {}
 
     def velocity(portrait, mel, context, noisy, sigma, heard):
@@ -94,8 +91,6 @@ def test_the_average_forgets_slowly_and_at_first_fast():
         stage.blend(decay)
         assert stage.average["no_audio"].mean().item() == pytest.approx(want)
 
-
-# ---------------------------------------------------------------- clips, and what the judge picks
 
 def test_what_chooses_the_checkpoint_is_not_reported_and_neither_has_faults():
     parts = train.load_clips(train.parse_arguments([*WHOLE, "--validate-clips", "3"]), watch=2)
@@ -206,8 +201,6 @@ def test_flags_choose_the_reward_and_whose_clips_are_its_exemplars(videos):
     assert alone.sync is None and "sync" not in alone.weights
 
 
-# ---------------------------------------------------------------- the stages of a whole run
-
 def test_a_run_leaves_everything_it_names_and_logs_every_step(finished):
     """What was taught before in folders of their own, the best policy on top; each arm measured twice."""
     assert {p.name for p in finished.iterdir()} >= {
@@ -252,8 +245,7 @@ class Garbled(Clips):
 
 @pytest.mark.parametrize("way", ["with garbled faults", "from the pretrained run"])
 def test_the_stages_end_with_the_same_bits(finished, taste, unmeasured, tmp_path, monkeypatch, way):
-    """Nothing that trains, judges or picks reads what was done to a clip; and where a finished run is curated
-    and post-trained anew, all is as it was."""
+    """Nothing that trains, judges or picks reads what was done to a clip; --pretrained repeats the rest."""
     flags, load = ["--pretrained", str(finished), *POST], train.load_clips
     if way == "with garbled faults":
         flags = [*WHOLE]
@@ -267,8 +259,6 @@ def test_the_stages_end_with_the_same_bits(finished, taste, unmeasured, tmp_path
     weights = load_generator(tmp_path).state_dict()
     assert all(torch.equal(v, weights[k]) for k, v in load_generator(finished).state_dict().items())
 
-
-# ---------------------------------------------------------------- looks
 
 def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_too_little():
     """By hand: lip_correlation, of real clips beyond another clip's, less .1 |log amplitude|, and .1 log of
@@ -335,8 +325,7 @@ def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(finished, br
 
 
 def test_sampling_with_noise_is_paired_and_reproducible(finished):
-    """The same noise for every arm: two runs agree, whatever stands in the batch beside a clip, and it is no
-    ODE."""
+    """The same noise for every arm: two runs agree, whatever stands in the batch, and it is no ODE."""
     args = train.parse_arguments([*TINY, "--sampling-steps", "4", "--rollout-steps", "4"])
     model, clips = load_generator(finished).eval(), train.load_clips(args)[1]
     both, one = (train.validate(model, clips[:n], args, noisy=True)[1] for n in (2, 1))
@@ -344,11 +333,8 @@ def test_sampling_with_noise_is_paired_and_reproducible(finished):
     assert not torch.allclose(both, train.validate(model, clips, args)[1], atol=1e-3)
 
 
-# ---------------------------------------------------------------- controls
-
 def test_controls_spend_the_cpu_time_of_what_they_are_compared_with(finished):
-    """More curation that of post-training, more pretraining that of GRPO without curation: to within a step,
-    by the times of their own folders."""
+    """More curation that of post-training, more pretraining that of uncurated GRPO: to within a step."""
     spent = {e["control"]: e for e in logged(finished) if "control" in e}
     budget = {"more curation": state(finished, "post.pt")["cpu_seconds"],
               "more pretraining": spent["GRPO without curation"]["cpu_seconds"]}
@@ -383,8 +369,6 @@ def test_pretraining_hears_clips_as_found_and_what_the_judge_picks_among_in_time
         assert torch.equal(stages[name].clips[0].audio, late(clips, None)[0][0].audio)
 
 
-# ---------------------------------------------------------------- updates of GRPO
-
 @pytest.fixture
 def bright(unmeasured, monkeypatch):
     """Instead of the reward, and of a judge: nothing is curated."""
@@ -414,8 +398,7 @@ def test_micro_batches_save_memory_and_change_nothing_else(finished, bright, tmp
 
 def test_every_update_has_prompts_and_noise_of_its_own_and_repeats_its_rollout(
         finished, bright, tmp_path, monkeypatch):
-    """With a learning rate of 0, so that nothing else tells them apart. A rescoring that is off by 1e-4 stops
-    the run at once."""
+    """Where nothing is learned, that tells them apart. A rescoring that is off by 1e-4 stops the run."""
     norms = [e["parts"][0]["grad_norm"] for e in first_updates(finished, tmp_path / "a", "--post-lr", "0")]
     assert len(set(bright.asked)) > 1 and len(set(norms)) == 4
     rescore = grpo.rescore
@@ -423,8 +406,6 @@ def test_every_update_has_prompts_and_noise_of_its_own_and_repeats_its_rollout(
     with pytest.raises(RuntimeError, match="does not repeat the rollout"):
         first_updates(finished, tmp_path / "b")
 
-
-# ---------------------------------------------------------------- too little memory
 
 FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
@@ -447,8 +428,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(full, unmeasured,
 
 
 def test_controls_that_were_stopped_go_on_with_the_same_budgets(finished, taste, unmeasured, tmp_path):
-    """Two are finished, the last was under way: it alone is done again, for as long as GRPO without curation
-    took."""
+    """The last was under way: it alone is done again, for the time that GRPO without curation took."""
     folder = shutil.copytree(finished, tmp_path / "run")
     name, other = "more pretraining", folder / "control" / "GRPO-without-curation" / "state.pt"
     shutil.rmtree(folder / "control" / "more-pretraining")

@@ -24,8 +24,7 @@ WHOLE = [*TINY, *POST]
 
 
 class Taste:
-    """A judge of known ratings: of the six training clips these, of anything else how bright and how lively
-    it is."""
+    """A judge of known ratings: of the six training clips these, of others how bright and lively they are."""
 
     window, fingerprint = None, "taste"
     known = torch.tensor([[1.0, 5, 4], [4, 1, 1], [3, 2, 5], [2, 4, 2], [5, 3, 3], [1, 1, 1]])
@@ -47,12 +46,10 @@ class Taste:
 
 
 class Bright:
-    """A judge that rates how bright a clip is, 20 frames at once."""
+    """A judge that rates how bright a clip is, some frames at once."""
 
-    window = 20
-
-    def __init__(self, unrated=()):
-        self.unrated = list(unrated)
+    def __init__(self, unrated=(), window=20):
+        self.unrated, self.window = list(unrated), window
 
     def rate(self, frames, audio, names):
         score = 1 + 4 * frames.mean((1, 2, 3, 4))
@@ -61,8 +58,7 @@ class Bright:
 
 
 class Brightness:
-    """A reward with the interface of reward.Reward that anyone can compute: bright frames, and bright last
-    ones."""
+    """A reward that anyone can compute: bright frames, and bright last ones."""
 
     def __init__(self):
         self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
