@@ -7,7 +7,7 @@ Three ratings from 1 to 5 say how good a lesson is:
     motion           5 - 4 u    u: strength of the worst fault: tremble, freeze, ghost, blur, noise, ...
 
 The mouth of a drawn talker is known. That of a real clip is read by a proxy: how far the lower middle of the
-face has moved along the direction that follows the sound most closely (sample.mouth_axis). Takes of
+face has moved along the direction that follows the sound most closely (mouths.mouth_axis). Takes of
 generators are labelled by sample.evaluate; extras/school.py says what that means for the judge.
 
 N clips of P frames are the material; B lessons have F frames; S pixels per side.
