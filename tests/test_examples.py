@@ -55,12 +55,14 @@ def test_a_component_of_your_own_is_one_like_the_others(example):
 def test_a_run_goes_on_by_the_script_that_began_it(example, monkeypatch, tmp_path):
     """Another one has another judge or reward. The report names the script, too."""
     mine = SimpleNamespace(train=train, __file__="mine.py", __spec__=None)
-    with patch.dict(sys.modules, {"__main__": mine}):
+    with monkeypatch.context() as main:
+        main.setitem(sys.modules, "__main__", mine)
         log = example("own_reward", "--judge", "none", "--reward-sync", "none")
     assert log[0]["command"].startswith("python own_reward --size 32")
     with pytest.raises(MediaError, match="another script; python own_reward --resume"):
         train.main(["--resume", str(tmp_path / "run"), "--updates", "3"])
-    with patch.dict(sys.modules, {"__main__": SimpleNamespace(train=train)}):     # a notebook has no file
+    with monkeypatch.context() as main:                                          # a notebook has no file
+        main.setitem(sys.modules, "__main__", SimpleNamespace(train=train))
         assert train.parse_arguments([]).program == "python train.py"
     for same in "python ./own_reward.py", "python -m somewhere.own_reward":
         session.check_program(SimpleNamespace(resume=True, out=tmp_path / "run", program=same))
