@@ -20,8 +20,8 @@ import grpo
 import kernels
 from kernels import attention as attention_module
 from kernels import bench, flow_step
-from kernels.attention import Layout, attention, chunk_causal_mask
-from kernels.flow_step import STOCHASTIC, sigma_schedule, step_coefficients, stochastic_step
+from kernels.attention import Layout, attention, chunk_causal_mask, fused_attention
+from kernels.flow_step import STOCHASTIC, fused_step, sigma_schedule, step_coefficients, stochastic_step
 from test_grpo import SMALL
 from test_model import generator, inputs, noise_for, parallel_inputs
 
@@ -41,6 +41,8 @@ def tensors(*shapes, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
 
+
+# ---------------------------------------------------------------- attention
 
 def tokens(layout: Layout) -> list[tuple]:
     """Name every token of a sequence: (segment, kind, chunk); segment 0 is the context."""
@@ -132,7 +134,8 @@ def test_long_chunks_get_tiles_of_128_that_give_the_same():
 
 @pytest.mark.parametrize("length, keys", [(50, 1), (1, 77), (10, 122)])
 def test_a_chunk_attends_to_a_part_of_a_cache_of_any_length(length, keys):
-    """No mask, keys a view into a longer cache, queries as projections leave them: heads inside tokens."""
+    """No mask, other numbers of queries than of keys, keys a view into a longer cache, queries as projections
+    leave them: heads inside tokens."""
     q, dout = (x.transpose(1, 2) for x in tensors((2, length, 4, 32), (2, length, 4, 32)))
     k, v = tensors((2, 2, keys + 9, 32), (2, 2, keys + 9, 32), seed=1)
     k[:, :, keys:], v[:, :, keys:] = math.nan, math.nan
@@ -167,9 +170,12 @@ def test_full_size_attention_is_the_softmax_and_equal_inputs_give_equal_bits(lay
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
+# ---------------------------------------------------------------- the flow step
+
 @pytest.mark.parametrize("sampler", ["ode", "flow-sde"])
 def test_many_steps_carry_noise_to_the_marginal_of_a_gaussian(sampler, m=1.5, s=0.4):
-    """Clean data N(m, s^2) have a closed-form velocity; m and s come out, by the ODE and by the SDE."""
+    """Clean data N(m, s^2) have a closed-form velocity. The SDE was made to have the ODE's marginals: m and s
+    come out, whatever the noise."""
     g, levels = torch.Generator().manual_seed(0), sigma_schedule(300)
     x = torch.randn(40_000, 1, 1, generator=g)
     for sigma, down in zip(levels, levels[1:]):
@@ -257,6 +263,19 @@ def test_without_noise_a_step_is_the_ode_whatever_the_sampler():
             assert nearly == pytest.approx((1, down - sigma, 0), abs=1e-5)
 
 
+@with_triton
+def test_attention_and_the_step_are_operators_that_pytorch_knows():
+    """Schema, shapes and strides without data, autograd, and tracing, as torch.library checks them."""
+    q, k, v = (x.requires_grad_() for x in qkv(Layout(1, 3, 1), heads=2, kv_heads=1)[:3])
+    torch.library.opcheck(fused_attention, (q, k, v, Layout(1, 3, 1).bounds))
+    for draws in True, False:
+        x, v, given = latents(n=(1, 3))
+        v.requires_grad_(not draws)
+        torch.library.opcheck(fused_step, (x, v, given, draws, 0.9, 0.2, 0.4))
+
+
+# ---------------------------------------------------------------- refusing and choosing
+
 X, Q = torch.zeros(1, 2, 3, device=DEVICE), torch.zeros(1, 3, 10, 32, device=DEVICE)
 TEN = Layout(1, 3, 4)
 STEP = dict(coefficients=(1.0, 1.0, 1.0), noise=X, impl="triton")
@@ -302,6 +321,8 @@ def test_the_project_runs_where_triton_is_not_installed():
     assert done.stdout.startswith("None torch.Size([1, 1, 5, 32])"), done.stderr
     assert "triton is not installed" in done.stderr.splitlines()[-1]
 
+
+# ---------------------------------------------------------------- the whole
 
 def training_step(model):
     """Velocity, and the gradient of every parameter."""
@@ -350,6 +371,8 @@ def test_under_autocast_a_training_step_agrees_to_the_precision_of_bf16():
     assert all((a - b).norm() <= 0.05 * b.norm() + 1e-3 for a, b in zip(*made))
 
 
+# ---------------------------------------------------------------- compiled for GPUs that are not here
+
 @pytest.fixture(scope="module")
 def compiled():
     """What tests/compile_kernels.py printed: every kernel as it would be launched, for A100 and H100."""
@@ -366,18 +389,23 @@ def compiled():
 
 
 def test_compiled_kernels_spill_nothing_fit_into_shared_memory_and_use_tensor_cores(compiled):
-    """163 and 227 KB."""
+    """163 and 227 KB. HMMA or HGMMA in attention, HGMMA on sm_90 if tiles have a warp group's 64 rows."""
     assert {r["kernel"] for r in compiled} == {"forward_kernel", "dq_kernel", "dkdv_kernel", "step_kernel",
                                                "log_prob_kernel", "velocity_gradient_kernel"}
     for r in compiled:
         assert not r["stack"] and not r["local"], r
         assert r["shared"] <= {80: 163, 90: 227}[r["sm"]] * 1024, r
-        assert r["matrix"] > 0 or "BLOCK_Q" not in r, r
+        if "BLOCK_Q" in r:
+            own = r["BLOCK_K"] if r["kernel"] == "dkdv_kernel" else r["BLOCK_Q"]
+            assert r["matrix"] > 0 and (r["warp_group"] > 0) == (r["sm"] == 90 and own >= 64), r
+            assert r["wide_loads"] > 0, r
 
 
 def test_compiled_draws_and_rescorings_add_and_round_alike(compiled):
-    """Equal bits need the same layout of elements over threads, and the same instructions: the mean is one
-    FFMA an element, and a draw has one multiplication and one addition more than its rescoring."""
+    """Equal bits need the same layout of elements over threads, whatever the mode and the velocity's type,
+    and, as the interpreter does not round a fused multiply-add once, the same instructions: one FFMA an
+    element in every mode, the mean, and in a draw one multiplication and one addition more than in its
+    rescoring."""
     layouts, steps = {}, {}
     for r in compiled:
         if r["kernel"] == "step_kernel":
@@ -389,3 +417,11 @@ def test_compiled_draws_and_rescorings_add_and_round_alike(compiled):
         each = block // 256                                          # elements of each of the 8 x 32 threads
         assert {a["FFMA"] for a in modes.values()} == {each}, modes
         assert all(modes[True][op] == modes[False][op] + each for op in ("FMUL", "FADD")), modes
+
+
+# ---------------------------------------------------------------- the benchmark
+
+def test_attention_flops_are_those_of_the_dense_products_on_the_allowed_pairs():
+    """One chunk, by hand: the portrait's 3 tokens see 3 keys, the sound's 2 see 5, 3 noisy 8: 43 pairs."""
+    assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=False) == 2 * 3 * 4 * 32 * 43
+    assert bench.attention_flops(2, 3, 32, Layout(1, 3, 2), backward=True) == 2 * 3 * 10 * 32 * 43

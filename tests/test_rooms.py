@@ -2,16 +2,56 @@
 
 import ast
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
 
-# The rooms in the order in which they build on each other: at its top a file imports what stands before it.
-ORDER = """
-    extras.files extras.media extras.processes extras.arguments data kernels model grpo reward
-    extras.mouths extras.face sample extras.talkers extras.page extras.report extras.pretrained extras.sync
-    extras.endpoint extras.reward_flags extras.flags extras.session extras.footage extras.measuring train
-    extras.rivals extras.score extras.people extras.lessons extras.school kernels.bench""".split()
+ROOT = Path(__file__).parents[1]
+MAIN = {"data", "kernels", "model", "grpo", "reward", "sample"}
+
+# A room and what the top of its file may import of ours, beside GROUND: files and media know no talkers
+# and no models.
+GROUND = {"extras.files", "extras.media"}
+ARROWS = {
+    "extras.files": set(),
+    "extras.media": {"extras.files"},
+    "data": set(),
+    "kernels": set(),
+    "model": {"data", "kernels"},
+    "grpo": {"kernels", "model"},
+    "reward": {"data", "model"},
+    "sample": {"data", "model", "reward", "extras.arguments", "extras.face", "extras.mouths"},
+    "extras.arguments": set(),
+    "extras.score": {"data", "sample", "extras.arguments", "extras.reward_flags", "extras.talkers"},
+    "train": MAIN | {"extras.flags", "extras.footage", "extras.measuring", "extras.pretrained",
+                     "extras.processes", "extras.report", "extras.reward_flags", "extras.session",
+                     "extras.talkers"},
+    "extras.rivals": {"data", "model", "reward", "sample", "train", "extras.flags", "extras.footage",
+                      "extras.measuring", "extras.report", "extras.reward_flags", "extras.session"},
+    "kernels.bench": {"data", "kernels", "model", "grpo"},
+    "extras.talkers": {"data"},
+    "extras.mouths": {"data", "model"},
+    "extras.page": {"data"},
+    "extras.report": {"data", "extras.page"},
+    "extras.processes": set(),
+    "extras.flags": {"data", "model", "grpo", "extras.arguments", "extras.pretrained", "extras.processes",
+                     "extras.reward_flags"},
+    "extras.session": {"data", "model", "reward", "extras.flags", "extras.processes", "extras.report"},
+    "extras.measuring": {"data", "model", "grpo", "reward", "sample", "extras.processes", "extras.report",
+                         "extras.reward_flags", "extras.session"},
+    "extras.pretrained": {"data", "model"},
+    "extras.endpoint": {"data", "reward", "extras.page"},
+    "extras.reward_flags": {"data", "reward", "extras.sync"},
+    "extras.sync": {"data", "reward"},
+    "extras.footage": {"data", "reward", "sample", "extras.reward_flags", "extras.session", "extras.sync"},
+    "extras.people": {"data", "model", "reward", "sample", "extras.arguments", "extras.page",
+                      "extras.reward_flags", "extras.talkers"},
+    "extras.lessons": MAIN | {"extras.mouths"},
+    "extras.school": MAIN | {"extras.arguments", "extras.lessons", "extras.people", "extras.reward_flags",
+                             "extras.sync", "extras.talkers"},
+    "extras.face": {"data"},
+}
 # The functions that import an extra when a run asks for it, so that nobody else needs it; no other may.
 ON_DEMAND = {
     ("data", "hear"): {"extras.pretrained"},                    # --audio-encoder
@@ -22,45 +62,72 @@ ON_DEMAND = {
 }
 
 
+@cache
+def files() -> dict[str, list[Path]]:
+    """Room -> its files. The kernels are one room, their benchmark another."""
+    rooms: dict[str, list[Path]] = {}
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("kernels/*.py")]):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if name != "extras.__init__":
+            rooms.setdefault(room_of(name), []).append(path)
+    return rooms
+
+
 def room_of(name: str) -> str:
     """The room of a module: kernels.attention belongs to kernels, torch.nn to none of ours."""
-    return "kernels" if name.startswith("kernels") and name != "kernels.bench" else name
+    if name.startswith("kernels") and name != "kernels.bench":
+        return "kernels"
+    return name
 
 
 @cache
-def arrows() -> list[tuple[str, str | None, str]]:
-    """(room, function or None at the top, room of ours that it imports) for each import."""
+def imports(path: Path) -> list[tuple[str | None, str]]:
+    """(function or None at the top, module) for each import in a file."""
     found = []
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("kernels/*.py")]:
-        room = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        for node in ast.parse(path.read_text()).body:
-            for part in ast.walk(node):
-                modules = []
-                if isinstance(part, ast.ImportFrom) and part.module != "extras":
-                    modules = [part.module]
-                elif isinstance(part, ast.Import | ast.ImportFrom):                # from extras import people
-                    package = "extras." if isinstance(part, ast.ImportFrom) else ""
-                    modules = [package + alias.name for alias in part.names]
-                found += [(room, getattr(node, "name", None), room_of(module)) for module in modules]
-    return [(room, function, to) for room, function, to in found if to in ORDER and to != room]
+
+    def visit(node: ast.AST, function: str | None) -> None:
+        if isinstance(node, ast.FunctionDef) and function is None:
+            function = node.name
+        if isinstance(node, ast.Import):
+            found.extend((function, alias.name) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            package = node.module == "extras"                   # from extras import people
+            found.extend((function, f"extras.{alias.name}" if package else node.module)
+                         for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+    visit(ast.parse(path.read_text()), None)
+    return found
 
 
-def test_a_room_imports_those_before_it_and_in_functions_what_is_named():
-    assert {room for room, *_ in arrows()} <= {*ORDER}
-    for room, function, imported in arrows():
-        if function:
-            assert imported in ON_DEMAND.get((room, function), set()), f"{room}.{function} imports {imported}"
-        else:
-            assert ORDER.index(imported) < ORDER.index(room), f"{room} imports {imported}"
+def arrows(top_alone: bool) -> dict[str, set[str]]:
+    """Room -> the rooms of ours that it imports, at the top of its files or anywhere."""
+    return {room: {room_of(module) for path in paths for function, module in imports(path)
+                   if room_of(module) in ARROWS and not (top_alone and function)} - {room}
+            for room, paths in files().items()}
+
+
+@pytest.mark.parametrize("room", files())
+def test_a_room_imports_what_its_place_allows_and_in_functions_what_is_named(room):
+    ground = GROUND if room not in GROUND | {"kernels"} else set()
+    assert arrows(top_alone=True)[room] <= ARROWS[room] | ground
+    for path in files()[room]:
+        for function, module in imports(path):
+            if function and room_of(module) in ARROWS:
+                assert module in ON_DEMAND.get((room, function), set()), f"{room}.{function} imports {module}"
+
+
+def test_no_room_imports_itself_by_a_detour():
+    list(TopologicalSorter(arrows(top_alone=True)).static_order())                   # raises CycleError
 
 
 def test_no_reward_can_reach_a_metric():
     """All held-out metrics stand in sample.py, which reads mouths by extras/mouths.py: nothing that reward.py
     imports, however deep, on demand too, leads there."""
-    reached, ahead = set(), ["reward"]
+    graph, reached, ahead = arrows(top_alone=False), set(), ["reward"]
     while ahead:
         room = ahead.pop()
         reached.add(room)
-        ahead += {imported for of, _, imported in arrows() if of == room} - reached
+        ahead += graph.get(room, set()) - reached
     assert not reached & {"sample", "train", "grpo", "extras.mouths", "extras.school", "extras.lessons",
                           "extras.people"}
