@@ -1,6 +1,6 @@
 """Portraits, speech and video clips: everything that enters or leaves the generator.
 
-1. Sound as the generator hears it: log-mel energies of a frame's own 40 ms, of 40 ms before and 80 ms after.
+1. Sound as the generator hears it: log-mel energies of a frame's own 40 ms, of 55 ms before and 80 ms after.
    These 80 ms, and the length of a chunk, are the latency of the whole system: a speaker's lips round before
    the vowel is heard. Or the features of a frozen speech encoder, which hears the whole speech first.
 2. Media in. Any video or sound becomes 25 RGB frames and 16,000 mono samples a second, so a frame is exactly
@@ -46,7 +46,7 @@ from extras.media import (FPS, PIECE, SAMPLES_PER_FRAME, SAMPLE_RATE, Track, car
 HOP = 160                                            # 10 ms between spectra: four hops make a frame
 WINDOW = 400                                         # 25 ms under each spectrum, the usual choice for speech
 MELS = 32
-LOOK_BACK, LOOK_AHEAD = 4, 8                         # hops before and after a frame's own four: 40 and 80 ms
+LOOK_BACK, LOOK_AHEAD = 4, 8                         # hops before and after a frame's own four
 MEL_DIM = (LOOK_BACK + 4 + LOOK_AHEAD) * MELS        # 512
 LATENCY = LOOK_AHEAD * HOP / SAMPLE_RATE             # 0.08 s of future sound that a chunk waits for
 LOG_FLOOR = 1e-3                                     # mel power below this is room noise at our loudness
@@ -238,13 +238,13 @@ class Clips(Sequence):
         if isinstance(i, slice):
             return Clips(self.folder, self.rows[i], self.index)
         row = self.rows[i]
-        truth = load_file(self.folder / f"{row}.safetensors")
-        frames, audio = truth.pop("frames"), truth.pop("audio")
-        start = int(truth.pop("before", 0)) + self.late(i)                             # of the first's sound
+        arrays = load_file(self.folder / f"{row}.safetensors")
+        frames, audio = arrays.pop("frames"), arrays.pop("audio")
+        start = int(arrays.pop("before", 0)) + self.late(i)                             # of the first's sound
         lost = max(0, -start)
         frames = frames[lost : max(lost, len(audio) // SAMPLES_PER_FRAME - start)]
         audio = audio[(start + lost) * SAMPLES_PER_FRAME :][: len(frames) * SAMPLES_PER_FRAME]
-        return Clip(self.index["clips"][row][0], frames, audio, truth or None)
+        return Clip(self.index["clips"][row][0], frames, audio, arrays or None)       # the rest is the truth
 
     @property
     def names(self) -> list[str]:

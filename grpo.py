@@ -13,7 +13,8 @@
 3. A reward. Each video is judged as a whole, and, where a component can say when, chunk by chunk: a draw is
    then credited with its own chunk and, discounted, with the later ones. Sound and lips are a matter of the
    moment, and credit that is not shared with the rest of the video is less noisy.
-4. An advantage: how much better than its group a video is. Each component is a z-score within its group,
+4. An advantage: how much better than its group a chunk is. Each component, after the credit of step 3, is a
+   z-score over the group, chunk by chunk,
 
        z_i = (component_i - group mean) / max(group std, floor)
        advantage = clamp( sum_i weight_i z_i, -5, 5 ).
@@ -78,7 +79,7 @@ class Settings:
     group: int = setting(8, "videos per prompt, G")
     sampler: str = setting("cps", "stochastic flow step", *STOCHASTIC)
     noise_level: float = setting(0.8, "how much noise is fresh; the papers: cps 0.8, flow-sde 0.7")
-    rollout_steps: int = setting(6, "flow steps per chunk of a rollout")
+    rollout_steps: int = setting(6, "flow steps per chunk of a rollout; sampling takes 2")
     draws: int = setting(2, "how many of them draw, M; the others follow the ODE")
     group_noise: str = setting("same", "initial noise within a group", "same", "different")
     credit: str = setting("chunk", "reward whole videos, or each chunk by itself and what comes after it",
@@ -190,14 +191,11 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
     def gaussian(each):
         return torch.randn(p, each, *shape, generator=rng)[mine].flatten(0, 1).to(mel.device)
 
-    def fresh(chunk):
-        return gaussian(g)
-
     def initial(chunk):
-        return fresh(chunk) if settings.group_noise == "different" else gaussian(1).repeat_interleave(g, 0)
+        return gaussian(g) if settings.group_noise == "different" else gaussian(1).repeat_interleave(g, 0)
 
     draws = []
-    step = drawing_step(settings, steps, fresh, lambda *draw: draws.append(draw))
+    step = drawing_step(settings, steps, lambda chunk: gaussian(g), lambda *draw: draws.append(draw))
     chunks = model.generate(portrait, mel, initial, settings.rollout_steps, step=step)
     latents, frames = zip(*chunks)
     x, next_x, log_prob = (
@@ -214,7 +212,7 @@ def reward_to_go(reward: Tensor, discount: float) -> Tensor:
     A draw changes its own chunk most, later ones less and less, earlier ones never.
     """
     later = torch.arange(reward.shape[1], device=reward.device)
-    weight = (discount ** (later[:, None] - later).clamp_min(0)).tril().to(reward)   # (K later, K now)
+    weight = (discount ** (later[:, None] - later)).tril().to(reward)   # (K later, K now)
     return reward @ (weight / weight.sum(0))
 
 

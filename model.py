@@ -43,9 +43,9 @@ from extras.files import MediaError, first_line, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
-POSE = 6                    # parameters of an affine head pose
+POSE = 6                    # affine: constant, x and y part of a shift in x, then in y; 1 is half a picture
 POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the pose is measured on pictures of this size, in so many steps
-SAMPLING_STEPS = 2          # flow steps per chunk; more of them show more of a small model's errors
+SAMPLING_STEPS = 2          # flow steps per chunk; with more, lips of a small model follow less well
 PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
 
 
@@ -246,10 +246,10 @@ class MotionCodec(nn.Module):
         self.time.copy_(axes @ turn)
         variance = variance.flip(-1)[..., None, : c.channels].clamp_min(0) @ turn.square()
         std = variance[:, 0].sqrt()                                              # (N, C)
-        # Half-whitening: components of deviations 1, 1/4, 1/100 become latents of 1, 1/2, 1/10. Left alone,
-        # the last would drown in the flow's noise; whitened to 1, 1, 1, what is hardly seen would count like
-        # lips. Windows share one scale: the strongest component of all gets deviation 1. The pose's strongest
-        # gets 4: what a head does next is a small part of its range, and few flow steps smooth it away.
+        # Half-whitening: latents deviate by sqrt(std / strongest), so 1, 1/4, 1/100 become 1, 1/2, 1/10. As
+        # it is, the last would drown in the flow's noise; whitened, what is hardly seen counts like lips.
+        # Windows share one `strongest`. The pose's is divided by 16, for a deviation of 4, as few flow steps
+        # smooth the small motion of a head away.
         strongest = std.amax(-1, keepdim=True)
         strongest[:-1] = strongest[:-1].max()
         strongest[-1] /= 4 ** 2
@@ -306,7 +306,8 @@ class KVCache:
 
     First the portrait's, never overwritten; then a ring of W blocks, oldest replaced first; behind it room
     for the chunk that is being denoised. Order inside the ring is free: keys are rotated by absolute position
-    before they are stored. Each write evicts one block: block 0, without a video, is shorter, but goes first.
+    before they are stored. Block 0 lacks the tokens of a video, so the ring is first full when block W
+    replaces it; from then on each write evicts one block.
     """
 
     def __init__(self, config: Config, batch: int, device, dtype):
@@ -609,9 +610,9 @@ def load_generator(name: str | Path) -> Generator:
 
 
 PRESETS = {
-    "tiny": Config(),                                       # 64x64, two CPU cores
+    "tiny": Config(),
     "small": Config(size=128, grid=7, width=512, layers=8, heads=8, kv_heads=4, head_dim=64,
-                    mlp_width=1408),                        # 128x128, one GPU of 8 to 24 GB
+                    mlp_width=1408),
     "base": Config(size=256, grid=15, width=1024, layers=16, heads=16, kv_heads=8, head_dim=64,
-                   mlp_width=2816),                         # 256x256, one GPU of 80 GB
+                   mlp_width=2816),
 }

@@ -8,7 +8,8 @@ What you learn here, in the order of the file:
 2. The regularisers: still background, identity, amount of motion, trembling and chunk seams, each compared
    with what real clips show.
 3. The sync network. It tells the lips of this very moment from those of another. extras/sync.py trains it.
-4. The composite: reward = sum_i weight_i component_i. All but the ratings are also scored chunk by chunk.
+4. The components and their weights. All but the ratings are also scored chunk by chunk. The weighted sum is
+   logged; grpo.py weighs how far each component is from its mean in a group instead.
 
 extras/reward_flags.py makes all this from the flags of a command. The paper's judge, prompts and weights are
 not public; what is chosen here is said where it is chosen.
@@ -363,8 +364,8 @@ class Exemplars:
                 codec=None) -> "Exemplars":
         """Measure clips at the size that will be compared with them.
 
-        With the generator's codec, whatever lies between the clips and the same clips through the codec is as
-        good as filmed. The codec loses a camera's noise; asked for it, a generator would shake the head.
+        With the generator's codec, each range also covers the clips after encoding and decoding: the codec
+        loses a camera's noise, and a generator that is asked to match it would shake the head.
         """
         def videos(clips):                           # each (1, F, 3, S, S), of whole chunks
             return [clip.frames[None, : len(clip.frames) // chunk_frames * chunk_frames] / 255
@@ -397,8 +398,8 @@ class Exemplars:
 # of time"): one watches five frames of the mouth, one hears the same 200 ms, and they should agree at the
 # right moment only. Large judges are reported to miss shifts of less than a second; this one notices 40 ms.
 #
-# There are two of them. One is a part of the reward. The other, of another seed and taught on other people,
-# measures what the reward has done, and is in no reward. What both of them overlook stays unseen.
+# There are two of them. One is in the reward, and puts drawn clips in time. The other, of another seed and
+# taught on other people, measures, and puts footage in time. What both of them overlook stays unseen.
 
 SYNC_FRAMES = 5                                      # frames in a window, 200 ms, as in SyncNet
 SYNC_SHIFTS = 15                                     # frames by which sound is tried early and late, as there

@@ -4,10 +4,9 @@
 
 The video is generated chunk by chunk and written as it comes, in constant memory: speech may have any length.
 
-The held-out metrics stand here. Some resemble a part of the reward (amplitude, jerk, seam_ratio, still_psnr);
-lip_correlation, offset and mouth_psnr resemble none. sample.py imports reward.py, never the reverse. (The
-embedded judge was taught by some of the same signals; extras/school.py says how far.) extras/mouths.py reads
-mouths from pixels.
+The held-out metrics stand here. Some resemble a part of the reward (sync_confidence, amplitude, jerk,
+seam_ratio, still_psnr); lip_correlation, offset, mouth_psnr and head_spread do not. (The embedded judge was
+taught by some of the same signals; extras/school.py says how far.) extras/mouths.py reads mouths from pixels.
 
 A video is (F, 3, S, S), uint8 or float in [0, 1]; B clips, F frames, S pixels per side.
 """
@@ -37,8 +36,8 @@ from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork
 # ---------------------------------------------------------------- generate
 
 def seeded_rng(seed: int, index: int, device="cpu") -> torch.Generator:
-    """Return a random generator of its own for each (seed, index). Drawn on the CPU, its numbers are the same
-    on every machine; the many of a pretraining step are quicker drawn where they are used."""
+    """Return a random generator of its own for each (seed, index). On the CPU its numbers are the same on
+    every machine; training steps take theirs on the GPU, which is faster."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + index)
 
 
@@ -226,7 +225,7 @@ def relative(made: Tensor, true: Tensor) -> Tensor:
 
 
 def head_spread(videos: Tensor, others: Tensor, truths: Tensor) -> Tensor:
-    """Compare how far the heads of two takes (B, F, 3, S, S) of each clip are apart with how far they are from
+    """Compare how far the heads of two takes (B, F, 3, S, S) of a clip are apart with how far they are from
     the true one: 1 where the truth could be a third take, 0 where all takes are one (the ratio of spread and
     skill of ensemble forecasts, Fortin et al. 2014). Returns: (B,)."""
     one, other, true = (each(head_pose, some)[..., [0, 3]] for some in (videos, others, truths))

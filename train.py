@@ -12,8 +12,8 @@
 
        x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ max(U(0, 1), 0.02) per chunk
 
-   and the generator, which sees the portrait, the sound and the past of each chunk (with a little noise, as
-   its own past will have errors), learns the velocity
+   and the generator, which sees the portrait, the sound and the past of each chunk (with up to as much noise
+   as signal, as its own past will have errors), learns the velocity
 
        loss = w(sigma) * |predicted velocity - (noise - clean)|^2,      w = min(sigma / 0.2, 1)^2.
 
@@ -26,8 +26,9 @@
    by the reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
 
 Every stage after pretraining looks at watched clips on the way, and keeps the moving average of the weights
-that did best on them. Other clips are reported. `--control` adds three arms: more curation for the CPU time
-of post-training; GRPO without curation, as many updates; more pretraining for the CPU time of that.
+that did best on them. Other clips are reported. `--control` adds three arms, models that are reported beside
+the stages: more curation for the CPU time of post-training; GRPO without curation, as many updates; more
+pretraining for the CPU time of that.
 
 All random numbers of a step come from a generator keyed by (seed, step), so a resumed run repeats an unbroken
 one (but for controls, which end by CPU time). What stands beside the method is in extras: flags.py,
@@ -400,7 +401,7 @@ class PostTraining(Stage):
     def take_step(self) -> dict:
         """One update of GRPO: roll out, score, compare, and take a gradient step on each part of rollouts.
 
-        The first part is on-policy, its ratios are 1. On later ones they are not, and the clip is at work.
+        The first part is on-policy: ratios are 1, up to rounding. On later ones they are not: the clip works.
         """
         args, group, optimizer = self.args, self.settings.group, self.optimizers[0]
         clock = [time.perf_counter()]
@@ -409,7 +410,7 @@ class PostTraining(Stage):
         steps = grpo.drawing_steps(self.settings, rng)
         prompts = self.data[rows]
 
-        # Roll out: a group of videos of each prompt. Then score. Neither changes anything yet.
+        # Roll out: a group of videos of each prompt. Then score. Ctrl-C ends these at once.
         with at_once():
             rollout = grpo.roll_out(self.model, (prompts.portrait / 255).to(args.device),
                                     prompts.mel.to(args.device), self.settings, steps, rng, shard())
@@ -426,7 +427,7 @@ class PostTraining(Stage):
         advantage = advantage.unflatten(0, (-1, group))[shard()].flatten(0, 1).to(args.device)
         clock.append(time.perf_counter())
 
-        # Loss and step, on each part of whole groups, a few rollouts at a time as memory allows.
+        # Loss and step: one gradient step on each part of whole groups, a few rollouts at a time.
         optimizer.param_groups[0]["lr"] = args.post_lr * min((self.step + 1) / POST_WARMUP, 1 - self.progress)
         size, parts = math.ceil(len(rollout) / group / args.parts) * group, []
         for at in range(0, len(rollout), size):
@@ -515,7 +516,8 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: Log) -> 
 def curate(run: Run, start: dict[str, Tensor]) -> FlowMatching:
     """Fine-tune the pretrained generator on the clips that were picked.
 
-    It goes on from the weights and optimizers of state.pt; `start`, their average, only identifies them.
+    It goes on from the raw weights and optimizers of state.pt. `start`, their moving average, only tells
+    whether a checkpoint of curation went on from the same.
     """
     args, picked = run.args, run.picks.curated
     stage = FlowMatching("curation", run.data[picked], args, args.curate_steps, first=args.steps)
@@ -574,7 +576,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     keep_freed_memory()
     join_processes()
-    with redirect_stderr(sys.stdout if rank() else sys.stderr):         # one of them may complain of flags
+    with redirect_stderr(sys.stdout if rank() else sys.stderr):         # errors of flags once
         args = parse_arguments(argv)
     with lock(args.out), resumable(args, start):
         train(args, start)

@@ -26,7 +26,7 @@ x', 16 bytes an element in fp32; PyTorch, operation by operation, moves about 11
     velocity       |             |             |       |      mean, x' and z = (x' - mean) / step_std
     sums of z^2    |      s0     |      s1     |  ..   |  ->  log_prob of row r, added up in a fixed order
 
-A draw and its rescoring run the same kernel on the same blocks, and only then can a ratio be exactly 1.
+A draw and its rescoring run the same kernel on the same blocks: of equal velocities, to the same bits.
 """
 
 import math
@@ -51,7 +51,7 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
     """Return (c_x, c_v, step_std) of a step: the formulas above, collected by x and velocity.
 
     Args:
-        sampler: "ode", "flow-sde" or "cps".
+        sampler: "flow-sde" or "cps".
         sigma, next_sigma: noise levels, 1 >= sigma > next_sigma >= 0.
         noise_level: a, how much of the noise is fresh; 0 makes every sampler the ODE. cps: at most 1.
 
@@ -59,12 +59,10 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
     """
     if not 1 >= sigma > next_sigma >= 0:
         raise ValueError(f"noise levels must go down within [0, 1], got {sigma} -> {next_sigma}")
-    if sampler not in ("ode", *STOCHASTIC):
-        raise ValueError(f"sampler must be ode or one of {', '.join(STOCHASTIC)}, got {sampler!r}")
+    if sampler not in STOCHASTIC:
+        raise ValueError(f"sampler must be one of {', '.join(STOCHASTIC)}, got {sampler!r}")
     if noise_level < 0 or (sampler == "cps" and noise_level > 1):
         raise ValueError(f"noise_level {noise_level} is out of range for {sampler}")
-    if sampler == "ode":
-        return 1.0, next_sigma - sigma, 0.0
     if sampler == "flow-sde":
         rest = 1 - (sigma if sigma < 1 else next_sigma)             # at sigma = 1 the noise would be infinite
         step_std = noise_level * math.sqrt(sigma / rest * (sigma - next_sigma))
@@ -78,17 +76,17 @@ def step_coefficients(sampler: str, sigma: float, next_sigma: float,
 def flow_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
     """Carry a latent (B, N, C) one step down the flow by the ODE (Euler's rule), without fresh noise, in fp32
     whatever the velocity's dtype. There is too little to fuse: launching a kernel would take longer."""
-    c_x, c_v, _ = step_coefficients("ode", sigma, next_sigma)
-    return c_x * x.float() + c_v * velocity.float()
+    return x.float() + (next_sigma - sigma) * velocity.float()
 
 
 def stochastic_step(x: Tensor, velocity: Tensor, coefficients: tuple[float, float, float],
                     noise: Tensor | None = None, next_x: Tensor | None = None,
                     impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Take a step with fresh noise, or rescore one that was taken: one code path, and both agree to the bit.
+    """Take a step with fresh noise, or rescore one that was taken: of equal velocities to the same bits.
 
     The log-probability is that of the stored x', which must stay fp32: rounded to bf16 it would move by more
-    than the width of the clip. It is the mean over the latent's elements (Flow-GRPO), in nats per element.
+    than a ratio may leave 1 before PPO clips it. It is the mean over the latent's elements (Flow-GRPO), in
+    nats per element.
 
     Args:
         x: (..., N, C) latent before the step.    velocity: (..., N, C).

@@ -284,7 +284,7 @@ STEP = dict(coefficients=(1.0, 1.0, 1.0), noise=X, impl="triton")
 @pytest.mark.parametrize("wrong, message", [
     (lambda: attention(Q, Q, Q, Layout(2, 3, 2)), "10 queries"),
     (lambda: attention(Q, Q, Q, TEN, impl="cuda"), "'cuda'"),
-    (lambda: flow_step.flow_step(X, X, 0.5, 0.5), "go down"),
+    (lambda: step_coefficients("cps", 0.5, 0.5, 0.8), "go down"),
     (lambda: stochastic_step(X, X, step_coefficients("cps", 0.7, 0.0, 0.7), noise=X), "no log-probability"),
     (lambda: stochastic_step(X, X, (1.0, 1.0, 1.0)), "either noise"),
     (lambda: step_coefficients("cps", 0.5, 0.2, 1.1), "out of range"),
