@@ -623,8 +623,8 @@ def train(args: argparse.Namespace, start: float) -> None:
     if reinforces:
         last, weights = list(arms.items())[-1]
         keep_arm(loaded(weights, args), last, args)
-        codec = pretraining.model.codec
-        run.reward = make_reward(args, judge, *exemplars(run), args.config.chunk_frames, codec)
+        codec, picks = pretraining.model.codec, run.picks
+        run.reward = make_reward(args, judge, picks.lively, picks.smooth, args.config.chunk_frames, codec)
         with fitting("post-training",
                      f"lower --micro-batch, with {resume}; or --prompts or --group, with {anew}"):
             post = post_train(run, weights)
@@ -634,15 +634,6 @@ def train(args: argparse.Namespace, start: float) -> None:
     if not rank():
         with fitting("measuring", f"lower --validate-clips, with {resume}"):
             conclude(arms, held_out, run.reward, args, log)
-
-
-def exemplars(run: Run) -> tuple[list[Clip], list[Clip]]:
-    """Return the lively and the smooth clips to compare with: those of --exemplars, or the picks."""
-    args = run.args
-    if not args.exemplars:
-        return run.picks.lively, run.picks.smooth
-    clips = spread([clip for part in footage_clips(args.exemplars, args) for clip in part], EXEMPLARS)
-    return clips, clips
 
 
 if __name__ == "__main__":

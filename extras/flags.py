@@ -62,7 +62,7 @@ VALIDATION = [
 ]
 
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"      # of Config: they follow from flags of their own
-LOCAL = "data", "exemplars", "judge", "sync", "reward_sync", "calibration", "init_from"
+LOCAL = "data", "judge", "sync", "reward_sync", "calibration", "init_from"
 # What may differ from a run of before: how much at once, how long to wait, where things are, and more steps.
 LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judge_batch", "judge_timeout",
          "judge_patience"}
@@ -111,8 +111,6 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     g.add_argument("--seconds", type=float, help="length of a training clip (2, with --data 3)")
     numbers(p, "pretraining", PRETRAINING)
     g = numbers(p, "curation and post-training", POST_TRAINING)
-    g.add_argument("--exemplars", metavar="DIR", help="clips that say how much and how smoothly things "
-                   "should move (the training clips that the judge picks)")
     g.add_argument("--control", action="store_true", help="spend its time otherwise, too, and compare")
     g = p.add_argument_group("GRPO", "grpo.Settings; grpo.py explains it")
     for f in fields(grpo.Settings):
@@ -130,7 +128,7 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     for f in fields(Config):
         if f.name not in NOT_FLAGS:
             g.add_argument(flag(f.name), type=f.type, help=f"tiny: {f.default}")
-    later = {"control", "exemplars", "sync", *of_reward, *(f.name for f in fields(grpo.Settings))}
+    later = {"control", "sync", *of_reward, *(f.name for f in fields(grpo.Settings))}
     return p, later | {name for name, *_ in POST_TRAINING}
 
 

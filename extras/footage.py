@@ -67,7 +67,7 @@ class Footage:
 
 
 def footage_clips(folder: str, args: argparse.Namespace) -> tuple[Clips, Clips]:
-    """Read the clips of --data or --exemplars: those to train on, and the held-out ones."""
+    """Read the clips of --data: those to train on, and the held-out ones."""
     return folder_clips(folder, args.config.size, args.seconds, args.crop, frames=args.frames)
 
 

@@ -185,13 +185,7 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
     assert len(logged(folder, "curation")) == len(logged(folder, "post-training")) == 1
 
 
-def test_flags_choose_the_reward_and_whose_clips_are_its_exemplars(videos):
-    """The picks, or the clips of a folder."""
-    picked = train.Picks(torch.arange(2), ["lively"], ["smooth"])
-    sets = [train.exemplars(train.Run(train.parse_arguments([*TINY, *flags]), *[None] * 5, picked))
-            for flags in ([], ["--exemplars", str(videos[0])])]
-    assert sets[0] == (["lively"], ["smooth"]) and sets[1][0] == sets[1][1]
-    assert {clip.name for clip in sets[1][0]} == {f"{i}.mp4#0" for i in range(8)}
+def test_flags_choose_the_reward():
     args = train.parse_arguments([*TINY, "--weights", "background=2,seams=0"])
     clips, _, _ = train.load_clips(args)
     make = lambda args: train.make_reward(args, None, clips, clips, args.config.chunk_frames)
