@@ -72,9 +72,9 @@ class Config:
 
     def __post_init__(self):
         at_least_1 = asdict(self).keys() - {"audio_encoder", "norm_eps"}
-        wrong = [name for name in at_least_1 if not 1 <= getattr(self, name) < 1e6]
+        wrong = [name for name in at_least_1 if not 1 <= getattr(self, name) < 1e8]
         if wrong:
-            raise ValueError(f"{', '.join(sorted(wrong))} must be at least 1 and below a million")
+            raise ValueError(f"{', '.join(sorted(wrong))} must be at least 1 and below 1e8")
         if self.grid % 2 == 0 or self.size % (self.grid + 1):
             raise ValueError(f"grid {self.grid} must be odd, size {self.size} a multiple of {self.grid + 1}")
         if self.heads % self.kv_heads or self.head_dim % 8:
@@ -83,6 +83,10 @@ class Config:
         if self.chunk_frames * self.space_channels < max(self.channels, self.chunk_frames * POSE):
             raise ValueError(f"{self.channels} channels need as many components, and a pose {POSE} a frame; "
                              f"got {self.chunk_frames} x {self.space_channels}")
+        pixels = 3 * (2 * self.size // (self.grid + 1)) ** 2
+        if self.space_channels > pixels:
+            raise ValueError(f"space_channels {self.space_channels} are more than the {pixels} values of a "
+                             "window of the codec; take a smaller grid or a larger size")
 
     @property
     def video_tokens(self) -> int:

@@ -44,6 +44,7 @@ REWARD_SYNC = ASSETS / "reward_sync"                 # and this one, taught on o
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
+FINGERPRINTED = 2 ** 18                              # elements of each weight: quick, and they differ
 ASPECTS = ("lip_sync", "expressiveness", "motion")
 
 # What each aspect looks at, ignores, and means by 1, 3 and 5. A folder may have its own, in judge.json.
@@ -172,8 +173,11 @@ class Judge:
     @property
     def fingerprint(self) -> str:
         """What its ratings depend on, for a cache of them."""
-        sums = [f"{name} {weight.float().sum().item()}" for name, weight in self.model.state_dict().items()]
-        return hashlib.sha256(json.dumps([sums, self.rubric, self.side, self.window]).encode()).hexdigest()
+        sign = hashlib.sha256(json.dumps([self.rubric, self.side, self.window]).encode())
+        for name, weight in self.model.state_dict().items():
+            sign.update(f"{name} {weight.dtype}".encode())
+            sign.update(weight.flatten()[:FINGERPRINTED].cpu().contiguous().view(torch.uint8).numpy())
+        return sign.hexdigest()
 
     def questions(self) -> tuple[str, list[str]]:
         """Return the text up to the end of the clip, and, for each aspect, the text that follows."""
@@ -534,6 +538,8 @@ class Reward:
         absent = (JUDGED if judge is None else []) + (["sync"] if sync is None else [])
         weights = WEIGHTS | (weights or {})
         self.weights = {name: w for name, w in weights.items() if w and name not in absent}
+        if not self.weights:
+            raise MediaError("--weights", "leave nothing to reward; give one above 0")
         self.floors = {name: COMPONENTS[name].floor for name in self.weights}
 
     @torch.no_grad()

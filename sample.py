@@ -97,8 +97,8 @@ def shifted_correlation(made: Tensor, true: Tensor, shift: int = 0) -> Tensor:
 
 def lip_offset(made: Tensor, true: Tensor, most: int = 8) -> Tensor:
     """Return by how many frames `made` (F,) comes after `true` (F,): the shift of the best correlation."""
-    tried = torch.stack([shifted_correlation(made, true, shift) for shift in range(-most, most + 1)])
-    return (tried.argmax() - most).float()
+    shifts = sorted(range(-most, most + 1), key=abs)          # of equal ones, as of a still mouth, the least
+    return torch.tensor(float(max(shifts, key=lambda shift: shifted_correlation(made, true, shift))))
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

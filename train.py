@@ -524,7 +524,7 @@ def curate(run: Run, start: dict[str, Tensor]) -> FlowMatching:
     stage.recipe = {"picked": picked.tolist(), "start": fingerprint(start)}
     if run.data is not run.found:
         stage.recipe["late"] = [run.clips.late(row) for row in picked]
-    if not (continues(stage, args.out) or args.pretrained and continues(stage, args.pretrained)):
+    if not (continues(stage, args.out) or args.curates_alike and continues(stage, args.pretrained)):
         load(stage, args.out / "state.pt", anew=True)
         stage.cpu_seconds = run.picks.cpu_seconds
     carry_out(stage, run.watched, run.log)

@@ -7,6 +7,7 @@ A clip is sent as an mp4 with its sound. The answer is one token, whose log-prob
 The openai client retries with backoff, which bridges seconds; `patience` bridges the minutes of a restart.
 """
 
+import json
 import math
 import os
 import sys
@@ -25,7 +26,7 @@ from data import to_bytes
 from extras.files import MediaError, first_line
 from extras.media import FPS
 from extras.page import video_uri
-from reward import ASPECTS, JudgeError, Ratings, drop_unrated, expected_rating, prompt
+from reward import ASPECTS, RUBRIC, JudgeError, Ratings, drop_unrated, expected_rating, prompt
 
 # What vLLM needs to see and hear a clip as it is (chat_utils.py, qwen2_5_omni_thinker.py). It takes the sound
 # out of the mp4 only if the *request* says so (vllm#36319); the server's own flag does not (vllm#47788). It
@@ -75,7 +76,7 @@ class RemoteJudge:
         if not (timeout > 0 and patience >= 0):
             raise MediaError("--judge-timeout and --judge-patience", "must be above 0, and at least 0")
         self.url, self.model, self.patience, self.at_once = url, model, patience, at_once
-        self.fingerprint = model                     # for a cache of its ratings
+        self.fingerprint = json.dumps([url, model, RUBRIC])      # for a cache of its ratings
         self.waiting = False                         # in an outage
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"             # a file ends in a newline
         try:

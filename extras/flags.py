@@ -22,6 +22,7 @@ from extras.pretrained import encoder_width, trunk_shape
 from extras.processes import world
 from extras.reward_flags import reward_flags
 from model import PRESETS, SAMPLING_STEPS, Config, hub_folder
+from reward import SYNC_FRAMES, SYNC_SHIFTS
 
 # What a preset trains with, beside its Config in model.py.
 TRAINING = {
@@ -50,7 +51,7 @@ POST_TRAINING = [
     ("curate_steps", int, None, 1, "of fine-tuning"),
     ("updates", int, None, 0, "of post-training; 0: none"),
     ("prompts", int, None, 1, "portraits and speeches per update"),
-    ("parts", int, 2, 1, "gradient steps per update; with one the clip is never met"),
+    ("parts", int, 2, 1, "gradient steps per update, at most; with one the clip is never met"),
     ("micro_batch", int, None, 1, "rollouts per backward pass"),
     ("post_lr", float, 6e-4, 0, "of AdamW; it falls to zero by the last update"),
     ("looks", int, 4, 1, "at the watched clips, in each stage after pretraining"),
@@ -64,13 +65,15 @@ VALIDATION = [
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"      # of Config: they follow from flags of their own
 LOCAL = "data", "judge", "sync", "reward_sync", "calibration", "init_from"
 # What may differ from a run of before: how much at once, how long to wait, where things are, and more steps.
-LOADS = {"validate_clips", "sampling_steps", "micro_batch", "tensorboard", "judge_batch", "judge_timeout",
-         "judge_patience"}
+LOADS = {"validate_clips", "micro_batch", "tensorboard", "judge_batch", "judge_timeout", "judge_patience"}
 PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}
 GROW = {"steps", "curate_steps", "updates", "control"}
+SHORTEST = SYNC_FRAMES + SYNC_SHIFTS       # frames in which all shifts of sound can be tried
 # What is no part of a run.
-SESSION = {"config", "settings", "command", "resume", "pretrained", "further", "overwrite",
+SESSION = {"config", "settings", "command", "resume", "pretrained", "further", "curates_alike", "overwrite",
            "out", "device", "footage"}
+# Where these differ, curation is done anew: it looks elsewhere, or goes on for longer.
+OF_CURATION = "curate_steps", "looks", "watch_clips", "sampling_steps"
 
 
 def flag(name: str) -> str:
@@ -139,6 +142,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     run = hub_folder(before.pretrained) if before.pretrained else before.resume
     known = vars(before).keys() | {f.name for f in fields(Config)}
     saved = {k: v for k, v in saved_flags(p, run).items() if k in known} if run else {}      # others are gone
+    curated = {name: saved.get(name) for name in OF_CURATION}
     if before.pretrained:
         saved = {k: v for k, v in saved.items() if k in LOADS or k not in later}
         if local_name(before.data) not in (None, saved.get("data")):
@@ -150,7 +154,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         setattr(args, name, local_name(getattr(args, name)))
     if run:
         compare(p, args, saved)
-    return complete(p, args)
+    args = complete(p, args)
+    args.curates_alike = bool(args.pretrained) and all(vars(args)[k] == v for k, v in curated.items())
+    return args
 
 
 def program() -> str:
@@ -207,7 +213,8 @@ def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -
         if args.out is None or args.out.resolve() == args.pretrained.resolve():
             p.error("--pretrained wants an --out of its own")
         shape = {"init_from", *(f.name for f in fields(Config))}
-        fixed = (changed & shape if args.further else changed - LOADS) - ({"audio_encoder"} - had_none)
+        fixed = (changed & shape if args.further else changed - LOADS - {"sampling_steps"}) - (
+            {"audio_encoder"} - had_none)
     for name in sorted(fixed):
         p.error(f"{'--resume' if args.resume else '--pretrained'} goes on with the flags the run had; "
                 f"leave out {flag(name)}")
@@ -240,7 +247,6 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
     if args.seconds is None:
         args.seconds = 3.0 if args.data else 2.0
     check(p, args)
-    args.frames = round(args.seconds * FPS) // args.config.chunk_frames * args.config.chunk_frames
     return args
 
 
@@ -264,8 +270,11 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             p.error(f"--{name} must be below 1, got {getattr(args, name)}")
     if not 1 <= args.seconds <= 3600:
         p.error(f"--seconds must be from 1 to 3600, got {args.seconds}")
-    if not 2 <= args.config.chunk_frames <= args.seconds * FPS:      # one frame has no motion to compare
-        p.error(f"--chunk-frames must be from 2 to the frames of --seconds, got {args.config.chunk_frames}")
+    chunk = args.config.chunk_frames
+    args.frames = round(args.seconds * FPS) // chunk * chunk
+    if chunk < 2 or args.frames < max(2 * chunk, SHORTEST):          # one frame has no motion to compare
+        p.error("--chunk-frames must be at least 2, and --seconds hold two whole chunks or more, of "
+                f"{SHORTEST} frames together; got {chunk} and {args.seconds:g}")
     if args.control and not args.updates:
         p.error("--control compares with post-training; give it --updates")
     shares = {"--batch": args.batch}

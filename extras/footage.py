@@ -42,7 +42,7 @@ from extras.media import FPS
 from extras.reward_flags import reward_sync
 from extras.session import fingerprint
 from extras.sync import load_sync, save_sync, train_sync
-from reward import SYNC_FRAMES, SYNC_SHIFTS, SyncNetwork
+from reward import SYNC_SHIFTS, SyncNetwork
 from sample import depth, offset_curve, sync_metrics
 
 STEPS = 150                        # of each network
@@ -224,7 +224,7 @@ def put_in_time(clips: Clips, args: argparse.Namespace) -> tuple[Clips, float]:
     """Shift the sound of each drawn clip by the offset that the reward's sync network measures (LatentSync's
     rule, 2412.09262); footage is in time by now. Returns: the clips, and the CPU time that it took."""
     net = None if args.data else reward_sync(args)
-    if net is None or args.frames < SYNC_FRAMES + SYNC_SHIFTS:               # too short to try all shifts
+    if net is None:
         return clips, 0.0
 
     def measure(to: Path) -> None:

@@ -25,7 +25,7 @@ from extras.page import Part, code, curves, heading, picture, table, text, video
 
 PRETRAINED, CURATED, POST_TRAINED = "pretrained", "curated", "post-trained"          # the arms
 MORE_PRETRAINING, MORE_CURATION, UNCURATED = "more pretraining", "more curation", "GRPO without curation"
-PAIRS = [  # an arm, and what it is compared with: what it started from, or the same CPU time spent otherwise
+PAIRS = [  # an arm, and what it is compared with: what it started from, or time spent otherwise
     (CURATED, PRETRAINED), (POST_TRAINED, CURATED), (POST_TRAINED, PRETRAINED), (POST_TRAINED, MORE_CURATION),
     (UNCURATED, MORE_PRETRAINING), (POST_TRAINED, MORE_PRETRAINING)]
 ENDS = {  # what a line of the log without a stage of training ends

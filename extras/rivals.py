@@ -33,7 +33,7 @@ from extras.measuring import loaded, mouth_distance
 from extras.media import SAMPLES_PER_FRAME
 from extras.report import CURATED, PRETRAINED, summary
 from extras.reward_flags import make_judge, measuring_sync, reward_sync
-from extras.session import Log, plain_json
+from extras.session import Log, fingerprint, plain_json
 from model import load_generator
 from reward import rate_whole
 from sample import evaluate, imitate, seeded_noise, seeded_rng
@@ -122,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
     args.out = folder / "rivals"
     log, kept = Log(args.out, time.perf_counter()), args.out / "rivals.json"
     args.out.mkdir(exist_ok=True)
+    of = f"{fingerprint(curated.state_dict())}, {budget:.0f} s"
     values = json.loads(kept.read_text()) if kept.exists() else {}
+    values = values if values.get("of") == of else {"of": of}        # else of the run as it was before
 
     def measure(name: str, make: Callable[[], Tensor]) -> None:
         if name in values:                           # what is finished is never made twice

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from extras.files import MediaError, first_line, replacing, writing
 from extras.flags import flags
 from extras.processes import all_gather, rank, world
-from extras.report import summary
+from extras.report import CURATED, PRETRAINED, summary
 from model import save_generator
 from reward import JudgeError
 
@@ -68,7 +68,7 @@ def clear(folder: Path) -> None:
         (folder / "log.jsonl").write_text("")        # first: by its log a folder is known as that of a run
     for name in (*CHECKPOINTS.values(), "config.json"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("control", "tensorboard"):
+    for name in ("control", "tensorboard", "rivals", PRETRAINED, CURATED):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -170,7 +170,7 @@ FAULTS = {
     # Frames by which lips are late (a third of the clips: early), on average 2.9. Half of VFHQ is "often out
     # of sync" (ditto-talkinghead issue 83); LatentSync keeps clips within 6 frames.
     "offset": (0.88, 1, 7),
-    "mumble": (1.00, 0.15, 0.65),                    # share of the lips' range that is lost; head: half
+    "mumble": (1.00, 0.15, 0.65),                    # so much less do mouths open and brows move; heads: half
     "tremble": (0.70, 0.10, 0.80),                   # of jumps, frame by frame, by 1% and 0.7 degrees
     "dubbed": (0.04, 1, 1),                          # the sound is another's
     "compressed": (0.30, 0.20, 1.00),                # JPEG quality 90 to 30; the judge never saw it
@@ -184,7 +184,9 @@ def draw_faults(rng: np.random.Generator) -> dict[str, float]:
     for name, (share, least, most) in FAULTS.items():
         has = rng.random() < share
         strengths[name] = has * rng.uniform(least, most)
-    late = rng.integers(1, 8, 2).min() * (-1 if rng.random() < EARLY else 1)     # small ones are more common
+    _, least, most = FAULTS["offset"]
+    late = rng.integers(least, most + 1, 2).min()                    # small ones are more common
+    late *= -1 if rng.random() < EARLY else 1
     return strengths | {"offset": int(strengths["offset"] > 0) * int(late)}
 
 

@@ -178,6 +178,5 @@ def test_drawn_clips_are_put_in_time_by_the_network_of_the_reward():
         right += torch.equal(clip.audio, heard)
         kinds.add((late > 0) - (late < 0))
     assert kinds == {-1, 0, 1} and right >= 22 and cpu_seconds > 0
-    for flags in "--reward-sync none", "--seconds 1 --chunk-frames 15":     # nothing measures, or too short
-        as_found, cpu_seconds = footage.put_in_time(clips, train.parse_arguments(flags.split()))
-        assert as_found is clips and cpu_seconds == 0
+    as_found, cpu_seconds = footage.put_in_time(clips, train.parse_arguments(["--reward-sync", "none"]))
+    assert as_found is clips and cpu_seconds == 0                                       # nothing measures

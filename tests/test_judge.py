@@ -11,6 +11,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import reward
 from extras import score
+from extras.endpoint import RemoteJudge
 from data import Clip, to_bytes
 from extras.files import MediaError
 from extras.lessons import FAULTS, spoil
@@ -112,6 +113,21 @@ def test_the_rating_is_the_expectation_over_the_digits(omni, batch, monkeypatch)
     torch.testing.assert_close(ratings.mass, torch.full((4, 3), 0.8))
     logits[1, 2, judge.digits[2]] = logits[1, 2, judge.digits[4]] = -40
     assert judge.rate(*batch).score.isnan().nonzero().tolist() == [[1, 2]]
+
+
+def test_ratings_are_kept_for_one_judge_alone_however_many_threads_it_has():
+    judge = Judge.load()
+    before, threads = judge.fingerprint, torch.get_num_threads()
+    torch.set_num_threads(1 + threads)
+    assert judge.fingerprint == before
+    torch.set_num_threads(threads)
+    weight = judge.model.model.norm.weight
+    weight.copy_(weight.flip(0))                                         # the same numbers, in another order
+    turned = judge.fingerprint
+    judge.rubric = judge.rubric | {"lip_sync": judge.rubric["motion"]}
+    assert len({before, turned, judge.fingerprint}) == 3
+    asked = [RemoteJudge(f"http://localhost:{at}/v1", model) for at, model in ((1, "a"), (1, "b"), (2, "a"))]
+    assert len({judge.fingerprint for judge in asked}) == 3
 
 
 def test_what_is_no_judge_is_named_in_one_line(tmp_path):
@@ -236,6 +252,8 @@ def test_components_add_up_to_the_total_and_what_nobody_can_say_is_left_out(exem
     torch.testing.assert_close(scores.total, sum(weights[name] * x for name, x in scores.components.items()))
     every = Reward(Bright(), exemplars, sync=reward.SyncNetwork(8, 8))(frames, audio, frames[:, 0], names)
     assert set(every.components) == set(COMPONENTS) and len(COMPONENTS) <= 9
+    with pytest.raises(MediaError, match="leave nothing to reward"):
+        Reward(None, exemplars, dict.fromkeys(weights, 0.0))
 
 
 def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(exemplars, batch):

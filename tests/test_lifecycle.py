@@ -64,7 +64,10 @@ def same_weights(one: Path, other: Path) -> bool:
     ("--resume RUN --steps 3", "--steps 3 is less than the run's 6"),
     ("--resume RUN --lr 1", "leave out --lr"), ("--pretrained RUN", "--pretrained wants an --out of its own"),
     ("--pretrained RUN --out x --width 64", "leave out --width"),
-    ("--chunk-frames 1 --channels 64", "--chunk-frames must be from 2"), ("--chunk-frames 51", "got 51"),
+    ("--chunk-frames 1 --channels 64", "--chunk-frames must be at least 2"),
+    ("--chunk-frames 26", "two whole chunks or more, of 20 frames together; got 26 and 2"),
+    ("--seconds 1 --chunk-frames 9", "got 9 and 1"), ("--grid 15 --size 32", "more than the 48 values of"),
+    ("--resume RUN --sampling-steps 2", "leave out --sampling-steps"),
     ("--pretrained RUN --out x --audio-encoder RUN", "leave out --audio-encoder"),
     ("--pretrained RUN --out x --data RUN --init-from RUN", "leave out --init-from"),
     ("--resume EMPTY", "EMPTY is not a run of this version")])
@@ -86,8 +89,10 @@ def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(fini
     with pytest.raises(MediaError, match=refused) as error:
         train.main([*ALONE, "--out", str(run)])
     assert "\n" not in str(error.value) and before == {path: path.read_bytes() for path in before}
+    (run / "rivals").mkdir()
     train.main([*ALONE, "--steps", "1", "--overwrite", "--out", str(run)])
-    assert not {"post.pt", "curate.pt", "control"} & {p.name for p in run.iterdir()}
+    gone = {"post.pt", "curate.pt", "control", "rivals", "pretrained", "curated"}
+    assert not gone & {p.name for p in run.iterdir()}
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_nothing(tmp_path):
@@ -331,6 +336,15 @@ def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
         assert taken == list(range(1, len(taken) + 1)), stage
     looks = [e["update"] for e in logged(run) if e.get("stage") == "post-training" and "watched" in e]
     assert looks[-1] == steps["--updates"]
+
+
+@pytest.mark.parametrize("flags, steps", [("", 0), ("--curate-steps 2", 2), ("--looks 1", 3)])
+def test_the_same_curation_is_not_done_twice_and_another_begins_anew(
+        finished, taste, unmeasured, tmp_path, flags, steps):
+    command = [*POST, "--updates", "0", *flags.split(), "--pretrained", str(finished)]
+    train.main([*command, "--out", str(tmp_path / "run")])
+    assert len([entry for entry in logged(tmp_path / "run", "curation") if "loss" in entry]) == steps
+    assert state(tmp_path / "run", "curate.pt")["step"] == (steps or 3)
 
 
 def test_a_pretrained_run_is_trained_on_other_clips(filmed, videos, unmeasured, tmp_path):

@@ -116,7 +116,7 @@ def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(enco
 
 QWEN3 = dict(vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-4, rope_parameters={"rope_type": "default",
-                                                                                    "rope_theta": 5000.0})
+                                                                                    "rope_theta": 1e6})
 
 
 def language_model(folder, **changes):
@@ -180,7 +180,7 @@ def test_a_run_starts_from_the_language_model_and_goes_on_without_it(unmeasured,
                 "--post-lr", "0", "--out", str(folder)])
     assert len(calls) == 3 * (2 + 2)     # blocks * (steps + a rescoring that is checked and one that teaches)
     saved = m.load_generator(folder)
-    assert saved.config.rope_base == 5000 and saved.config.norm_eps == 1e-4
+    assert saved.config.rope_base == 1e6 and saved.config.norm_eps == 1e-4
     assert torch.equal(saved.blocks[2].down.weight, language.layers[2].mlp.down_proj.weight)
     assert torch.equal(saved.norm.weight, language.norm.weight)
     shutil.rmtree(tmp_path / "qwen")

@@ -90,7 +90,7 @@ def test_correlation_is_pearson_s_over_the_frames_that_both_have_and_zero_for_wh
     later = torch.cat([torch.randn(4), a])[:50]                                     # a, four frames later
     assert shifted_correlation(later, a, 4) > 0.999 and abs(shifted_correlation(later, a, 0)) < 0.9
     assert shifted_correlation(a, later, -4) > 0.999
-    assert lip_offset(later, a) == 4 and lip_offset(a, later) == -4
+    assert lip_offset(later, a) == 4 and lip_offset(a, later) == -4 and lip_offset(torch.ones(50), a) == 0
 
 
 def test_simple_metrics_equal_hand_computed_values():
