@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import extras.flags
-import sample
 import train
 from extras import session
 from extras.files import MediaError
@@ -57,7 +56,8 @@ def same_weights(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("flags, words", [
     ("--steps 0", "--steps must be at least 1"), ("--crop 0,0,32", "--crop is of the clips of --data"),
     ("--seconds nan", "--seconds must be from 1"), ("--grid 4", "grid 4 must be odd"),
-    ("--device gpu", "cannot be used"), ("--weights still", "want name=weight"),
+    ("--device gpu", "cannot be used"),
+    ("--weights beauty=1", "want name=weight"), ("--weights seams=-1", "want name=weight"),
     ("--group 1", "no one to compare with"), ("--control --updates 0", "give it --updates"),
     ("--out tests", "holds files, none of them a run's log.jsonl"),
     ("--resume nowhere", "holds no run; one that stopped before its first checkpoint starts anew"),
@@ -155,16 +155,6 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, unmeasured, 
     train.main(["--resume", str(folder)])
     assert_same_bits(finished, folder, "state.pt")
     assert [e["step"] for e in logged(folder, "pretraining")] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize("where, words", [("load_clips", "start it again: .* nothing was kept"),
-                                          ("conclude", "go on with: python train.py --resume")])
-def test_ctrl_c_says_how_to_go_on_wherever_it_comes(unmeasured, tmp_path, monkeypatch, where, words):
-    def interrupt(*_):                          # a signal may be ignored where tests run in the background
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, where, interrupt)
-    with pytest.raises(SystemExit, match=words):
-        train.main([*ALONE, "--steps", "1", "--out", str(tmp_path / "run")])
 
 
 def test_a_run_that_is_stopped_before_its_first_log_line_goes_on_or_is_begun_anew(tmp_path, monkeypatch):
@@ -370,17 +360,6 @@ def test_published_weights_are_curated(finished, taste, unmeasured, tmp_path, mo
 
 
 # ---------------------------------------------------------------- what comes of it
-
-def test_the_line_that_train_prints_works_and_the_seed_is_obeyed(finished, tmp_path):
-    sample.main(["--checkpoint", str(finished), "--image", str(finished / "portrait.png"), "--audio",
-                 str(finished / "speech.wav"), "--out", str(tmp_path / "video.mp4"), "--max-seconds", "0.5"])
-    assert (tmp_path / "video.mp4").stat().st_size > 1000
-    model, portrait = load_generator(finished).eval(), torch.full((3, 32, 32), 128, dtype=torch.uint8)
-    made = [torch.stack(list(sample.animate(model, portrait, torch.ones(3200), 2, 1.0, seed)))
-            for seed in (0, 0, 1)]
-    assert made[0].shape == (5, 3, 32, 32)
-    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-
 
 def test_the_log_is_plain_json_and_tensorboard_gets_the_numbers_of_each_step(tmp_path, monkeypatch):
     """What is no number is null. Against a stub of torch.utils.tensorboard, whose absence is one line."""

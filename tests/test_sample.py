@@ -212,15 +212,6 @@ def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, mon
         score.main(["nothing.mp4"])
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--size 8", "--size must be at least 32"), ("--weights beauty=1", "want name=weight"),
-    ("--weights seams=-1", "want name=weight")])
-def test_a_flag_that_cannot_be_is_one_clear_line(flags, words, capsys):
-    with pytest.raises(SystemExit):
-        score.main(["v.mp4", *flags.split()])
-    assert words in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> dict[str, str]:
     """A generator of random weights, a portrait, and speech in the second track, beside a silent one."""

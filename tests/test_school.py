@@ -236,14 +236,9 @@ def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, ha
 @pytest.mark.parametrize("command, said", [
     ("validate --judge none", "cannot be validated"),
     ("validate --judge-url http://127.0.0.1:9/v1", "needs --judge-model"),
-    ("validate --judge nothing/at/all", "cannot be loaded as a judge"),
-    ("validate --clips 0", "--clips must be at least 2"),
-    ("teach --tower-steps -1", "--tower-steps must be at least 0"),
-    ("sync --steps 0", "--steps must be at least 1"),
-])
+    ("validate --clips 0", "--clips must be at least 2")])
 def test_what_cannot_be_done_is_one_line(command, said, strangers, monkeypatch, capsys):
     monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: strangers)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((MediaError, SystemExit)) as end:
         school.main(command.split())
     assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]
