@@ -75,8 +75,8 @@ def bright_squares(picture, work):
 
 def test_a_video_is_watched_and_a_stretch_ends_where_the_face_goes_a_second_comes_or_it_jumps(
         tmp_path, monkeypatch):
-    """It goes at frame 64, two looks earlier for a fade, a second one comes at 240, and it jumps at 372, in the
-    middle of three half looks; the scene is cut at 444."""
+    """It goes at frame 64, two looks earlier for a fade, a second one comes at 240, and it jumps at 372,
+    with a look and a half left out; the scene is cut at 444."""
     monkeypatch.setattr(face, "find_faces", bright_squares)
     here, beside, there = (50, 40, 24), (110, 8, 24), (100, 60, 28)
     frames = np.full((516, 3, 120, 160), 60, np.uint8)

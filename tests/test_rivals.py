@@ -8,12 +8,11 @@ import torch
 import train
 from extras import rivals
 from extras.files import MediaError
-from extras.footage import lateness
 from extras.session import go_on
 from extras.sync import load_sync
 from extras.talkers import synthetic_clips
 from reward import DEFAULT_SYNC
-from sample import imitate
+from sample import imitate, sync_metrics
 from tiny import SHAPE, Bright
 
 STAGES = "curate.pt", "post.pt", "curated"
@@ -64,7 +63,7 @@ def test_a_shift_by_the_measured_lateness_puts_sound_in_time(run):
     net, [clip] = load_sync(DEFAULT_SYNC), list(synthetic_clips(1, 64, 4.0, 7, world="flawless"))
     frames = len(clip.frames)
     early = rivals.shifted(clip, -4)                                 # so its lips come 4 frames late
-    by = int(lateness(net, clip.frames[None] / 255, [early]))
+    by = int(sync_metrics(net, clip.frames[None] / 255, early.audio[None])["sync_offset"])
     assert by == 4 and frames == 100
     assert torch.equal(rivals.shifted(early, by).audio, clip.audio)
 
