@@ -1,7 +1,6 @@
 """The head is found and framed: one steady square, or one line that says what to do."""
 
 import json
-import subprocess
 import sys
 from itertools import product
 
@@ -16,6 +15,7 @@ from data import folder_clips, write_video
 from extras import face
 from extras.files import MediaError
 from extras.media import FPS, SAMPLES_PER_FRAME
+from tiny import ffmpeg
 
 
 def box(x, y, size, score=1.0):
@@ -162,5 +162,5 @@ def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):
 def test_a_still_that_is_held_for_long_is_seen_at_any_second(tmp_path):
     """One frame of eight seconds: none begins after the fourth."""
     still = "color=red:s=64x48:r=1/8:d=8"
-    subprocess.run([*face.FFMPEG, "error", "-f", "lavfi", "-i", still, tmp_path / "a.mp4"], check=True)
+    ffmpeg("-f", "lavfi", "-i", still, tmp_path / "a.mp4")
     assert face.frame_at(tmp_path / "a.mp4", 4.0).shape == (48, 64, 3)

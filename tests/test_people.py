@@ -14,9 +14,8 @@ from extras import people, reward_flags
 from extras.files import MediaError
 from extras.people import align, pairwise_accuracy, read_ratings, tally
 from extras.reward_flags import load_calibration
-from model import Config, Generator, save_generator
 from reward import ASPECTS
-from tiny import CONFIG, Bright
+from tiny import Bright, random_generator
 
 
 def test_pairs_that_differ_in_the_truth_are_counted_and_a_tie_is_half_right():
@@ -63,12 +62,7 @@ def runs(tmp_path_factory):
     """Three generators of random weights, the last of other pictures."""
     folder = tmp_path_factory.mktemp("secretly")
     for seed, (name, more) in enumerate({"amber": {}, "birch": {}, "large": {"size": 64}}.items()):
-        torch.manual_seed(seed)
-        model = Generator(Config(**CONFIG | more))
-        model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
-        for weight in model.parameters():        # those that start at zero would hide the noise
-            weight.data.normal_(std=0.2)
-        save_generator(model, folder / name, model.state_dict())
+        random_generator(folder / name, seed, **more)
     return folder
 
 
