@@ -20,11 +20,9 @@ import extras.flags
 import train
 from extras import session
 from extras.files import MediaError
-from model import Generator, load_generator
+from model import Generator
 from test_endpoint import GOOD, serving
-from tiny import ALONE, POST, TINY, WHOLE, assert_same_bits, logged, state
-
-ROOT = Path(train.__file__).parent
+from tiny import ALONE, POST, ROOT, TINY, WHOLE, assert_same_bits, logged, same_weights, state
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +33,11 @@ def filmed(videos, tmp_path_factory):
     return folder
 
 
-def copy(run: Path, to: Path) -> Path:
-    return Path(shutil.copytree(run, to))
-
-
 def rewrite(run: Path, **flags) -> None:
     """Change what a run's config.json says of its flags."""
     kept = json.loads((run / "config.json").read_text())
     kept["training"] |= flags
     (run / "config.json").write_text(json.dumps(kept))
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    one, other = (load_generator(folder).state_dict() for folder in (one, other))
-    return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 # ---------------------------------------------------------------- refused
@@ -80,7 +69,7 @@ def test_what_cannot_be_meant_ends_with_one_clear_line(finished, tmp_path, monke
 
 def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(finished, unmeasured, tmp_path):
     """The same command twice leaves the first run as it is; with --overwrite nothing of it stays."""
-    run = copy(finished, tmp_path / "my run")
+    run = shutil.copytree(finished, tmp_path / "my run")
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
     refused = "holds a run; go on with --resume '.*my run', .* or begin anew"
     with pytest.raises(MediaError, match=refused) as error:
@@ -236,7 +225,7 @@ def test_a_run_that_is_ended_while_it_draws_leaves_no_worker_and_says_that_nothi
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(finished, tmp_path, monkeypatch):
     """Half of the state is written: one line names the file, and every byte that stood there still stands."""
-    run = copy(finished, tmp_path / "run")
+    run = shutil.copytree(finished, tmp_path / "run")
     args = train.parse_arguments(["--resume", str(run)])
     stage = train.FlowMatching("pretraining", None, args, args.steps)
     session.load(stage, run / "state.pt")
@@ -277,7 +266,7 @@ def test_flags_win_over_the_preset_and_over_the_run_of_before(finished, tmp_path
     again = ["--pretrained", str(finished), "--out", str(tmp_path)]
     assert train.parse_arguments(again).sampling_steps == 1
     assert train.parse_arguments([*again, "--sampling-steps", "2"]).sampling_steps == 2
-    run = copy(finished, tmp_path / "run")
+    run = shutil.copytree(finished, tmp_path / "run")
     rewrite(run, codec_steps=900, grad_clip=1.0, compile=False, refit_codec=False)
     same = train.parse_arguments([*WHOLE, "--control", "--resume", str(run)])
     assert vars(same).keys() == vars(train.parse_arguments(["--resume", str(run)])).keys()
@@ -288,7 +277,7 @@ def test_a_run_is_told_where_its_clips_are_now(filmed, videos, unmeasured, tmp_p
     """What ships with the project is found from the code that runs. Clips that moved are named when they are
     missed; told once, the place is kept."""
     assert str(ROOT) not in (filmed / "config.json").read_text()
-    run, moved = copy(filmed, tmp_path / "run"), tmp_path / "moved"
+    run, moved = shutil.copytree(filmed, tmp_path / "run"), tmp_path / "moved"
     rewrite(run, data=str(tmp_path / "old"))
     with pytest.raises(SystemExit):
         train.parse_arguments(["--resume", str(run)])
@@ -306,7 +295,7 @@ def test_a_finished_run_is_given_more_and_later_stages_are_done_anew(
         finished, taste, unmeasured, tmp_path, capsys, more, anew):
     """Each stage goes on where it was; its learning rate rises and falls again; looks are spread over all of
     it."""
-    run, (flag, count) = copy(finished, tmp_path / "run"), more.split()
+    run, (flag, count) = shutil.copytree(finished, tmp_path / "run"), more.split()
     rewrite(run, control=False)
     train.main(["--resume", str(run), flag, count])
     said = capsys.readouterr().out

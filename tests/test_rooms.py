@@ -60,9 +60,7 @@ ON_DEMAND = {
 
 def room_of(name: str) -> str:
     """The room of a module: kernels.attention belongs to kernels, torch.nn to none of ours."""
-    if name.startswith("kernels") and name != "kernels.bench":
-        return "kernels"
-    return name
+    return "kernels" if name.startswith("kernels") and name != "kernels.bench" else name
 
 
 def imports() -> set[tuple[str, str | None, str]]:

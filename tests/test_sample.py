@@ -29,9 +29,7 @@ from model import estimate_pose, warp
 from reward import COMPONENTS
 from sample import (correlation, evaluate, frame_change, frechet, head_motion, head_spread, jerk, lip_offset,
                     psnr, seam_ratio, shifted_correlation, still_psnr, sync_metrics)
-from tiny import SPEECH, ffmpeg, random_generator, streams
-
-ROOT = Path(__file__).resolve().parents[1]
+from tiny import ROOT, SPEECH, ffmpeg, random_generator, streams
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from extras.sync import load_sync
 from extras.talkers import FAULTS, render_talker
 from model import Generator, load_generator
 from reward import ASPECTS, COMPONENTS, REWARD_SYNC, JudgeError, rate_whole
-from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, logged, state
+from tiny import ALONE, POST, TINY, WHOLE, Brightness, Taste, assert_same_bits, logged, same_weights, state
 
 ARMS = "pretrained", "curated", "post-trained", "more curation", "GRPO without curation", "more pretraining"
 
@@ -256,8 +256,7 @@ def test_the_stages_end_with_the_same_bits(finished, taste, unmeasured, tmp_path
     assert_same_bits(finished, tmp_path, "state.pt", "curate.pt", "post.pt")
     one, other = (logged(folder, "post-training") for folder in (finished, tmp_path))
     assert [e["components"] for e in one] == [e["components"] for e in other] and len(one) == 4
-    weights = load_generator(tmp_path).state_dict()
-    assert all(torch.equal(v, weights[k]) for k, v in load_generator(finished).state_dict().items())
+    assert same_weights(finished, tmp_path)
 
 
 def test_the_checkpoint_is_chosen_by_lips_and_loses_by_too_much_motion_and_by_too_little():

@@ -11,9 +11,10 @@ import imageio_ffmpeg
 import torch
 
 from extras.media import SAMPLES_PER_FRAME
-from model import Config, Generator, save_generator
+from model import Config, Generator, load_generator, save_generator
 from reward import Ratings
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 "
          "--space-channels 6 --channels 8 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 "
          "--warmup 2 --device cpu").split()
@@ -101,6 +102,11 @@ class Brightness:
 
 def state(folder: Path, name: str = "state.pt") -> dict:
     return torch.load(folder / name, weights_only=True)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    one, other = (load_generator(folder).state_dict() for folder in (one, other))
+    return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def flat(value, name="") -> dict:
