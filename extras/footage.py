@@ -37,12 +37,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Clip, Clips, cached, folder_clips, pixels, sounds
+from data import Clips, cached, folder_clips, pixels, sounds
 from extras.media import FPS
 from extras.reward_flags import reward_sync
 from extras.session import fingerprint
 from extras.sync import load_sync, save_sync, train_sync
-from reward import SYNC_SHIFTS, SyncNetwork
+from reward import SYNC_SHIFTS
 from sample import depth, offset_curve, sync_metrics
 
 STEPS = 150                        # of each network
@@ -60,7 +60,6 @@ class Footage:
 
     clips: tuple[Clips, Clips]     # to train on, and held out
     said: str                      # what was found
-    late: dict[str, int | None]    # clip -> frames by which its sound was late; None: no shift fits
     sync: Path | str = "none"
     reward_sync: Path | str = "none"
     cpu_seconds: float = 0.0       # that the reward's network took
@@ -151,11 +150,6 @@ def examine(train: Clips, held_out: Clips, frames: int) -> dict:
     return {"tells": tells, "lessons": taught.rows, "late": late}
 
 
-def lateness(net: SyncNetwork, videos: Tensor, clips: list[Clip]) -> Tensor:
-    """Measure by how many frames the lips of videos (B, F, 3, S, S) come after their clips' sound: (B,)."""
-    return sync_metrics(net, videos, sounds(clips, videos.shape[1]))["sync_offset"]
-
-
 # ---- What is done about it -----------------------------------------------------------------------------
 
 def in_time(clips: Clips, late: dict[int, int | None], frames: int) -> Clips:
@@ -192,7 +186,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
 
     def as_it_is(why: str) -> Footage:
         print(said := f"sound is taken as it is: {why}; add footage")
-        return Footage((train, held_out), said, {})
+        return Footage((train, held_out), said)
 
     if len(train) < LEAST_CLIPS:
         return as_it_is(f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}")
@@ -212,8 +206,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
         return as_it_is("no clip to train on, or none to hold out, is found in time")
     print(said := told(every, {*clips[0].rows, *clips[1].rows}, late))
     network = lesson(Clips(train.folder, found["lessons"], train.index), 0)
-    named = {name: by for name, by in zip(every.names, found["late"]) if by != 0}
-    footage = Footage(clips, said, named, network)
+    footage = Footage(clips, said, network)
     if args.curate or args.updates:
         footage.reward_sync = lesson(clips[0], 1)
         footage.cpu_seconds = float((footage.reward_sync / "cpu_seconds").read_text())
@@ -229,8 +222,10 @@ def put_in_time(clips: Clips, args: argparse.Namespace) -> tuple[Clips, float]:
 
     def measure(to: Path) -> None:
         start = time.process_time()
-        late = [-int(lateness(net, pixels([clip], args.frames), [clip]))
-                for clip in tqdm(clips, "measuring offsets", leave=False)]
+        late = []
+        for clip in tqdm(clips, "measuring offsets", leave=False):
+            video, audio = pixels([clip], args.frames), sounds([clip], args.frames)
+            late.append(-int(sync_metrics(net, video, audio)["sync_offset"]))
         measured = {"late": late, "cpu_seconds": time.process_time() - start}
         (to / "offsets.json").write_text(json.dumps(measured))
 

@@ -88,7 +88,6 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
         print(f"note: this run had {before[-1]} training clips before, and has {len(clips)} now")
     log(config=asdict(args.config), seed=args.seed, parameters=parameters, clips=len(clips),
         codec=means(codec), hardware=hardware(args.device, world()), sound=getattr(args.footage, "said", ""),
-        late=getattr(args.footage, "late", {}),
         command=f"{args.program} {shlex.join(args.command)}")
     print(f"codec alone, {len(held_out)} held-out clips:\n{summary(codec)}\n"
           f"{len(clips)} training clips of {args.frames} frames; generator of {parameters / 1e6:.2f} M "

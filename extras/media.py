@@ -45,7 +45,6 @@ FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y", "-v
 FFMPEG_WORDS = {                                     # what ffmpeg says -> what it means
     "matches no streams": "has no video track; use a file with a picture",
     "non positive size": "is smaller than the crop; choose x,y,size inside the picture",
-    "no decoder found": "is in a format that ffmpeg cannot decode; convert it",
     "out_primaries": "needs a newer ffmpeg for its colours; pip install -U imageio-ffmpeg",
     "Invalid data found": "is not audio or video, or is cut off; convert it or copy it again",
 }

@@ -28,7 +28,6 @@ import train
 from data import Clip, Clips, sounds
 from extras.files import MediaError, one_line, replacing
 from extras.flags import parse_arguments
-from extras.footage import lateness
 from extras.measuring import loaded, mouth_distance
 from extras.media import SAMPLES_PER_FRAME
 from extras.report import CURATED, PRETRAINED, summary
@@ -36,7 +35,7 @@ from extras.reward_flags import make_judge, measuring_sync, reward_sync
 from extras.session import Log, fingerprint, plain_json
 from model import load_generator
 from reward import rate_whole
-from sample import evaluate, imitate, seeded_noise, seeded_rng
+from sample import evaluate, imitate, seeded_noise, seeded_rng, sync_metrics
 
 BEST_OF = 4, 16
 PROMPTS, SAMPLES = 32, 4           # of a round of rejection sampling,
@@ -146,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
         train.load(stage, folder / start, anew=True)
         return sampled(loaded(train.carry_out(stage, watched, log), args), held_out)
 
-    late = int(lateness(net, sampled(pretrained, watched), watched).median())
+    offsets = sync_metrics(net, sampled(pretrained, watched), sounds(watched, args.frames))["sync_offset"]
+    late = int(offsets.median())
     print(f"the pretrained model's lips are {late} frames late, says the reward's sync network")
     measure("shifted sound", lambda: sampled(pretrained, [shifted(clip, -late) for clip in held_out]))
     for n in BEST_OF:

@@ -1,6 +1,6 @@
-"""Compile the kernels for GPUs that are not here, and print as JSON what the compiler made of them.
+"""Compile the kernels for a GPU that is not here, and print as JSON what the compiler made of them.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/compile_kernels.py 80,90`. Every kernel
+Run in a process of its own, without TRITON_INTERPRET: `python tests/compile_kernels.py 90`. Every kernel
 is replaced by a recorder, so that what is compiled is what the wrappers would launch: same types, alignments,
 tiles and warps.
 """
@@ -28,10 +28,12 @@ SHAPES = {"tiny": (32, Layout(4, 10, 4)), "small": (64, Layout(4, 50, 4)),
 
 
 class Recorder:
-    """Stands in a kernel's place: `recorder[grid](...)` compiles for each architecture, launching nothing."""
+    """Stands in a kernel's place: `recorder[grid](...)` compiles, launching nothing."""
 
-    def __init__(self, kernel, architectures, results):
-        self.kernel, self.architectures, self.results, self.case = kernel, architectures, results, ""
+    case = ""                                        # that all of them are in
+
+    def __init__(self, kernel, architecture, results):
+        self.kernel, self.architecture, self.results = kernel, architecture, results
 
     def __getitem__(self, grid):
         return self.compile
@@ -51,11 +53,10 @@ class Recorder:
                 if torch.is_tensor(x) or (isinstance(x, int) and x % 16 == 0):
                     attributes[(i, j) if isinstance(value, tuple) else (i,)] = [["tt.divisibility", 16]]
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
-        for architecture in self.architectures:
-            source = ASTSource(self.kernel, signature, constexprs=constexprs, attrs=attributes)
-            made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-            self.results.append({"kernel": self.kernel.__name__, "case": self.case, "sm": architecture,
-                                 "num_warps": num_warps, **inspect(made), **constexprs})
+        source = ASTSource(self.kernel, signature, constexprs=constexprs, attrs=attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
+        self.results.append({"kernel": self.kernel.__name__, "case": self.case, "sm": self.architecture,
+                             "num_warps": num_warps, **inspect(made), **constexprs})
 
 
 def inspect(made) -> dict:
@@ -77,19 +78,14 @@ def inspect(made) -> dict:
             "summed": [layouts[name] for name in reduced]}
 
 
-def main(architectures: list[int]) -> list[dict]:
-    results, recorders = [], []
+def main(architecture: int) -> list[dict]:
+    results = []
     for module in (attention, flow_step):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
-                recorders.append(Recorder(kernel, architectures, results))
-                setattr(module, name, recorders[-1])
-
-    def begin(case):
-        for recorder in recorders:
-            recorder.case = case
+                setattr(module, name, Recorder(kernel, architecture, results))
     for n, dtype in ((1280, torch.float32), (1280, torch.bfloat16), (327_680, torch.bfloat16)):
-        begin(f"flow step, {n}, {TYPES[dtype]}")
+        Recorder.case = f"flow step, {n}, {TYPES[dtype]}"
         x, log_prob = torch.zeros(2, 1, n), torch.zeros(2)
         for draws in True, False:
             flow_step.fused_step(x, x.to(dtype), x, draws, 0.9, 0.1, 0.5)
@@ -98,7 +94,7 @@ def main(architectures: list[int]) -> list[dict]:
         for name, (d, layout) in SHAPES.items():
             if dtype == torch.float32 and name in ("tiny", "stated"):                  # as small
                 continue
-            begin(f"{name}, {TYPES[dtype]}")
+            Recorder.case = f"{name}, {TYPES[dtype]}"
             q = torch.zeros(1, 2, layout.length, d, dtype=dtype)
             out, lse = attention.fused_attention(q, q, q, layout.bounds)
             attention.fused_backward(q, q, q, out, lse, out, layout.bounds)
@@ -106,4 +102,4 @@ def main(architectures: list[int]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main([int(a) for a in sys.argv[1].split(",")])))
+    print(json.dumps(main(int(sys.argv[1]))))

@@ -15,9 +15,8 @@ import train
 from extras import flags, session
 from extras.files import MediaError
 from extras.media import SAMPLES_PER_FRAME
-from tiny import SHAPE, Brightness, flat, logged
+from tiny import ROOT, SHAPE, Brightness, flat, logged
 
-ROOT = Path(train.__file__).parent
 FEW = [*SHAPE, *"--judge none --watch-clips 1 --looks 1 --rollout-steps 4 --draws 1 --micro-batch 4".split()]
 TOY = [*FEW, *"--layers 2 --batch 6 --steps 20 --updates 20 --prompts 4 --group 3 --post-lr 1e-2 "
        "--credit chunk --clip 1e-2".split()]

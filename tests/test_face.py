@@ -1,37 +1,21 @@
 """The head is found and framed: one steady square, or one line that says what to do."""
 
 import json
-import os
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from PIL import Image
+from scipy import ndimage
 
 from data import folder_clips, write_video
 from extras import face
 from extras.files import MediaError
 from extras.media import FPS, SAMPLES_PER_FRAME
-
-PHOTO = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")      # a real face, always there
-
-
-@pytest.fixture
-def photo():
-    pytest.importorskip("dlib", reason="faces are found with dlib: pip install dlib-bin")
-    return Image.open(PHOTO).convert("RGB")
-
-
-def on_a_wall(photo, width, height, x, y, side):
-    """The photo, scaled to `side` pixels of width, on a plain wall."""
-    wall = Image.new("RGB", (width, height), (120, 130, 140))
-    wall.paste(photo.resize((side, round(side * photo.height / photo.width)), Image.LANCZOS), (x, y))
-    return np.asarray(wall)
+from tiny import ffmpeg
 
 
 def box(x, y, size, score=1.0):
@@ -41,16 +25,20 @@ def box(x, y, size, score=1.0):
 TALKER, PAIR = [box(100, 80, 60)], [box(100, 80, 60), box(300, 80, 60)]
 
 
-def test_the_same_head_is_cut_alike_wherever_it_is_and_however_large(photo):
-    """Moved and scaled like the photo; and a picture that is framed already stays nearly whole."""
+def test_dlib_finds_the_same_head_wherever_it_is_and_one_that_lies_on_its_side():
+    """Moved and scaled like the photo; what is framed already stays nearly whole."""
+    pytest.importorskip("dlib", reason="faces are found with dlib: pip install dlib-bin")
+    photo, wall = Image.open(get_sample_data("grace_hopper.jpg", False)), Image.new("RGB", (640, 360))
     x, y, side = face.frame_of([np.asarray(photo)])
     scale = 300 / photo.width
-    picture = on_a_wall(photo, 640, 360, 200, 8, 300)
-    found = face.frame_of([picture.transpose(2, 0, 1)] * 3)                      # (3, H, W), more than one
+    wall.paste(photo.resize((300, round(scale * photo.height)), Image.LANCZOS), (200, 8))
+    found = face.frame_of([np.asarray(wall).transpose(2, 0, 1)] * 3)             # (3, H, W), more than one
     expected = np.array([200 + x * scale, 8 + y * scale, side * scale])
     assert np.abs(found - expected).max() < 0.07 * expected[2]
-    again = np.array(face.frame_of([np.asarray(photo.crop((x, y, x + side, y + side)))]))
-    assert again[2] > 0.9 * side and again[:2].max() < 0.07 * side
+    again = face.frame_of([np.asarray(photo.crop((x, y, x + side, y + side)))])
+    assert again[2] > 0.9 * side and max(again[:2]) < 0.07 * side
+    with pytest.raises(MediaError, match="turn the picture"):
+        face.frame_of([np.rot90(photo)])
 
 
 def test_one_square_inside_the_picture_serves_a_clip_and_a_slip_does_not_move_it():
@@ -72,12 +60,6 @@ def test_what_cannot_be_framed_is_refused_in_one_line_that_names_the_flag(found,
         face.square_of(found, 640, 360, "me.jpg")
 
 
-@pytest.mark.parametrize("turn, says", [(np.rot90, "turn the picture"), (np.zeros_like, "no face")])
-def test_a_picture_that_lies_on_its_side_is_to_be_turned_and_a_wall_has_no_face(photo, turn, says):
-    with pytest.raises(MediaError, match=says):
-        face.frame_of([turn(np.asarray(photo))])
-
-
 def test_without_dlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dlib", None)
     face._detector.cache_clear()
@@ -85,24 +67,32 @@ def test_without_dlib_one_line_says_what_to_install(monkeypatch):
         face.find_faces(np.zeros((64, 64, 3), np.uint8))
 
 
-def test_a_video_is_watched_scene_by_scene(photo, tmp_path):
-    """2 s of a wall, then 3 s of a face: the cut is at frame 50, and faces are seen after it alone."""
-    wall, scene = np.full((180, 320, 3), 90, np.uint8), on_a_wall(photo, 320, 180, 80, 0, 150)
-    frames = torch.from_numpy(np.stack([wall] * 2 * FPS + [scene] * 3 * FPS)).permute(0, 3, 1, 2)
-    write_video(tmp_path / "me.mp4", frames, 0.1 * torch.randn(5 * FPS * SAMPLES_PER_FRAME))
+def bright_squares(picture, work):
+    """A detector: what is bright is a face."""
+    found = ndimage.find_objects(ndimage.label(picture.mean(-1) > 170)[0])
+    return [(x.start, y.start, x.stop - x.start, y.stop - y.start, 1.0) for y, x in found]
+
+
+def test_a_video_is_watched_and_a_stretch_ends_where_the_face_goes_a_second_comes_or_it_jumps(
+        tmp_path, monkeypatch):
+    """It goes at frame 64, two looks earlier for a fade, a second one comes at 240, and it jumps at 372,
+    with a look and a half left out; the scene is cut at 444."""
+    monkeypatch.setattr(face, "find_faces", bright_squares)
+    here, beside, there = (50, 40, 24), (110, 8, 24), (100, 60, 28)
+    frames = np.full((516, 3, 120, 160), 60, np.uint8)
+    frames[444:] = 110
+    for start, stop, (x, y, size) in ((0, 64, here), (108, 372, here), (240, 276, beside), (372, 444, there),
+                                      (444, 516, here)):
+        frames[start:stop, :, y:y + size, x:x + size] = 230
+    write_video(tmp_path / "me.mp4", torch.from_numpy(frames), 0.1 * torch.randn(516 * SAMPLES_PER_FRAME))
     kept, left_out = face.pieces(tmp_path / "me.mp4")
-    assert [piece[:2] for piece in kept] == [(50, 125)] and left_out == [(0, 50, "no face")]
-    assert face.told(kept, left_out) == "3 s in 1 pieces; left out: no face 2 s (at 0:00)"
+    near, far = (40, 25, 44), (88, 42, 52)
+    assert kept == [(0, 36, near), (132, 216, near), (300, 354, near), (390, 444, far), (444, 516, near)]
+    assert left_out == [(36, 132, "no face"), (216, 300, "two faces"), (354, 390, "head jumps")]
+    assert face.told(kept, left_out) == ("12 s in 5 pieces; left out: head jumps 1 s (at 0:14), "
+                                         "no face 4 s (at 0:01), two faces 3 s (at 0:08)")
     many = [(25 * second, 25 * second + 50, "no face") for second in (9, 65, 125, 3600)]
     assert face.reasons(many) == "no face 8 s (at 0:09, 1:05, 2:05, ...)"
-
-
-def test_a_broken_video_is_one_line_whatever_its_name(tmp_path):
-    """ffmpeg repeats the name, which need not be UTF-8."""
-    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
-    path.write_bytes(b"no video")
-    with pytest.raises(MediaError, match="is not audio or video, [^\n]*$"):
-        face.watch(path)
 
 
 MOVED, DRIFT = [box(300, 80, 90)], [[box(100 + 7 * i, 80, 60)] for i in range(12)]
@@ -172,5 +162,5 @@ def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):
 def test_a_still_that_is_held_for_long_is_seen_at_any_second(tmp_path):
     """One frame of eight seconds: none begins after the fourth."""
     still = "color=red:s=64x48:r=1/8:d=8"
-    subprocess.run([*face.FFMPEG, "error", "-f", "lavfi", "-i", still, tmp_path / "a.mp4"], check=True)
+    ffmpeg("-f", "lavfi", "-i", still, tmp_path / "a.mp4")
     assert face.frame_at(tmp_path / "a.mp4", 4.0).shape == (48, 64, 3)

@@ -14,9 +14,8 @@ from extras import people, reward_flags
 from extras.files import MediaError
 from extras.people import align, pairwise_accuracy, read_ratings, tally
 from extras.reward_flags import load_calibration
-from model import Config, Generator, save_generator
 from reward import ASPECTS
-from tiny import CONFIG, Bright
+from tiny import Bright, random_generator
 
 
 def test_pairs_that_differ_in_the_truth_are_counted_and_a_tie_is_half_right():
@@ -63,12 +62,7 @@ def runs(tmp_path_factory):
     """Three generators of random weights, the last of other pictures."""
     folder = tmp_path_factory.mktemp("secretly")
     for seed, (name, more) in enumerate({"amber": {}, "birch": {}, "large": {"size": 64}}.items()):
-        torch.manual_seed(seed)
-        model = Generator(Config(**CONFIG | more))
-        model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
-        for weight in model.parameters():        # those that start at zero would hide the noise
-            weight.data.normal_(std=0.2)
-        save_generator(model, folder / name, model.state_dict())
+        random_generator(folder / name, seed, **more)
     return folder
 
 
@@ -101,21 +95,18 @@ def test_the_page_knows_pairs_and_nothing_of_runs(made):
     assert "http" not in html                                             # it loads nothing
 
 
-def test_the_seed_makes_the_study(made, runs, tmp_path):
-    """The same seed: the same page and key, byte for byte; another: other clips."""
-    assert make(runs, tmp_path / "same", "amber", "birch") == made
-    _, _, key = make(runs, tmp_path / "other", "amber", "birch", "--seed", "1", "--clips", "2")
-    clips = [{pair["clip"] for pair in each["pairs"].values()} for each in (made[2], key)]
-    assert not clips[0] & clips[1]
-
-
-def test_a_pair_has_one_clip_and_one_noise_and_the_key_says_whose_is_whose(made, runs, tmp_path):
-    """A run against itself gives the same bytes on both sides; these are a's side in a study of two."""
-    _, page, _ = make(runs, tmp_path / "self", "amber", "amber")
+def test_a_pair_has_one_clip_and_one_noise_and_the_seed_makes_the_study(made, runs, tmp_path):
+    """A run against itself gives the same bytes on both sides; these are a's side in a study of two. With
+    another seed both are other clips."""
+    _, page, key = make(runs, tmp_path / "self", "amber", "amber")
+    assert key["pairs"] == made[2]["pairs"]
     for own, pair in zip(page["pairs"], made[1]["pairs"]):
-        side, other = ("left", "right") if made[2]["pairs"][pair["id"]]["left"] == "a" else ("right", "left")
+        side, other = ("left", "right") if key["pairs"][pair["id"]]["left"] == "a" else ("right", "left")
         assert own["left"] == own["right"] == pair[side] != pair[other]
     assert len({own["left"] for own in page["pairs"]}) == 6
+    _, _, other = make(runs, tmp_path / "other", "amber", "amber", "--seed", "1", "--clips", "2")
+    clips = [{pair["clip"] for pair in each["pairs"].values()} for each in (key, other)]
+    assert not clips[0] & clips[1]
 
 
 def test_the_judge_rates_what_the_page_shows(runs, tmp_path, monkeypatch):
@@ -167,9 +158,7 @@ NO_VOTES = ": is not a file of votes on this study"
     ("r.csv", "", "holds no ratings"),
     ("r.csv", "video,aspect,rating\nv,motion,3\nv,beauty,3\n", NO_RATING),
     ("r.csv", "video,aspect,rating\nv,motion,6\n", NO_RATING),
-    ("r.csv", b"\xff\xd8\xff\xe0\x00", "want text in UTF-8"),
     ("c.json", None, "cannot be read"),
-    ("c.json", {"beauty": [[1], [1]]}, "is not a calibration"),
     ("c.json", {"motion": [[2, 1], [1, 2]]}, "is not a calibration"),
     ("key.json", VOTES, ": is not the key of a study"),
     ("votes.json", "{", NO_VOTES),
@@ -190,14 +179,10 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(files, name, content, s
 
 
 @pytest.mark.parametrize("command, said", [
-    ("study {runs}/amber {runs}/nowhere --out {tmp}/s", "holds no config.json"),
     ("study {runs}/amber {runs}/large --out {tmp}/s", "makes pictures of 64 pixels"),
     ("study {runs}/amber {runs}/birch --out {tmp}", "is the key of a study that may have votes"),
-    ("study {runs}/amber {runs}/birch --out {tmp}/s --max-seconds .5", "--max-seconds must be at least 1"),
     ("align {tmp}/nothing.csv --out {tmp}", "name the file to write the calibration to"),
-    ("align {tmp}/nothing.csv --out {tmp}/no/c.json", "name the file to write the calibration to"),
-    ("align {tmp}/nothing.csv", "No such file"),
-    ("tally votes.json", "required: --key")])
+    ("align {tmp}/nothing.csv --out {tmp}/no/c.json", "name the file to write the calibration to")])
 def test_a_command_that_cannot_be_done_is_one_line_and_writes_nothing(runs, tmp_path, command, said, capsys):
     (tmp_path / "key.json").write_text("{}")
     with pytest.raises((MediaError, OSError, SystemExit)) as end:

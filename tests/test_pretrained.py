@@ -19,7 +19,7 @@ from extras.pretrained import SpeechEncoder, encoder_width, load_trunk, trunk_sh
 from kernels.attention import Layout
 from model import Config, Generator
 from test_model import SMALL as TRUNK
-from tiny import SHAPE
+from tiny import WHOLE
 
 SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
              conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
@@ -91,10 +91,6 @@ def test_features_are_kept_per_clip_and_not_mixed_up(encoders, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4 and torch.equal(hear(sound, 10), log_mel(sound, 10))
 
 
-RUN = [*SHAPE, *"--clips 6 --steps 2 --judge none --curate 0 --updates 1 --prompts 2 --group 2 --parts 1 "
-       "--looks 1 --watch-clips 1".split()]
-
-
 def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(encoders, tmp_path, monkeypatch,
                                                                             capsys):
     """The run remembers the encoder; rollouts get the features of `hear`, and so does sample.py."""
@@ -102,7 +98,8 @@ def test_training_post_training_and_sampling_hear_by_the_encoder_of_the_run(enco
     monkeypatch.setattr(train.grpo, "roll_out", lambda model, portrait, mel, *rest: (
         heard.append(mel), roll_out(model, portrait, mel, *rest))[1])
     monkeypatch.chdir(encoders)
-    train.main([*RUN, "--audio-encoder", "wav2vec2", "--out", str(tmp_path / "run")])
+    less = "--steps 2 --curate 0 --updates 1 --parts 1 --looks 1 --audio-encoder wav2vec2".split()
+    train.main([*WHOLE, *less, "--out", str(tmp_path / "run")])
     monkeypatch.chdir(tmp_path)
     config = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
     assert config["audio_encoder"] == str(encoders / "wav2vec2") and config["mel_channels"] == 32

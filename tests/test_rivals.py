@@ -6,14 +6,13 @@ import pytest
 import torch
 
 import train
-from extras import measuring, rivals
+from extras import rivals
 from extras.files import MediaError
-from extras.footage import lateness
 from extras.session import go_on
 from extras.sync import load_sync
 from extras.talkers import synthetic_clips
 from reward import DEFAULT_SYNC
-from sample import imitate
+from sample import imitate, sync_metrics
 from tiny import SHAPE, Bright
 
 STAGES = "curate.pt", "post.pt", "curated"
@@ -64,18 +63,9 @@ def test_a_shift_by_the_measured_lateness_puts_sound_in_time(run):
     net, [clip] = load_sync(DEFAULT_SYNC), list(synthetic_clips(1, 64, 4.0, 7, world="flawless"))
     frames = len(clip.frames)
     early = rivals.shifted(clip, -4)                                 # so its lips come 4 frames late
-    by = int(lateness(net, clip.frames[None] / 255, [early]))
+    by = int(sync_metrics(net, clip.frames[None] / 255, early.audio[None])["sync_offset"])
     assert by == 4 and frames == 100
     assert torch.equal(rivals.shifted(early, by).audio, clip.audio)
-
-
-def test_the_distance_of_mouths_is_left_out_where_no_network_measures(run, capsys):
-    args, clips = run.args, list(run.clips)
-    videos = torch.stack([clip.frames[:args.frames] for clip in clips]) / 255
-    assert abs(measuring.mouth_distance(videos, clips, args)["mouth_distance"]) < 1e-4
-    assert "Frechet distance of mouths" in capsys.readouterr().out
-    args.sync = "none"
-    assert measuring.mouth_distance(videos, clips, args) == {} and not capsys.readouterr().out
 
 
 def test_a_run_without_its_stages_is_refused_and_a_stopped_one_says_how_to_go_on(tmp_path, monkeypatch):

@@ -1,11 +1,7 @@
 """Which room may import which: read off the source, so that an arrow is a fact and not a promise."""
 
 import ast
-from functools import cache
-from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 MAIN = {"data", "kernels", "model", "grpo", "reward", "sample"}
@@ -27,8 +23,8 @@ ARROWS = {
     "train": MAIN | {"extras.flags", "extras.footage", "extras.measuring", "extras.pretrained",
                      "extras.processes", "extras.report", "extras.reward_flags", "extras.session",
                      "extras.talkers"},
-    "extras.rivals": {"data", "model", "reward", "sample", "train", "extras.flags", "extras.footage",
-                      "extras.measuring", "extras.report", "extras.reward_flags", "extras.session"},
+    "extras.rivals": {"data", "model", "reward", "sample", "train", "extras.flags", "extras.measuring",
+                      "extras.report", "extras.reward_flags", "extras.session"},
     "kernels.bench": {"data", "kernels", "model", "grpo"},
     "extras.talkers": {"data"},
     "extras.mouths": {"data", "model"},
@@ -62,72 +58,50 @@ ON_DEMAND = {
 }
 
 
-@cache
-def files() -> dict[str, list[Path]]:
-    """Room -> its files. The kernels are one room, their benchmark another."""
-    rooms: dict[str, list[Path]] = {}
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("kernels/*.py")]):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if name != "extras.__init__":
-            rooms.setdefault(room_of(name), []).append(path)
-    return rooms
-
-
 def room_of(name: str) -> str:
     """The room of a module: kernels.attention belongs to kernels, torch.nn to none of ours."""
-    if name.startswith("kernels") and name != "kernels.bench":
-        return "kernels"
-    return name
+    return "kernels" if name.startswith("kernels") and name != "kernels.bench" else name
 
 
-@cache
-def imports(path: Path) -> list[tuple[str | None, str]]:
-    """(function or None at the top, module) for each import in a file."""
-    found = []
+def imports() -> set[tuple[str, str | None, str]]:
+    """(room, function or None at the top, room or module that is imported there). The kernels are one room,
+    their benchmark another."""
+    found = set()
 
-    def visit(node: ast.AST, function: str | None) -> None:
+    def visit(node: ast.AST, room: str, function: str | None) -> None:
         if isinstance(node, ast.FunctionDef) and function is None:
             function = node.name
-        if isinstance(node, ast.Import):
-            found.extend((function, alias.name) for alias in node.names)
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             package = node.module == "extras"                   # from extras import people
-            found.extend((function, f"extras.{alias.name}" if package else node.module)
-                         for alias in node.names)
+            modules = [f"extras.{alias.name}" for alias in node.names] if package else [node.module]
+        found.update((room, function, room_of(module)) for module in modules)
         for child in ast.iter_child_nodes(node):
-            visit(child, function)
-    visit(ast.parse(path.read_text()), None)
+            visit(child, room, function)
+
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("kernels/*.py")]:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        visit(ast.parse(path.read_text()), room_of(name), None)
     return found
 
 
-def arrows(top_alone: bool) -> dict[str, set[str]]:
-    """Room -> the rooms of ours that it imports, at the top of its files or anywhere."""
-    return {room: {room_of(module) for path in paths for function, module in imports(path)
-                   if room_of(module) in ARROWS and not (top_alone and function)} - {room}
-            for room, paths in files().items()}
+IMPORTS = imports()
 
 
-@pytest.mark.parametrize("room", files())
-def test_a_room_imports_what_its_place_allows_and_in_functions_what_is_named(room):
-    ground = GROUND if room not in GROUND | {"kernels"} else set()
-    assert arrows(top_alone=True)[room] <= ARROWS[room] | ground
-    for path in files()[room]:
-        for function, module in imports(path):
-            if function and room_of(module) in ARROWS:
-                assert module in ON_DEMAND.get((room, function), set()), f"{room}.{function} imports {module}"
-
-
-def test_no_room_imports_itself_by_a_detour():
-    list(TopologicalSorter(arrows(top_alone=True)).static_order())                   # raises CycleError
+def test_a_room_imports_what_its_place_allows_and_in_functions_what_is_named():
+    assert {room for room, *_ in IMPORTS} == ARROWS.keys()
+    for room, function, other in IMPORTS:
+        ground = GROUND if room not in GROUND | {"kernels"} else set()
+        allowed = ON_DEMAND.get((room, function), set()) if function else ARROWS[room] | ground
+        assert other in allowed | {room} or other not in ARROWS, f"{room}.{function or ''} imports {other}"
 
 
 def test_no_reward_can_reach_a_metric():
     """All held-out metrics stand in sample.py, which reads mouths by extras/mouths.py: nothing that reward.py
     imports, however deep, on demand too, leads there."""
-    graph, reached, ahead = arrows(top_alone=False), set(), ["reward"]
+    reached, ahead = set(), {"reward"}
     while ahead:
-        room = ahead.pop()
-        reached.add(room)
-        ahead += graph.get(room, set()) - reached
+        reached |= ahead
+        ahead = {other for room, _, other in IMPORTS if room in reached} - reached
     assert not reached & {"sample", "train", "grpo", "extras.mouths", "extras.school", "extras.lessons",
                           "extras.people"}

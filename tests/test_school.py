@@ -17,9 +17,8 @@ from extras.lessons import (FAULTS, LESSON_FRAMES, MATERIAL_FRAMES, REST, VERSIO
 from extras.school import (Hints, audio_loss, battery, exam, rating_loss, save_judge, spoilt_in_known_ways,
                            teach, tiny_judge, vision_loss)
 from extras.talkers import render_talker
-from model import Config, Generator, save_generator
 from reward import ASPECTS, DEFAULT_JUDGE, Judge
-from tiny import CONFIG
+from tiny import random_generator
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +74,7 @@ def test_a_seed_gives_the_same_lessons_and_another_gives_others(good, generated)
 
 def test_generators_imitate_clips_that_are_long_enough(good, strangers, tmp_path):
     """Of four clips one is too short and one longer: two runs, of other clips, make clips of one length."""
-    torch.manual_seed(0)
-    model = Generator(Config(**CONFIG | {"size": 64}))
-    model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
-    save_generator(model, tmp_path, model.state_dict())
+    random_generator(tmp_path, 0, size=64)
     longer = render_talker(40, 31, 64, 70)
     short = replace(strangers[0], frames=strangers[0].frames[:40], audio=strangers[0].audio[:40 * 640])
     made = generated_material([tmp_path, tmp_path], [short, strangers[1], strangers[2], longer])
@@ -236,14 +232,9 @@ def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, ha
 @pytest.mark.parametrize("command, said", [
     ("validate --judge none", "cannot be validated"),
     ("validate --judge-url http://127.0.0.1:9/v1", "needs --judge-model"),
-    ("validate --judge nothing/at/all", "cannot be loaded as a judge"),
-    ("validate --clips 0", "--clips must be at least 2"),
-    ("teach --tower-steps -1", "--tower-steps must be at least 0"),
-    ("sync --steps 0", "--steps must be at least 1"),
-])
+    ("validate --clips 0", "--clips must be at least 2")])
 def test_what_cannot_be_done_is_one_line(command, said, strangers, monkeypatch, capsys):
     monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: strangers)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((MediaError, SystemExit)) as end:
         school.main(command.split())
     assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]

@@ -58,19 +58,11 @@ def test_a_few_steps_lower_the_loss_and_the_seed_decides_everything(clips, batch
             train_sync(few)
 
 
-def test_a_saved_network_comes_back_and_a_missing_or_broken_one_is_named_in_one_line(tmp_path):
-    """Rounded once to half precision."""
+def test_a_saved_network_comes_back_rounded_once_to_half_precision(tmp_path):
     net = SyncNetwork(8, 8)
-    with pytest.raises(MediaError, match="holds no config.json"):
-        load_sync(tmp_path)
     save_sync(net, tmp_path, clips="none")
     saved = load_sync(tmp_path).state_dict()
     assert all(torch.equal(weight.half().float(), saved[name]) for name, weight in net.state_dict().items())
-    for name, broken in ("model.safetensors", b"half"), ("config.json", b'{"sync": {"depth": 3}}'):
-        save_sync(net, tmp_path, clips="none")
-        (tmp_path / name).write_bytes(broken)
-        with pytest.raises(MediaError, match="is not a sync network of this version [^\n]*$"):
-            load_sync(tmp_path)
 
 
 def test_the_shipped_network_finds_by_how_much_a_picture_is_late(shipped, batch):

@@ -1,16 +1,20 @@
 """The smallest run that does everything, for the tests of train.py: its flags, and judges and a reward that
-anyone can compute."""
+anyone can compute; a generator; and files of sound and pictures."""
 
 import json
 import math
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio_ffmpeg
 import torch
 
 from extras.media import SAMPLES_PER_FRAME
+from model import Config, Generator, load_generator, save_generator
 from reward import Ratings
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = ("--size 32 --width 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --mlp-width 32 "
          "--space-channels 6 --channels 8 --seconds 1 --validate-clips 2 --batch 2 --sampling-steps 1 "
          "--warmup 2 --device cpu").split()
@@ -21,6 +25,28 @@ ALONE = [*TINY, *"--curate 0 --updates 0".split()]                     # pretrai
 POST = ("--curate 0.5 --curate-steps 3 --updates 4 --prompts 2 --group 3 --rollout-steps 3 --draws 1 "
         "--micro-batch 2 --looks 2 --watch-clips 2 --post-lr 1e-3").split()
 WHOLE = [*TINY, *POST]
+FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+SPEECH = "aevalsrc='0.3*sin(2*PI*220*t)*abs(sin(2*PI*2*t))':s=48000:d=3"     # four syllables a second
+
+
+def ffmpeg(*arguments, given: bytes = b"") -> bytes:
+    """Run ffmpeg as the oracle or to make a file."""
+    command = [FFMPEG, "-v", "error", "-y", *map(str, arguments)]
+    return subprocess.run(command, input=given, check=True, capture_output=True).stdout
+
+
+def streams(path: Path | str) -> str:
+    return subprocess.run([FFMPEG, "-i", f"file:{path}"], capture_output=True, text=True).stderr
+
+
+def random_generator(folder: Path, seed: int, **more) -> None:
+    """Save a generator of which no weight is zero, as some are at the start: they would hide the noise."""
+    torch.manual_seed(seed)
+    model = Generator(Config(**CONFIG | more))
+    for weight in model.parameters():
+        weight.data.normal_(std=0.2)
+    model.codec.space.normal_(std=0.05), model.codec.time.normal_(std=0.05)
+    save_generator(model, folder)
 
 
 class Taste:
@@ -76,6 +102,11 @@ class Brightness:
 
 def state(folder: Path, name: str = "state.pt") -> dict:
     return torch.load(folder / name, weights_only=True)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    one, other = (load_generator(folder).state_dict() for folder in (one, other))
+    return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def flat(value, name="") -> dict:
