@@ -2,19 +2,18 @@
 
     python train.py --data me.mp4                  with neither --sync nor --reward-sync
 
-1. Teach a network (extras/sync.py) on the training clips. Most sound is in time, and that is what it learns.
-   So a delay that all clips share is not found: it is what goes together.
-2. Teach it anew on the clips that it finds in time. From now on it measures.
-3. Try the sound of every clip, of held-out ones too, up to 15 frames early and late. With the distances D_k
-   between lips and the sound k frames later (sample.offset_curve), averaged over a clip and two on either
-   side in its stretch of the video, as sound seldom slips where nothing is cut,
+1. Teach a network (extras/sync.py) on the training clips, briefly. The largest part of the sound is in time,
+   and that is what it learns. So a delay that all clips share is not found: it is what goes together.
+2. Try the sound of every clip, of held-out ones too, up to 15 frames early and late. With the distances D_k
+   between lips and the sound k frames later (sample.offset_curve), the k of the least is the best shift.
+3. Teach a new network on the clips whose best shift is less than CLEAR frames, for longer, and try all again.
+   This one measures. How well the best shift fits is
 
-       depth = median_k D_k - min_k D_k,      gain = D_0 - min_k D_k
+       depth = median_k D_k - min_k D_k.
 
-   say how well the best shift fits, and how much better it is than none. Other clips' sound, which fits at no
-   shift, tells what both are by chance: a share CHANCE of it is above the limits. A clip whose depth is below
-   is left out, as no shift fits. One that gains more than by chance from CLEAR frames or more gets its sound
-   shifted back. All others are in time.
+   Other clips' sound, which fits at no shift, tells what depth is by chance: a share CHANCE of it is above the
+   limit. A clip below is left out, as no shift fits. Where the best shift is CLEAR frames or more away, sound
+   is shifted back. All others are in time.
 4. Teach the reward's network, of another seed, on what is then in time. It also ranks clips for curation.
 
 Where the network cannot tell held-out clips' own sound from another's by its depth, in a share TELLS of all
@@ -33,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,9 +43,8 @@ from extras.sync import load_sync, save_sync, train_sync
 from reward import SYNC_SHIFTS
 from sample import depth, offset_curve, sync_metrics
 
-STEPS = 150                        # of each network
+FIRST_STEPS, STEPS = 150, 300      # of the first network, and of those that stay
 LEAST_CLIPS = 20                   # a minute: fewer are not even tried
-NEAR = 2                           # clips of a stretch on either side that are measured with a clip
 OTHERS = 8                         # clips whose sound is tried with each picture, to know what chance gives
 CHANCE = 0.05                      # of them are above a limit
 CLEAR = 2                          # frames: the networks miss one, and so do most people
@@ -70,15 +67,15 @@ def footage_clips(folder: str, args: argparse.Namespace) -> tuple[Clips, Clips]:
     return folder_clips(folder, args.config.size, args.seconds, args.crop, frames=args.frames)
 
 
-def lesson(clips: Clips, seed: int) -> Path:
+def lesson(clips: Clips, seed: int, steps: int = STEPS) -> Path:
     """Teach a sync network on clips, once. Returns: its folder in the cache."""
     def teach(to: Path) -> None:
         start = time.process_time()
-        save_sync(train_sync(clips, seed, STEPS), to, clips=clips.folder.name, seed=seed)
+        save_sync(train_sync(clips, seed, steps), to, clips=clips.folder.name, seed=seed)
         (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
 
     rows = [(row, clips.late(i)) for i, row in enumerate(clips.rows)]
-    recipe = {"sync network": clips.folder.name, "rows": rows, "seed": seed, "steps": STEPS}
+    recipe = {"sync network": clips.folder.name, "rows": rows, "seed": seed, "steps": steps}
     return cached(None, recipe, teach)
 
 
@@ -97,57 +94,32 @@ def distances(network: Path, clips: Clips, frames: int) -> tuple[Tensor, Tensor]
     return offset_curve(visual, sound), torch.stack(others, 1)
 
 
-def neighbours(clips: Clips) -> Tensor:
-    """Say which clips are near one another, (B, B): in one stretch, and at most NEAR clips apart. A stretch
-    begins with a file, whose first clip may have been left out, or where there is no sound before."""
-    begins, file = [], None
-    for row, (_, source, _) in enumerate(clips.index["clips"]):
-        before = load_file(clips.folder / f"{row}.safetensors")["before"]
-        begins.append(source != file or not before)
-        file = source
-    row = torch.tensor(clips.rows)
-    stretch = torch.tensor(begins).cumsum(0)[row]
-    return (stretch == stretch[:, None]) & ((row - row[:, None]).abs() <= NEAR)
-
-
-def together(curves: Tensor, near: Tensor) -> Tensor:
-    """Average the curves (B, ..., 31) of each clip's neighbours (B, B), itself included."""
-    return torch.stack([curves[row].mean(0) for row in near])
-
-
-def gain(curves: Tensor) -> Tensor:
-    """Say how much better the best shift is than none."""
-    return curves[..., SYNC_SHIFTS] - curves.amin(-1)
+def best_shift(curves: Tensor) -> Tensor:
+    """Say by how many frames sound is late, 0 where it is less than CLEAR: (B, 31) -> (B,)."""
+    late = curves.argmin(-1) - SYNC_SHIFTS
+    return torch.where(late.abs() >= CLEAR, late, 0)
 
 
 def verdicts(own: Tensor, others: Tensor) -> list[int | None]:
     """Say of each clip by how many frames its sound is late: 0 is in time, None fits at no shift."""
-    fits, gains = (of(own) > of(others).quantile(1 - CHANCE) for of in (depth, gain))
-    late = own.argmin(-1) - SYNC_SHIFTS
-    late = torch.where(gains & (late.abs() >= CLEAR), late, 0)
-    return [by if fit else None for by, fit in zip(late.tolist(), fits.tolist())]
+    fits = depth(own) > depth(others).quantile(1 - CHANCE)
+    return [by if fit else None for by, fit in zip(best_shift(own).tolist(), fits.tolist())]
 
 
 def examine(train: Clips, held_out: Clips, frames: int) -> dict:
-    """Teach a network, teach it anew on what it finds in time, and have that find what is late.
+    """Teach a network, teach another on what that finds in time, and have it find what is late.
 
-    Returns: "tells", the share of held-out pairs that it ranks right; and, where that suffices, the rows
-    "lessons" it was taught on, and "late", the verdicts on all rows, held-out ones last.
+    Returns: "tells", the share of held-out pairs that it ranks right; the rows "lessons" that it was taught on;
+    and "late", the verdicts on all rows, held-out ones last.
     """
     every = Clips(train.folder, train.rows + held_out.rows, train.index)
-    near = neighbours(every)
-    good = train
-    for _ in range(2):
-        taught = good
-        own, others = distances(lesson(taught, 0), every, frames)
-        tells = (depth(own)[len(train):, None] > depth(others)[len(train):]).float().mean().item()
-        if tells < TELLS:
-            return {"tells": tells}
-        late = verdicts(together(own, near), together(others, near))
-        good = train.select(lambda i: late[i] == 0)
-        if good.rows == taught.rows or len(good) < LEAST_CLIPS:
-            break
-    return {"tells": tells, "lessons": taught.rows, "late": late}
+    own, _ = distances(lesson(train, 0, FIRST_STEPS), every, frames)
+    shift = best_shift(own)
+    taught = train.select(lambda i: shift[i] == 0)
+    taught = taught if len(taught) >= LEAST_CLIPS else train
+    own, others = distances(lesson(taught, 0), every, frames)
+    tells = (depth(own)[len(train):, None] > depth(others)[len(train):]).float().mean().item()
+    return {"tells": tells, "lessons": taught.rows, "late": verdicts(own, others)}
 
 
 # ---- What is done about it -----------------------------------------------------------------------------
@@ -190,7 +162,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
 
     if len(train) < LEAST_CLIPS:
         return as_it_is(f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}")
-    recipe = {"footage, by neighbours": train.folder.name, "rows": [train.rows, held_out.rows],
+    recipe = {"footage, by its best shift": train.folder.name, "rows": [train.rows, held_out.rows],
               "frames": args.frames, "steps": STEPS}
     kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
         json.dumps(examine(train, held_out, args.frames))))
