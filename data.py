@@ -23,7 +23,7 @@ import wave
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from extras.files import VIDEOS, MediaError, cores, find_videos, first_line, printable, replacing
+from extras.files import VIDEOS, MediaError, cores, find_videos, first_line, printable, refusing, replacing
 from extras.media import (FPS, PIECE, SAMPLES_PER_FRAME, SAMPLE_RATE, Track, carry_sound, decode,
                           encode, read_picture)
 
@@ -228,7 +228,8 @@ class Clips(Sequence):
 
     def __init__(self, folder: str | Path, rows: Sequence[int] | None = None, index: dict | None = None):
         self.folder = Path(folder)
-        self.index = index or json.loads((self.folder / "index.json").read_text())
+        with self.readable():
+            self.index = index or json.loads((self.folder / "index.json").read_text())
         self.rows = list(range(len(self.index["clips"]))) if rows is None else rows
 
     def __len__(self) -> int:
@@ -238,13 +239,19 @@ class Clips(Sequence):
         if isinstance(i, slice):
             return Clips(self.folder, self.rows[i], self.index)
         row = self.rows[i]
-        arrays = load_file(self.folder / f"{row}.safetensors")
+        with self.readable():
+            arrays = load_file(self.folder / f"{row}.safetensors")
         frames, audio = arrays.pop("frames"), arrays.pop("audio")
         start = int(arrays.pop("before", 0)) + self.late(i)                             # of the first's sound
         lost = max(0, -start)
         frames = frames[lost : max(lost, len(audio) // SAMPLES_PER_FRAME - start)]
         audio = audio[(start + lost) * SAMPLES_PER_FRAME :][: len(frames) * SAMPLES_PER_FRAME]
         return Clip(self.index["clips"][row][0], frames, audio, arrays or None)       # the rest is the truth
+
+    def readable(self) -> AbstractContextManager:
+        """Turn what a damaged cache raises into a MediaError."""
+        return refusing(self.folder, (OSError, ValueError, SafetensorError), lambda error:
+                        f"is a damaged cache ({first_line(error)}); delete this folder, it is made anew")
 
     @property
     def names(self) -> list[str]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import (LATENCY, Clip, LogMel, hear, load_portrait, pixels, read_speech, sounds, to_bytes,
                   write_video)
-from extras.arguments import check_numbers, crop_argument, device_argument, track_argument
+from extras.arguments import Parser, check_numbers, crop_argument, device_argument, track_argument
 from extras.face import photo_square
 from extras.files import MediaError, one_line
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
@@ -284,7 +284,7 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
 # ---------------------------------------------------------------- command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("--checkpoint", required=True, metavar="RUN",
                    help="the folder that train.py wrote, or a name on the Hugging Face hub")
     p.add_argument("--image", required=True, help="the portrait: any picture of a head")

@@ -41,6 +41,7 @@ import argparse
 import copy
 import math
 import shlex
+import shutil
 import sys
 import time
 from collections import deque
@@ -67,7 +68,8 @@ from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, jo
                               keep_freed_memory, rank, rank_zero_first, shard, summed_up, world)
 from extras.report import (CURATED, MORE_CURATION, MORE_PRETRAINING, POST_TRAINED, PRETRAINED, UNCURATED,
                            funnel)
-from extras.reward_flags import later_stages, make_judge, make_reward, measuring_sync, reward_sync
+from extras.reward_flags import (calibration, later_stages, make_judge, make_reward, measuring_sync,
+                                 reward_sync)
 from extras.session import (Log, at_once, carry_out, check_program, clear, continues, fingerprint,
                             keep_arm, load, lock, resumable, save)
 from extras.talkers import faults_of, synthetic_clips
@@ -122,8 +124,6 @@ def load_clips(args: argparse.Namespace, watch: int = 0) -> tuple[Clips, list[Cl
         raise MediaError(args.data or "--clips",
                          f"has too few clips of {args.frames / FPS:.2f} s, {len(train)} to train on, "
                          f"{len(held_out)} held out; add files or lower --seconds")
-    if args.updates and len(train) < args.prompts:
-        raise MediaError(args.data or "--clips", f"{len(train)} clips are too few; lower --prompts")
     watch = min(watch, len(held_out) // 2) if args.data else watch       # a folder has what it has
     reported = held_out[: len(held_out) - watch]
     return train, reported[: args.validate_clips], held_out[len(reported):]
@@ -183,13 +183,17 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
         np.save(to / "ratings.npy", scores.numpy())
         (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
 
-    groups, judged = math.ceil(len(clips) / RATED_AT_ONCE), judge.fingerprint
+    groups, judged, began = math.ceil(len(clips) / RATED_AT_ONCE), judge.fingerprint, time.time()
     ratings, spent = torch.empty(len(clips), len(ASPECTS)), 0.0
     for i in tqdm(range(groups), "rating", leave=False):
         rows = range(i, len(clips), groups)
         recipe = {"clips": clips.folder.name, "rows": [clips.rows[row] for row in rows],
                   "frames": args.frames, "late": [clips.late(row) for row in rows], "judge": judged}
         kept = cached(None, recipe, partial(rate, rows))
+        old = kept.stat().st_mtime < began
+        if old and not args.resume and np.isnan(np.load(kept / "ratings.npy")).any():
+            shutil.rmtree(kept)                              # a judge that could not then may be able to now
+            kept = cached(None, recipe, partial(rate, rows))
         ratings[i::groups] = torch.from_numpy(np.load(kept / "ratings.npy"))
         spent += float((kept / "cpu_seconds").read_text())
     if not ratings.isfinite().all(1).any():
@@ -508,8 +512,6 @@ def begin_pretraining(args: argparse.Namespace, clips: list[Clip], log: Log) -> 
         codec = stage.model.codec
         codec.load_state_dict(all_gather({k: v.cpu() for k, v in codec.state_dict().items()})[0])
         stage.restart()
-    if args.pretrained:
-        save(stage, args.out)
     return stage
 
 
@@ -589,16 +591,21 @@ def train(args: argparse.Namespace, start: float) -> None:
                                    "another --out, or begin anew there with --overwrite")
     check_program(args)
     judge = make_judge(args) if args.curate or args.updates else None
-    reward_sync(args), measuring_sync(args)                  # fail now, not after minutes of work
+    for needed in reward_sync, measuring_sync, calibration:
+        needed(args)                                         # fail now, not after minutes of work
     with rank_zero_first():
         args.footage = learn(args)
     curates, reinforces = later_stages(args, judge)
     with rank_zero_first():
         clips, held_out, watched = load_clips(args, args.watch_clips if curates or reinforces else 0)
-    if not (args.resume or rank()):
-        clear(args.out)
+    if reinforces and len(clips) < args.prompts:
+        raise MediaError(args.data or "--clips", f"{len(clips)} clips are too few; lower --prompts")
     log = Log(args.out, start, args.tensorboard)
     pretraining = begin_pretraining(args, clips, log)
+    if not (args.resume or rank()):
+        clear(args.out)                                      # as late as can be: all that can fail has not
+    if args.pretrained:
+        save(pretraining, args.out)
     pretraining.data = encode(pretraining.model, clips, args.frames, args.device)
     if not rank():
         describe(pretraining.model, clips, held_out, args, log)

@@ -7,6 +7,13 @@ import torch
 CROP_HELP = "face: a square around the head; none: the centre; or x,y,size in pixels (%(default)s)"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of all flags."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+
+
 def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least: float) -> None:
     """End with one clear line where a number is below its least value, or absurdly large."""
     for name, low in least.items():

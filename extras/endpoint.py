@@ -97,7 +97,7 @@ class RemoteJudge:
         except openai.OpenAIError as error:
             remedy = "check --judge-model, the key in OPENAI_API_KEY and the server"
             if isinstance(error, OUTAGE):
-                remedy = "wait longer with --judge-patience, or check that the server runs and needs no proxy"
+                remedy = "raise --judge-timeout or --judge-patience; does the server run, and need no proxy?"
             raise JudgeError(self.url, f"{reason(error)}; {remedy}") from None
         finally:
             stop.set()                               # after Ctrl-C
@@ -129,5 +129,5 @@ class RemoteJudge:
                     tqdm.write(f"note: {self.url}: {reason(error)}; asking again for {self.patience:.0f} s",
                                file=sys.stderr)
                 stop.wait(PAUSE)
-            except ValueError:                       # what came is no JSON
+            except (ValueError, RecursionError):     # what came is no JSON
                 return None

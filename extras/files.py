@@ -96,7 +96,7 @@ def writing(path: Path) -> AbstractContextManager:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to, and move it to `path` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
             yield temporary

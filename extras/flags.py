@@ -17,7 +17,7 @@ import torch
 
 import grpo
 from extras.media import FPS
-from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
 from extras.pretrained import encoder_width, trunk_shape
 from extras.processes import world
 from extras.reward_flags import reward_flags
@@ -92,7 +92,7 @@ def numbers(p: argparse.ArgumentParser, title: str, rows: list[tuple]) -> argpar
 
 def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     """Make the parser. Returns: it, and the names of the flags that define curation and post-training."""
-    p = argparse.ArgumentParser(description="Pretrain, curate and post-train a generator.")
+    p = Parser(description="Pretrain, curate and post-train a generator.")
     g = p.add_argument_group("a run of before")
     g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, or, with more "
                    "--steps, --curate-steps or --updates, a finished one; other flags stay")
@@ -170,7 +170,7 @@ def program() -> str:
 
 def local_name(name: str | None) -> str | None:
     """Make the name of a file or folder whole, so that it is found from anywhere; leave other names alone."""
-    local = name not in (None, "none", "default") and Path(name).exists()
+    local = name not in (None, "", "none", "default") and Path(name).exists()
     return str(Path(name).absolute()) if local else name
 
 
@@ -199,7 +199,7 @@ def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -
     args.further = bool(args.pretrained and args.data != saved.get("data"))
     had_none = {name for name in ("data", "audio_encoder", "init_from") if not saved.get(name)}
     if args.resume:
-        if args.pretrained or args.out not in (None, args.resume):
+        if args.pretrained or (args.out or args.resume).resolve() != args.resume.resolve():
             p.error("--resume goes on in the folder of the run; leave out --out and --pretrained")
         args.out = args.resume
         for name in changed & GROW:
@@ -257,8 +257,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if any(args.out.glob("[!.]*")) and not (args.out / "log.jsonl").exists():
         p.error(f"--out {args.out} holds files, none of them a run's log.jsonl; "
                 "name a folder of the run's own")
-    if args.data and not Path(args.data).exists():
-        p.error(f"{args.data} is not there; say where the clips are with --data")
+    if args.data is not None and not (args.data and Path(args.data).exists()):
+        p.error(f"{args.data or 'a file without a name'} is not there; say where the clips are with --data")
     if args.crop == "face" and not args.data:
         args.crop = None                                         # that is the default
     if args.crop and not args.data:

@@ -6,13 +6,13 @@
    and that is what it learns. So a delay that all clips share is not found: it is what goes together.
 2. Try the sound of every clip, of held-out ones too, up to 15 frames early and late. With the distances D_k
    between lips and the sound k frames later (sample.offset_curve), the k of the least is the best shift.
-3. Teach a new network on the clips whose best shift is less than CLEAR frames, for longer, and try all again.
-   This one measures. How well the best shift fits is
+3. Teach a new network on the clips whose best shift is less than CLEAR frames, for longer, and try all
+   again. This one measures. How well the best shift fits is
 
        depth = median_k D_k - min_k D_k.
 
-   Other clips' sound, which fits at no shift, tells what depth is by chance: a share CHANCE of it is above the
-   limit. A clip below is left out, as no shift fits. Where the best shift is CLEAR frames or more away, sound
+   Other clips' sound, which fits at no shift, tells what depth is by chance: a share CHANCE of it is above
+   the limit. A clip below is left out, as no shift fits. Where the best shift is CLEAR frames or more, sound
    is shifted back. All others are in time.
 4. Teach the reward's network, of another seed, on what is then in time. It also ranks clips for curation.
 
@@ -109,8 +109,8 @@ def verdicts(own: Tensor, others: Tensor) -> list[int | None]:
 def examine(train: Clips, held_out: Clips, frames: int) -> dict:
     """Teach a network, teach another on what that finds in time, and have it find what is late.
 
-    Returns: "tells", the share of held-out pairs that it ranks right; the rows "lessons" that it was taught on;
-    and "late", the verdicts on all rows, held-out ones last.
+    Returns: "tells", the share of held-out pairs that it ranks right; the rows "lessons" that it was taught
+    on; and "late", the verdicts on all rows, held-out ones last.
     """
     every = Clips(train.folder, train.rows + held_out.rows, train.index)
     own, _ = distances(lesson(train, 0, FIRST_STEPS), every, frames)

@@ -121,6 +121,9 @@ def imitations(run: str | Path, clips: Sequence[Clip], seed: int) -> list[Tensor
     """Show each clip in VERSIONS ways. Returns: the fields of Material."""
     model = load_generator(run).eval()
     c = model.config
+    if c.size != clips[0].frames.shape[-1]:
+        raise MediaError(run, f"makes pictures of {c.size} pixels, where the judge sees "
+                              f"{clips[0].frames.shape[-1]}; name a run of that size")
     frames = MATERIAL_FRAMES // c.chunk_frames * c.chunk_frames
     true = pixels(clips, frames)
     latents = torch.cat([model.codec.encode(part) for part in true.split(16)])

@@ -25,7 +25,7 @@ from scipy import optimize, stats
 from tqdm import tqdm
 
 from data import Clip, folder_clips, load_clip, sounds, to_bytes
-from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, replacing, writing
 from extras.media import FPS
 from extras.page import video_uri
@@ -259,11 +259,12 @@ def tally(paths: Sequence[Path], key_path: Path) -> str:
     """
     aspects = (*ASPECTS, "overall")
     key = read_json(key_path, "the key of a study", lambda k: {k["study"], k["a"], k["b"]} and all(
-        {pair["left"], pair["right"]} == {"a", "b"} for pair in k["pairs"].values()))
+        {pair["left"], pair["right"]} == {"a", "b"} == {*pair.get("judge", "ab")}
+        for pair in k["pairs"].values()))
     raters = {}
     votes = {aspect: [] for aspect in aspects}       # (a, b or tie; what the judge prefers)
     for path in paths:
-        read = read_json(path, "a file of votes on this study", lambda v: v["rater"] and (
+        read = read_json(path, "a file of votes on this study", lambda v: isinstance(v["rater"], str) and (
             v["study"] == key["study"] and v["votes"].keys() <= key["pairs"].keys()
             and all(aspect in aspects and choice in CHOICES
                     for choices in v["votes"].values() for aspect, choice in choices.items())))
@@ -287,7 +288,7 @@ def tally(paths: Sequence[Path], key_path: Path) -> str:
 # ---------------------------------------------------------------- command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m extras.people", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m extras.people", description=__doc__.splitlines()[0])
     commands = p.add_subparsers(required=True)
     c = commands.add_parser("tally", help="count the votes of a study")
     c.set_defaults(run=lambda args: print(tally(args.votes, args.key)))

@@ -108,9 +108,8 @@ def make_reward(args: argparse.Namespace, judge, lively: Sequence[Clip], smooth:
                 chunk_frames: int, codec=None) -> reward.Reward:
     """Make the reward that the flags define, from a judge or None and clips for Exemplars.measure."""
     exemplars = Exemplars.measure(lively, smooth, chunk_frames, codec)
-    calibration = load_calibration(args.calibration) if args.calibration else None
     # Looked up as this runs: a class of your own can stand in its place (extras/examples/own_reward.py).
-    return reward.Reward(judge, exemplars, args.weights, chunk_frames, calibration, reward_sync(args))
+    return reward.Reward(judge, exemplars, args.weights, chunk_frames, calibration(args), reward_sync(args))
 
 
 def sync_name(name: str | None, shipped: Path, args: argparse.Namespace) -> Path | None:
@@ -164,6 +163,11 @@ def read_json(path: Path, what: str, complete: Callable[[dict], bool]) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MediaError(path, f"is not {what} ({str(error)[:80]}); save it again") from None
     return read
+
+
+def calibration(args: argparse.Namespace) -> dict | None:
+    """Read the calibration that --calibration names, if any."""
+    return load_calibration(args.calibration) if args.calibration else None
 
 
 def load_calibration(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

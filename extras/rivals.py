@@ -32,7 +32,7 @@ from extras.measuring import loaded, mouth_distance
 from extras.media import SAMPLES_PER_FRAME
 from extras.report import CURATED, PRETRAINED, summary
 from extras.reward_flags import make_judge, measuring_sync, reward_sync
-from extras.session import Log, fingerprint, plain_json
+from extras.session import Log, fingerprint, lock, plain_json
 from model import load_generator
 from reward import rate_whole
 from sample import evaluate, imitate, seeded_noise, seeded_rng, sync_metrics
@@ -114,13 +114,18 @@ def main(argv: list[str] | None = None) -> None:
         raise MediaError(folder, "is no finished run on drawn talkers with a judge, a sync network of the "
                                  "reward and all three stages")
     args.command = [str(folder)]                     # what is said to go on with where this is stopped
+    with lock(folder / "rivals"):
+        compare(folder, args)
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    """Measure all rivals of a run."""
     judge, net, measures = make_judge(args), reward_sync(args), measuring_sync(args)
     clips, held_out, watched = train.load_clips(args, args.watch_clips)
     pretrained, curated = (load_generator(folder / arm).to(args.device) for arm in (PRETRAINED, CURATED))
     budget = torch.load(folder / "post.pt", map_location="cpu", weights_only=True)["cpu_seconds"]
     args.out = folder / "rivals"
     log, kept = Log(args.out, time.perf_counter()), args.out / "rivals.json"
-    args.out.mkdir(exist_ok=True)
     of = f"{fingerprint(curated.state_dict())}, {budget:.0f} s"
     values = json.loads(kept.read_text()) if kept.exists() else {}
     values = values if values.get("of") == of else {"of": of}        # else of the run as it was before

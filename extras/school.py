@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from data import Clip, folder_clips, pixels, sounds
-from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line, writing
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras import reward_flags
@@ -367,6 +367,8 @@ def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Seq
 def train_judge(args: argparse.Namespace) -> None:
     """Teach the embedded judge and write it to --out with its card."""
     clips, held_out = clips_for(args, JUDGE_CLIPS)
+    if not held_out:
+        raise MediaError(args.data, "has no clips to hold out; add files")
     good, unseen = good_material(clips), good_material(held_out)         # what is too short is told now
     generated = generated_material(args.generator, clips, args.seed) if args.generator else None
     judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
@@ -410,7 +412,7 @@ def validate_judge(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m extras.school", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m extras.school", description=__doc__.splitlines()[0])
     commands = p.add_subparsers(required=True)
     teaches = commands.add_parser("teach", help="teach the embedded judge")
     validates = commands.add_parser("validate", help="try a judge on clips with known faults")
@@ -441,6 +443,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if "out" in args:                                     # before the hour of work that would be lost
+        if (args.out / "config.json").exists():
+            raise MediaError(args.out, "holds a model already; choose another --out, or delete it first")
         with writing(args.out):
             args.out.mkdir(parents=True, exist_ok=True)
     args.run(args)

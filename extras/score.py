@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from data import folder_clips, load_clip, load_portrait
-from extras.arguments import CROP_HELP, check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line
 from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_flags, table
 from extras.talkers import synthetic_clips
@@ -15,7 +15,7 @@ from sample import identity_cosine, sync_metrics
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("videos", nargs="+", metavar="FILE")
     p.add_argument("--portrait", help="of the videos (their first frame)")
     p.add_argument("--data", metavar="DIR", help="real clips to compare with (drawn talkers)")
@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         good = synthetic_clips(64, args.size, 2.0)
         print("note: compared with drawn talkers; for people, name clips of people with --data, and --judge, "
               "--sync and --reward-sync of such clips", file=sys.stderr)
+    for clip in [*clips, *good]:
+        if len(clip.frames) < args.chunk_frames:
+            raise MediaError(clip.name, f"has {len(clip.frames)} frames; lower --chunk-frames")
     reward = make_reward(args, make_judge(args), good, good, args.chunk_frames)
     sync = measuring_sync(args)
     for clip in clips:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,10 +48,11 @@ def lock(folder: Path) -> Iterator[None]:
         held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.rglob(".*.[0-9]*"):       # half-written by a run that was killed, see `replacing`
+        for left in folder.rglob(".*.[0-9]*.part"):  # half-written by a run that was killed, see `replacing`
             left.unlink()
-        for left in folder.glob(".writing-*"):       # see `write_video`
-            shutil.rmtree(left)
+        for left in folder.glob(".writing-*"):       # see `write_video`; one of today may be at work
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left)
     except BlockingIOError:
         raise MediaError(folder, "another run is at work there; wait for its end, or choose another "
                                  "--out") from None
@@ -97,14 +99,14 @@ class Log:
     """A line of JSON per event in RUN/log.jsonl; with --tensorboard, steps' numbers in RUN/tensorboard."""
 
     def __init__(self, folder: Path, start: float, tensorboard: bool = False):
-        self.path, self.start, self.board = folder / "log.jsonl", start, None
+        self.path, self.start, self.board, self.writer = folder / "log.jsonl", start, None, None
         if tensorboard and not rank():
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise MediaError("--tensorboard", "wants the package of this name; pip install tensorboard, "
                                                   "or leave the flag out") from None
-            self.board = SummaryWriter(folder / "tensorboard")
+            self.writer = partial(SummaryWriter, folder / "tensorboard")
 
     def __call__(self, **entry) -> None:
         if rank():
@@ -113,7 +115,8 @@ class Log:
             seconds = round(time.perf_counter() - self.start, 2)
             file.write(plain_json({"seconds": seconds, **entry}) + "\n")
         step = entry.get("step", entry.get("update"))
-        if self.board and step is not None:
+        if self.writer and step is not None:
+            self.board = self.board or self.writer()
             for name, value in scalars(entry, entry["stage"]):
                 self.board.add_scalar(name, value, step)
 
@@ -122,7 +125,7 @@ class Log:
         if rank():
             return
         kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             with suppress(ValueError):               # the last line, cut short by a full disk or a power cut
                 entry = json.loads(line)
                 step = entry[stage.unit] if entry.get("stage") == stage.name else -1
@@ -194,8 +197,8 @@ def load(stage, path: Path, anew: bool = False) -> bool:
             due = math.floor(stage.args.looks * stage.progress + 1e-9) + 1
             stage.looks = min(state["looks"], due)     # fewer where the stage has been given more steps
     except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise MediaError(path, f"cannot be resumed from ({first_line(error)}); "
-                               "start the run anew without --resume") from None
+        remedy = "start the run anew" if path.name == "state.pt" else "delete it, and this stage is done anew"
+        raise MediaError(path, f"cannot be resumed from ({first_line(error)}); {remedy}") from None
     return True
 
 
@@ -208,8 +211,11 @@ def continues(stage, folder: Path) -> bool:
 
 @contextmanager
 def signals(handler) -> Iterator[None]:
-    """Have a handler answer Ctrl-C and SIGTERM in a block. Not under torchrun, which ends all processes."""
-    stops = (signal.SIGINT, signal.SIGTERM) if world() == 1 else ()
+    """Have a handler answer Ctrl-C, SIGTERM and the end of a terminal, unless nohup ignores that, in a block.
+    Not under torchrun, which ends all processes."""
+    stops = [signal.SIGINT, signal.SIGTERM] if world() == 1 else []
+    if stops and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
     before = {number: signal.signal(number, handler) for number in stops}
     try:
         yield
@@ -311,6 +317,8 @@ def carry_out(stage, watched: list, log: Log) -> dict[str, torch.Tensor]:
         if stage.name not in CHECKPOINTS and stage.step > first:
             log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
         save(stage, args.out)
+        if asked:
+            sys.exit(f"stopped at the end of {stage.name}; go on with: {go_on(args)}")
     if watched:
         print(f"{stage.name}: kept {stage.unit} {stage.best['step']} of {stage.step}; "
               f"{stage.cpu_seconds:.0f} s of CPU time")

@@ -19,7 +19,9 @@ from PIL import Image, ImageCms
 from safetensors import SafetensorError
 
 import data
+from extras.files import MediaError
 from extras.media import normalise_loudness
+from extras.talkers import synthetic_clips
 from tiny import FFMPEG, SPEECH, ffmpeg, streams
 
 HUM = "aevalsrc='0.5*sin(2*PI*50*t)':s=48000:d=3"                            # louder, but it says nothing
@@ -90,7 +92,7 @@ def test_a_file_that_cannot_be_used_is_one_line_that_names_it(tmp_path, load, na
         Image.new("1", made_of).save(path)
     elif made_of:
         ffmpeg(*made_of, path)
-    with pytest.raises(data.MediaError) as caught:
+    with pytest.raises(MediaError) as caught:
         load(path)
     message = str(caught.value)
     assert words in message and message.startswith(str(path)) and "\n" not in message
@@ -217,7 +219,7 @@ def test_what_is_too_short_is_named_and_no_held_out_clip_is(tmp_path, capsys):
     train, held_out = decode(tmp_path, frames=48)
     assert {*train.names, *held_out.names} == {"a.mp4#0", "d.mp4#0"} and len(held_out) == 1
     assert "2 clips are shorter than 1.92 s and left out: b.mp4#0, c.mp4#0" in capsys.readouterr().out
-    with pytest.raises(data.MediaError, match="no clip of 4.00 s"):
+    with pytest.raises(MediaError, match="no clip of 4.00 s"):
         decode(tmp_path, frames=100)
 
 
@@ -276,7 +278,7 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     assert len(built) == 2 and data.cached(tmp_path, {"size": 1}, build) == one and len(built) == 2
     two = data.cached(tmp_path, {"size": 2}, build)
     for root, wrong in ((one / "clip", build), (tmp_path, fill)):
-        with pytest.raises(data.MediaError, match="cache cannot be written"):
+        with pytest.raises(MediaError, match="cache cannot be written"):
             data.cached(root, {}, wrong)
     assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
 
@@ -295,7 +297,7 @@ def test_a_portrait_is_the_centre_square_or_the_crop_named_and_no_grey_is_cut_of
     Image.fromarray(colours()).save(path := tmp_path / "a.png")
     for crop, want in ((None, colours()[:, 10:70]), ((30, 15, 40), colours()[15:55, 30:70])):
         assert torch.equal(data.load_portrait(path, len(want), crop), torch.from_numpy(want).permute(2, 0, 1))
-    with pytest.raises(data.MediaError, match="leaves the picture of 80x60"):
+    with pytest.raises(MediaError, match="leaves the picture of 80x60"):
         data.load_portrait(path, 40, crop=(50, 15, 40))
     ramp = np.tile(np.linspace(0, 255, 64), (64, 1))
     for kind, full in ((np.uint16, 65535), (np.int32, 65535), (np.float32, 1)):
@@ -353,7 +355,7 @@ def test_what_is_no_speech_does_not_change_its_loudness(spoilt):
     assert got.abs().max() <= 1 and 0.8 < got[:38000].std() / want[:38000].std() < 1.25
     active = want[want.abs() > 0.01 * want.abs().max()]
     assert active.square().mean().sqrt() == pytest.approx(0.1, rel=0.02)
-    with pytest.raises(data.MediaError, match="silent"):
+    with pytest.raises(MediaError, match="silent"):
         normalise_loudness(0.3 + 0 * speech)
 
 
@@ -444,12 +446,12 @@ def test_what_cannot_be_written_is_refused_before_the_first_frame_and_an_error_l
         raise RuntimeError("generator failed")
 
     for path in tmp_path, tmp_path / "no" / "a.mp4":
-        with pytest.raises(data.MediaError, match="cannot be written.*(choose a name|make its folder)"):
+        with pytest.raises(MediaError, match="cannot be written.*(choose a name|make its folder)"):
             data.write_video(path, frames(), torch.zeros(1280))
     (tmp_path / "a.mp4").write_bytes(b"old")
     with pytest.raises(RuntimeError, match="generator failed"):
         data.write_video(tmp_path / "a.mp4", frames(), torch.zeros(6400))
-    with pytest.raises(data.MediaError, match="no frame"):
+    with pytest.raises(MediaError, match="no frame"):
         data.write_video(tmp_path / "a.mp4", iter([]), torch.zeros(6400))
     assert (tmp_path / "a.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
@@ -465,3 +467,12 @@ def test_a_damaged_track_is_not_copied_but_carried_so_that_players_do_not_stop(t
     data.write_video(tmp_path / "out.mp4", frames, track)
     check = [FFMPEG, "-v", "error", "-i", tmp_path / "out.mp4", "-f", "null", "-"]
     assert not subprocess.run(check, capture_output=True).stderr
+
+
+def test_a_cache_that_is_damaged_is_named(tmp_path):
+    """By a power cut, say."""
+    folder = synthetic_clips(1, 16, 0.4, cache=tmp_path).folder
+    for name in "0.safetensors", "index.json":
+        (folder / name).write_bytes(b"")
+        with pytest.raises(MediaError, match=f"{folder.name}: is a damaged cache .*; delete this folder"):
+            data.Clips(folder)[0]

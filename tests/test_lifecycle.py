@@ -70,14 +70,21 @@ def test_what_cannot_be_meant_ends_with_one_clear_line(finished, tmp_path, monke
     assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(finished, unmeasured, tmp_path):
-    """The same command twice leaves the first run as it is; with --overwrite nothing of it stays."""
+def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(
+        finished, unmeasured, tmp_path, monkeypatch):
+    """The same command twice leaves the first run as it is, and so does --overwrite where the new one cannot
+    begin; else nothing of it stays."""
     run = shutil.copytree(finished, tmp_path / "my run")
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
     refused = "holds a run; go on with --resume '.*my run', .* or begin anew"
     with pytest.raises(MediaError, match=refused) as error:
         train.main([*ALONE, "--out", str(run)])
-    assert "\n" not in str(error.value) and before == {path: path.read_bytes() for path in before}
+    assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for flags in ["--tensorboard"], ["--calibration", "nothing.json"]:
+        with pytest.raises(MediaError):
+            train.main([*ALONE, *flags, "--overwrite", "--out", str(run)])
+    assert before == {path: path.read_bytes() for path in before}
     (run / "rivals").mkdir()
     train.main([*ALONE, "--steps", "1", "--overwrite", "--out", str(run)])
     gone = {"post.pt", "curate.pt", "control", "rivals", "pretrained", "curated"}
@@ -93,12 +100,16 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_no
     with pytest.raises(MediaError, match="another run is at work there; wait for its end, or choose"):
         train.main([*ALONE, "--out", str(tmp_path)])
     first.kill(), first.wait()
-    for left in "pretrained/.model.safetensors.7", ".writing-x/video.mp4":      # by a run that was killed
+    for left in "pretrained/.model.safetensors.7.part", ".writing-x/video.mp4":      # by a run that was killed
         (tmp_path / left).parent.mkdir()
         (tmp_path / left).touch()
+    os.utime(tmp_path / ".writing-x", (0, 0))
+    own = {tmp_path / name for name in ("pretrained", ".writing-y", ".notes.2026", ".git/.keep.1", ".git")}
+    for path in own - {tmp_path / "pretrained"}:                    # a user's, and of a video that is being made
+        path.mkdir(parents=True, exist_ok=True)
     with session.lock(tmp_path), pytest.raises(MediaError), session.lock(tmp_path):
         pass
-    assert [*tmp_path.rglob("*")] == [tmp_path / "pretrained"]
+    assert {*tmp_path.rglob("*")} == own
 
 
 # ---------------------------------------------------------------- stopped
@@ -149,6 +160,16 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, unmeasured, 
     train.main(["--resume", str(folder)])
     assert_same_bits(finished, folder, "state.pt")
     assert [e["step"] for e in logged(folder, "pretraining")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_is_stopped_while_a_stage_saves_its_end_goes_no_further(unmeasured, tmp_path, monkeypatch):
+    def saved(stage, folder, save=session.save):
+        save(stage, folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(session, "save", saved)
+    with pytest.raises(SystemExit, match="stopped at the end of pretraining; go on with: python train.py"):
+        train.main([*ALONE, "--out", str(tmp_path)])
+    assert state(tmp_path)["step"] == 6
 
 
 def test_a_run_that_is_stopped_before_its_first_log_line_goes_on_or_is_begun_anew(tmp_path, monkeypatch):

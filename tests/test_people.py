@@ -162,7 +162,7 @@ NO_VOTES = ": is not a file of votes on this study"
     ("c.json", {"motion": [[2, 1], [1, 2]]}, "is not a calibration"),
     ("key.json", VOTES, ": is not the key of a study"),
     ("votes.json", "{", NO_VOTES),
-    ("votes.json", VOTES | {"study": "s2"}, NO_VOTES),
+    ("votes.json", VOTES | {"study": "s2"}, NO_VOTES), ("votes.json", VOTES | {"rater": ["r"]}, NO_VOTES),
     ("votes.json", VOTES | {"votes": {"001": {"lip_sync": "both"}}}, NO_VOTES),
     ("votes.json", VOTES | {"rater": "r2"}, ": is of the same rater as .*more.json")])
 def test_a_file_that_cannot_be_used_is_named_in_one_line(files, name, content, said):

@@ -206,6 +206,8 @@ def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, mon
     assert all(name in before for name in (*COMPONENTS, "total")) and "sync_confidence" in after
     with pytest.raises(MediaError, match="nothing.mp4: does not exist"):
         score.main(["nothing.mp4"])
+    with pytest.raises(MediaError, match="frames; lower --chunk-frames"):
+        score.main([str(tmp_path / "v.mp4"), "--chunk-frames", "200"])
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,16 @@ def judge_of(name: str, change=lambda known: None) -> Taste:
     return judge
 
 
+def test_what_a_judge_could_not_rate_is_asked_again_by_the_next_run():
+    """But not by the same run, resumed, whose picks would be others."""
+    judge = judge_of("odd", lambda known: known[1].fill_(math.nan))
+    for known, asked, flags in ((judge.known, 6, []), (Taste.known, 6, ["--resume"]), (Taste.known, 12, [])):
+        judge.known, args = known, train.parse_arguments([*TINY, "--curate", "0.5"])
+        args.resume = flags
+        ratings = train.pick_clips(judge, train.load_clips(args)[0], args).ratings
+        assert len(judge.asked) == asked and ratings.isnan().any() == (asked == 6)
+
+
 def test_the_judge_picks_by_its_ratings_alone(monkeypatch):
     """By hand: half of six clips by the sum, two exemplars each by liveliness and by motion; in whatever
     order the clips come. They are rated once, and the CPU time of that is kept."""
