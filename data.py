@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 import wave
 from collections import Counter
@@ -56,6 +57,7 @@ MIN_FRAMES = FPS                                     # a clip lasts at least a s
 AUDIO_SLACK = 5                                      # frames of sound a clip may lack (GRID: 0.5)
 BLANK_STD = 4.0                                      # of 255: 11 of 900 GRID clips begin plain grey
 HELD_OUT = 0.1                                       # share of the files that training never sees
+STOPPED = threading.Event()                          # while threads at work should end
 AROUND = 15                                          # frames of sound kept before and after a clip
 CACHE_VERSION = 6                                    # raise it when decoding changes its result
 
@@ -348,7 +350,9 @@ def _decode_all(folder: Path, names: list[str], size: int, length: int, crop: Cr
         if shown:
             face.sheet(shown).save(parts.parent / "cut.jpg")
     finally:
-        pool.shutdown(cancel_futures=True)           # after Ctrl-C do not decode the rest first
+        STOPPED.set()                                # after Ctrl-C do not decode the rest first
+        pool.shutdown(cancel_futures=True)
+        STOPPED.clear()
         shutil.rmtree(parts)
 
 

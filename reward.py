@@ -44,7 +44,6 @@ REWARD_SYNC = ASSETS / "reward_sync"                 # and this one, taught on o
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
-FINGERPRINTED = 2 ** 18                              # elements of each weight: quick, and they differ
 ASPECTS = ("lip_sync", "expressiveness", "motion")
 
 # What each aspect looks at, ignores, and means by 1, 3 and 5. A folder may have its own, in judge.json.
@@ -175,8 +174,8 @@ class Judge:
         """What its ratings depend on, for a cache of them."""
         sign = hashlib.sha256(json.dumps([self.rubric, self.side, self.window]).encode())
         for name, weight in self.model.state_dict().items():
-            sign.update(f"{name} {weight.dtype}".encode())
-            sign.update(weight.flatten()[:FINGERPRINTED].cpu().contiguous().view(torch.uint8).numpy())
+            sign.update(f"{name} {weight.dtype}".encode())       # of a large weight the beginning will do
+            sign.update(weight.flatten()[:2 ** 18].cpu().contiguous().view(torch.uint8).numpy())
         return sign.hexdigest()
 
     def questions(self) -> tuple[str, list[str]]:

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import MIN_FRAMES, Crop, load_speech
+from data import MIN_FRAMES, STOPPED, Crop, load_speech
 from extras.files import MediaError, one_line, printable
 from extras.media import (ACTIVE_RMS, FFMPEG, FPS, PLAIN_FRAMES, SAMPLES_PER_FRAME, read_picture,
                           run_ffmpeg)
@@ -182,6 +182,8 @@ def watch(path: str | Path) -> Seen:
         width, height = Image.open(Path(folder, "first.png")).size
         found = []
         for i, file in enumerate(sorted(Path(folder).glob("*.jpg"))):
+            if STOPPED.is_set():
+                raise MediaError(path, "was not looked through to its end")
             picture = np.asarray(Image.open(file).convert("RGB"))
             up = np.array([height / len(picture)] * 4 + [1])
             found.append([tuple(up * box) for box in find_faces(picture, scale(i))])

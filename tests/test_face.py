@@ -11,7 +11,7 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from scipy import ndimage
 
-from data import folder_clips, write_video
+from data import STOPPED, folder_clips, write_video
 from extras import face
 from extras.files import MediaError
 from extras.media import FPS, SAMPLES_PER_FRAME
@@ -91,6 +91,10 @@ def test_a_video_is_watched_and_a_stretch_ends_where_the_face_goes_a_second_come
     assert left_out == [(36, 132, "no face"), (216, 300, "two faces"), (354, 390, "head jumps")]
     assert face.told(kept, left_out) == ("12 s in 5 pieces; left out: head jumps 1 s (at 0:14), "
                                          "no face 4 s (at 0:01), two faces 3 s (at 0:08)")
+    STOPPED.set()                                    # by Ctrl-C
+    with pytest.raises(MediaError, match="me.mp4: was not looked through to its end"):
+        face.pieces(tmp_path / "me.mp4")
+    STOPPED.clear()
     many = [(25 * second, 25 * second + 50, "no face") for second in (9, 65, 125, 3600)]
     assert face.reasons(many) == "no face 8 s (at 0:09, 1:05, 2:05, ...)"
 
