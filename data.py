@@ -252,7 +252,7 @@ class Clips(Sequence):
 
     def readable(self) -> AbstractContextManager:
         """Turn what a damaged cache raises into a MediaError."""
-        return refusing(self.folder, (OSError, ValueError, SafetensorError), lambda error:
+        return refusing(self.folder, (ValueError, SafetensorError), lambda error:
                         f"is a damaged cache ({first_line(error)}); delete this folder, it is made anew")
 
     @property

@@ -41,7 +41,6 @@ import argparse
 import copy
 import math
 import shlex
-import shutil
 import sys
 import time
 from collections import deque
@@ -183,18 +182,16 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
         np.save(to / "ratings.npy", scores.numpy())
         (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
 
-    groups, judged, began = math.ceil(len(clips) / RATED_AT_ONCE), judge.fingerprint, time.time()
+    groups, judged = math.ceil(len(clips) / RATED_AT_ONCE), judge.fingerprint
     ratings, spent = torch.empty(len(clips), len(ASPECTS)), 0.0
     for i in tqdm(range(groups), "rating", leave=False):
         rows = range(i, len(clips), groups)
         recipe = {"clips": clips.folder.name, "rows": [clips.rows[row] for row in rows],
                   "frames": args.frames, "late": [clips.late(row) for row in rows], "judge": judged}
         kept = cached(None, recipe, partial(rate, rows))
-        old = kept.stat().st_mtime < began
-        if old and not args.resume and np.isnan(np.load(kept / "ratings.npy")).any():
-            shutil.rmtree(kept)                              # a judge that could not then may be able to now
-            kept = cached(None, recipe, partial(rate, rows))
         ratings[i::groups] = torch.from_numpy(np.load(kept / "ratings.npy"))
+        if missing := int(ratings[i::groups].isnan().any(1).sum()):
+            print(f"note: {missing} of {len(rows)} clips are unrated; to ask again, delete {kept}")
         spent += float((kept / "cpu_seconds").read_text())
     if not ratings.isfinite().all(1).any():
         raise JudgeError("the judge", f"rates none of the {len(clips)} training clips; {NO_JUDGE}")

@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of all flags."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least: float) -> None:

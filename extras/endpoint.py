@@ -76,7 +76,7 @@ class RemoteJudge:
         if not (timeout > 0 and patience >= 0):
             raise MediaError("--judge-timeout and --judge-patience", "must be above 0, and at least 0")
         self.url, self.model, self.patience, self.at_once = url, model, patience, at_once
-        self.fingerprint = json.dumps([url, model, RUBRIC])      # for a cache of its ratings
+        self.fingerprint = json.dumps([model, RUBRIC])          # for a cache of its ratings
         self.waiting = False                         # in an outage
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"             # a file ends in a newline
         try:

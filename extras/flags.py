@@ -272,9 +272,11 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--seconds must be from 1 to 3600, got {args.seconds}")
     chunk = args.config.chunk_frames
     args.frames = round(args.seconds * FPS) // chunk * chunk
-    if chunk < 2 or args.frames < max(2 * chunk, SHORTEST):          # one frame has no motion to compare
-        p.error("--chunk-frames must be at least 2, and --seconds hold two whole chunks or more, of "
-                f"{SHORTEST} frames together; got {chunk} and {args.seconds:g}")
+    if chunk < 2:                                                    # one frame has no motion to compare
+        p.error(f"--chunk-frames must be at least 2, got {chunk}")
+    if args.frames < max(2 * chunk, SHORTEST):
+        p.error(f"--seconds {args.seconds:g} is too short: whole chunks of {chunk} frames must be two or "
+                f"more, and {SHORTEST} frames or more")
     if args.control and not args.updates:
         p.error("--control compares with post-training; give it --updates")
     shares = {"--batch": args.batch}

@@ -163,7 +163,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
     if len(train) < LEAST_CLIPS:
         return as_it_is(f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}")
     recipe = {"footage, by its best shift": train.folder.name, "rows": [train.rows, held_out.rows],
-              "frames": args.frames, "steps": STEPS}
+              "frames": args.frames, "steps": [FIRST_STEPS, STEPS, CHANCE, CLEAR]}
     kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
         json.dumps(examine(train, held_out, args.frames))))
     found = json.loads((kept / "found.json").read_text())

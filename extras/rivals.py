@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         raise MediaError(folder, "is no finished run on drawn talkers with a judge, a sync network of the "
                                  "reward and all three stages")
     args.command = [str(folder)]                     # what is said to go on with where this is stopped
-    with lock(folder / "rivals"):
+    with lock(folder), lock(folder / "rivals"):
         compare(folder, args)
 
 
@@ -126,7 +126,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     budget = torch.load(folder / "post.pt", map_location="cpu", weights_only=True)["cpu_seconds"]
     args.out = folder / "rivals"
     log, kept = Log(args.out, time.perf_counter()), args.out / "rivals.json"
-    of = f"{fingerprint(curated.state_dict())}, {budget:.0f} s"
+    of = f"{fingerprint(curated.state_dict())}, {budget:.0f} s, {len(held_out)} clips"
     values = json.loads(kept.read_text()) if kept.exists() else {}
     values = values if values.get("of") == of else {"of": of}        # else of the run as it was before
 

@@ -235,8 +235,8 @@ def after_the_step() -> Iterator[list]:
     run in the middle of a step, and what that tore is not saved."""
     asked = []
 
-    def note(*signal_and_frame):
-        if asked:
+    def note(number, frame):
+        if asked and number != signal.SIGHUP:        # which comes twice where a terminal is closed
             sys.exit("stopped in the middle of a step; --resume goes on from the last checkpoint, if any")
         asked.append(True)
     with signals(note):

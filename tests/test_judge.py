@@ -127,7 +127,7 @@ def test_ratings_are_kept_for_one_judge_alone_however_many_threads_it_has():
     judge.rubric = judge.rubric | {"lip_sync": judge.rubric["motion"]}
     assert len({before, turned, judge.fingerprint}) == 3
     asked = [RemoteJudge(f"http://localhost:{at}/v1", model) for at, model in ((1, "a"), (1, "b"), (2, "a"))]
-    assert len({judge.fingerprint for judge in asked}) == 3
+    assert asked[0].fingerprint == asked[2].fingerprint != asked[1].fingerprint          # it may have moved
 
 
 def test_what_is_no_judge_is_named_in_one_line(tmp_path):

@@ -54,8 +54,9 @@ def rewrite(run: Path, **flags) -> None:
     ("--resume RUN --lr 1", "leave out --lr"), ("--pretrained RUN", "--pretrained wants an --out of its own"),
     ("--pretrained RUN --out x --width 64", "leave out --width"),
     ("--chunk-frames 1 --channels 64", "--chunk-frames must be at least 2"),
-    ("--chunk-frames 26", "two whole chunks or more, of 20 frames together; got 26 and 2"),
-    ("--seconds 1 --chunk-frames 9", "got 9 and 1"), ("--grid 15 --size 32", "more than the 48 values of"),
+    ("--chunk-frames 26", "--seconds 2 is too short: whole chunks of 26"),
+    ("--seconds 1 --chunk-frames 9", "--seconds 1 is too short: whole chunks of 9"),
+    ("--grid 15 --size 32", "more than the 48 values of"),
     ("--resume RUN --sampling-steps 2", "leave out --sampling-steps"),
     ("--pretrained RUN --out x --audio-encoder RUN", "leave out --audio-encoder"),
     ("--pretrained RUN --out x --data RUN --init-from RUN", "leave out --init-from"),
@@ -100,12 +101,12 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_a_dead_one_holds_no
     with pytest.raises(MediaError, match="another run is at work there; wait for its end, or choose"):
         train.main([*ALONE, "--out", str(tmp_path)])
     first.kill(), first.wait()
-    for left in "pretrained/.model.safetensors.7.part", ".writing-x/video.mp4":      # by a run that was killed
+    for left in "pretrained/.model.safetensors.7.part", ".writing-x/video.mp4":         # by a killed run
         (tmp_path / left).parent.mkdir()
         (tmp_path / left).touch()
     os.utime(tmp_path / ".writing-x", (0, 0))
     own = {tmp_path / name for name in ("pretrained", ".writing-y", ".notes.2026", ".git/.keep.1", ".git")}
-    for path in own - {tmp_path / "pretrained"}:                    # a user's, and of a video that is being made
+    for path in own - {tmp_path / "pretrained"}:                    # a user's, and of a video at work
         path.mkdir(parents=True, exist_ok=True)
     with session.lock(tmp_path), pytest.raises(MediaError), session.lock(tmp_path):
         pass
@@ -165,7 +166,8 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, unmeasured, 
 def test_a_run_that_is_stopped_while_a_stage_saves_its_end_goes_no_further(unmeasured, tmp_path, monkeypatch):
     def saved(stage, folder, save=session.save):
         save(stage, folder)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):                           # where a terminal is closed
+            os.kill(os.getpid(), signal.SIGHUP)
     monkeypatch.setattr(session, "save", saved)
     with pytest.raises(SystemExit, match="stopped at the end of pretraining; go on with: python train.py"):
         train.main([*ALONE, "--out", str(tmp_path)])
