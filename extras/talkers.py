@@ -565,12 +565,13 @@ def _render_all(jobs: Sequence[tuple], found: bool) -> Iterator[tuple]:
     """Render talkers, one process per core; a handful is not worth starting processes for."""
     render = partial(_render, found)
     pool = ProcessPoolExecutor(cores(), get_context("spawn"), begin_worker)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # for workers: one process speaks
+    stops = {signal.SIGINT, signal.SIGTERM}
     try:
-        clips = pool.map(render, jobs, chunksize=4) if len(jobs) >= 32 else map(render, jobs)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)     # workers begin whole, and do not speak
+        try:
+            clips = pool.map(render, jobs, chunksize=4) if len(jobs) >= 32 else map(render, jobs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield from tqdm(clips, "rendering", len(jobs), unit="clip")
     finally:
         pool.shutdown(cancel_futures=True)
