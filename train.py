@@ -600,7 +600,7 @@ def train(args: argparse.Namespace, start: float) -> None:
     log = Log(args.out, start, args.tensorboard)
     pretraining = begin_pretraining(args, clips, log)
     if not (args.resume or rank()):
-        clear(args.out)                                      # as late as can be: all that can fail has not
+        clear(args.out)                                      # not before: what fails above leaves the old run
     if args.pretrained:
         save(pretraining, args.out)
     pretraining.data = encode(pretraining.model, clips, args.frames, args.device)

@@ -14,7 +14,7 @@ import train
 from extras.files import one_line
 from extras.media import SAMPLES_PER_FRAME
 
-QUIET = 0.02                                         # loudness; speech has 0.1 on average (extras.media.ACTIVE_RMS)
+QUIET = 0.02                                         # loudness; speech has 0.1 (extras.media.ACTIVE_RMS)
 
 
 class OwnReward(reward.Reward):
