@@ -26,9 +26,9 @@
    by the reward (reward.py), and their draws are made more likely or less. This can go beyond the best clips.
 
 Every stage after pretraining looks at watched clips on the way, and keeps the moving average of the weights
-that did best on them. Other clips are reported. `--control` adds three arms, models that are reported beside
-the stages: more curation for the CPU time of post-training; GRPO without curation, as many updates; more
-pretraining for the CPU time of that.
+that did best on them; where few are watched, flow matching keeps its last. Other clips are reported.
+`--control` adds three arms, models that are reported beside the stages: more curation for the CPU time of
+post-training; GRPO without curation, as many updates; more pretraining for the CPU time of that.
 
 All random numbers of a step come from a generator keyed by (seed, step), so a resumed run repeats an unbroken
 one (but for controls, which end by CPU time). What stands beside the method is in extras: flags.py,
@@ -86,6 +86,7 @@ POST_WARMUP = 10                   # updates: Adam's first steps, of few gradien
 POST_EMA = 0.95                    # of the policy's moving average
 UNCURATED_LR = 8e-4                # of GRPO without curation
 POST_STREAM = 500_000              # where the random numbers of updates begin, beyond any training step's
+ENOUGH_WATCHED = 24                # clips: by nine, the start was chosen over a curation that was better
 UNRATED_OVER, MOST_UNRATED = 10, 0.1      # the run stops where, over so many updates, this share is unrated
 
 
@@ -286,13 +287,13 @@ def snapshot(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Stage:
-    """Weights that change step by step, their moving average, and the best average so far, which looks at the
-    watched clips decide.
+    """Weights that change step by step, their moving average, and the average to keep, which looks at the
+    watched clips decide: the best; where few are watched the last, unless the stage overshoots.
 
     A stage ends after `total` steps or, if it is a control, when it has spent `budget` seconds of CPU time.
     """
 
-    unit = "step"
+    unit, overshoots = "step", False
 
     def __init__(self, name: str, model: Generator, args: argparse.Namespace, total: int = 0,
                  budget: float = 0.0):
@@ -340,13 +341,13 @@ class Stage:
         torch._foreach_lerp_([self.average[k] for k in floats], [weights[k] for k in floats], 1 - decay)
 
     def look(self, watched: list[Clip]) -> dict[str, Tensor]:
-        """Measure the moving average on the watched clips, always from the same noise; keep the best."""
+        """Measure the moving average on the watched clips, always from the same noise, and choose."""
         with at_once():
             metrics = None if rank() else validate(loaded(self.average, self.args), watched, self.args)[0]
         metrics = all_gather(metrics)[0]
         score = held_out_score(metrics)
         self.looks += 1
-        if score > self.best["score"]:
+        if score > self.best["score"] or len(watched) < ENOUGH_WATCHED and not self.overshoots:
             self.best = {"step": self.step, "score": score, "weights": snapshot(self.average)}
         return metrics
 
@@ -386,7 +387,7 @@ class FlowMatching(Stage):
 class PostTraining(Stage):
     """Learning by GRPO. The policy starts at the reference and is held to it."""
 
-    unit = "update"
+    unit, overshoots = "update", True
 
     def __init__(self, name: str, reference: Generator, reward: Reward, data: Latents, clips: list[Clip],
                  args: argparse.Namespace):

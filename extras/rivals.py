@@ -76,6 +76,8 @@ def curated_as_found(run: train.Run, judge, found: Clips) -> train.FlowMatching:
 class RejectionSampling(train.FlowMatching):
     """Fine-tuning on the generator's own videos of training prompts, the best of each so far."""
 
+    overshoots = True
+
     def __init__(self, run: train.Run, judge, budget: float):
         super().__init__("rejection sampling", None, run.args, budget=budget, first=run.args.steps)
         self.run, self.judge = run, judge

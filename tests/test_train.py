@@ -332,6 +332,24 @@ def test_the_best_that_was_looked_at_is_kept_and_later_ones_are_not(finished, br
     assert all(torch.equal(v, seen[1][k]) for k, v in load_generator(tmp_path).state_dict().items())
 
 
+@pytest.mark.parametrize("watched, kept", [(24, [0, 1, 1]), (23, [0, 1, 2])])
+def test_flow_matching_keeps_its_last_where_few_clips_are_watched(watched, kept, monkeypatch):
+    """Of scores .5, .9, .8: the second by enough clips, the third by fewer. GRPO, which overshoots, keeps the
+    second by any number."""
+    monkeypatch.setattr(train, "validate", lambda *of: ({}, None))
+    for kind in train.FlowMatching, train.PostTraining:
+        scores = iter([0.5, 0.9, 0.8])
+        monkeypatch.setattr(train, "held_out_score", lambda metrics: next(scores))
+        args = train.parse_arguments(TINY)
+        stage = kind("curation", None, args) if kind is train.FlowMatching else kind(
+            "post-training", Generator(args.config), None, None, [], args)
+        chosen = []
+        for stage.step in range(3):
+            stage.look([None] * watched)
+            chosen.append(stage.best["step"])
+        assert chosen == (kept if kind is train.FlowMatching else [0, 1, 1])
+
+
 def test_sampling_with_noise_is_paired_and_reproducible(finished):
     """The same noise for every arm: two runs agree, whatever stands in the batch, and it is no ODE."""
     args = train.parse_arguments([*TINY, "--sampling-steps", "4", "--rollout-steps", "4"])
