@@ -185,8 +185,8 @@ def watched_parts(folder: Path, log: list[dict]) -> list[Part]:
         rows += [[stage, f"{what}, {at}", *(f"{value:.3f}" for value in seen[at].values())]
                  for what, at in (("kept", best), ("last", last)) if at in seen]
     return [heading("On the way"),
-            text("Metrics of the moving average on the watched clips. They choose which step is kept; where few "
-                 "are watched, flow matching keeps its last."),
+            text("Metrics of the moving average on the watched clips. They choose which step is kept; where "
+                 "few are watched, flow matching keeps its last."),
             curves(folder / "watched.png", "watched metrics", panels, "share of the stage"),
             table(("stage", "step", *panels), rows)]
 
