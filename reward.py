@@ -5,8 +5,8 @@ What you learn here, in the order of the file:
 1. The judge. A multimodal language model (any Qwen-Omni thinker: a tiny one is embedded, a real one is loaded
    by name or asked over HTTP) watches and hears a clip and answers one question each about lip-sync,
    expressiveness and motion quality with a digit.
-2. The regularisers: still background, identity, amount of motion, trembling and chunk seams, each compared
-   with what real clips show.
+2. The regularisers: still background, identity, trembling and chunk seams, each compared with what real
+   clips show.
 3. The sync network. It tells the lips of this very moment from those of another. extras/sync.py trains it.
 4. The components and their weights. All but the ratings are also scored chunk by chunk. The weighted sum is
    logged; grpo.py weighs how far each component is from its mean in a group instead.
@@ -267,7 +267,6 @@ def calibrate(scores: Tensor, knots: tuple[Sequence[float], Sequence[float]]) ->
 
 STILL_SCALES = 1, 2, 4                               # pixels are averaged over squares of this side
 STILL_DEVIATION = 0.02                               # by which a still place may stray; black is 0, white 1
-REACH = 8                                            # frames, a third of a second, for the range of motion
 TEXTURE_WINDOW = 8                                   # pixels under a local mean and contrast, as in SSIM
 
 
@@ -319,8 +318,7 @@ def likeness(frames: Tensor, portrait: Tensor) -> Tensor:
 def temporal(frames: Tensor, chunk_frames: int) -> dict[str, Tensor]:
     """Measure motion per chunk, as logarithms: name -> (B, K). Args: frames (B, F, 3, S, S) in [0, 1].
 
-    activity      mean change over a third of a second: how far things move
-    smoothness    mean third difference: trembling
+    smoothness    mean third difference: trembling, and whether anything moves at all
     seams         change across the border to the chunk before over change inside; 0 in the first chunk
     """
     def size(difference):                            # (B, F - n, 3, S, S) -> (B, K, T)
@@ -328,8 +326,7 @@ def temporal(frames: Tensor, chunk_frames: int) -> dict[str, Tensor]:
 
     change = size(frames.diff(dim=1))
     seams = (change[:, :, 0] / change[:, :, 1:].mean(2)).log()
-    return {"activity": size(frames[:, REACH:] - frames[:, :-REACH]).mean(2).log(),
-            "smoothness": size(frames.diff(n=3, dim=1)).mean(2).log(),
+    return {"smoothness": size(frames.diff(n=3, dim=1)).mean(2).log(),
             "seams": torch.cat([torch.zeros_like(seams[:, :1]), seams[:, 1:]], 1)}
 
 
@@ -352,8 +349,7 @@ def beyond(values: Tensor, low: float, high: float) -> Tensor:
 class Exemplars:
     """What good clips show: the measure that regularisers hold generated ones against.
 
-    Data as found tremble and mumble, so the judge picks. The liveliest clips say how much should move; the
-    smoothest how smoothly, how still a background should be, and how like its portrait a face.
+    Data as found tremble, so the judge picks the smoothest clips.
     """
 
     still: Tensor                                    # (S, S) in 0..1, high where these clips do not move
@@ -363,17 +359,12 @@ class Exemplars:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, lively: Sequence[Clip], smooth: Sequence[Clip], chunk_frames: int,
-                codec=None) -> "Exemplars":
+    def measure(cls, clips: Sequence[Clip], chunk_frames: int, codec=None) -> "Exemplars":
         """Measure clips at the size that will be compared with them.
 
         With the generator's codec, each range also covers the clips after encoding and decoding: the codec
         loses a camera's noise, and a generator that is asked to match it would shake the head.
         """
-        def videos(clips):                           # each (1, F, 3, S, S), of whole chunks
-            return [clip.frames[None, : len(clip.frames) // chunk_frames * chunk_frames] / 255
-                    for clip in clips]
-
         def by_codec(video):
             device = codec.scale.device
             return codec.decode(video[:, 0].to(device), codec.encode(video.to(device))).cpu()
@@ -381,18 +372,16 @@ class Exemplars:
         def mean(values):
             return torch.cat([v.flatten() for v in values]).mean().item()
 
-        def ranges(filmed, *names):
-            views = [filmed] if codec is None else [filmed, [by_codec(video) for video in filmed]]
-            measured = [[temporal(video, chunk_frames) for video in view] for view in views]
-            means = {name: [mean(of[name] for of in view) for view in measured] for name in names}
-            return {name: (min(values), max(values)) for name, values in means.items()}
-
-        lively, smooth = videos(lively), videos(smooth)
-        stray = torch.stack([(video - video[:, :1]).abs().mean((0, 1, 2)) for video in smooth]).mean(0)
+        videos = [clip.frames[None, : len(clip.frames) // chunk_frames * chunk_frames] / 255
+                  for clip in clips]                 # each (1, F, 3, S, S), of whole chunks
+        stray = torch.stack([(video - video[:, :1]).abs().mean((0, 1, 2)) for video in videos]).mean(0)
         still = torch.exp(-stray / STILL_DEVIATION)
-        return cls(still, mean(straying(video, video[:, 0], still) for video in smooth),
-                   mean(likeness(video, video[:, 0]) for video in smooth),
-                   ranges(lively, "activity") | ranges(smooth, "smoothness", "seams"))
+        views = [videos] if codec is None else [videos, [by_codec(video) for video in videos]]
+        measured = [[temporal(video, chunk_frames) for video in view] for view in views]
+        means = {name: [mean(of[name] for of in view) for view in measured] for name in measured[0][0]}
+        return cls(still, mean(straying(video, video[:, 0], still) for video in videos),
+                   mean(likeness(video, video[:, 0]) for video in videos),
+                   {name: (min(values), max(values)) for name, values in means.items()})
 
 
 # ---------------------------------------------------------------- the sync network
@@ -503,7 +492,6 @@ COMPONENTS = {
     "sync": Component(3.0, 0.005, "-2..0", "distance of lips and sound, by the reward's sync network"),
     "background": Component(0.25, 0.003, "-1..0", "distance to the portrait's, beyond the exemplars'"),
     "identity": Component(0.25, 0.01, "-1..0", "likeness to the portrait, where it is below the exemplars'"),
-    "activity": Component(0.5, 0.05, "..0", "log ratio of motion to the exemplars', up or down"),
     "smoothness": Component(1.0, 0.03, "..0", "log ratio of trembling to the exemplars', up or down"),
     "seams": Component(1.0, 0.03, "..0", "log ratio of jumps between chunks, up or down"),
 }
@@ -551,8 +539,8 @@ class Reward:
         Returns: Scores; NaN where the judge gave no rating.
         Raises:  JudgeError where the judge fails; MediaError, with a name, where another score is no number.
         """
-        if frames.shape[1] <= REACH or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
-            raise ValueError(f"want more than {REACH} frames and {SAMPLES_PER_FRAME} samples for each: "
+        if frames.shape[1] < SYNC_FRAMES or audio.shape[1] != frames.shape[1] * SAMPLES_PER_FRAME:
+            raise ValueError(f"want {SYNC_FRAMES} frames or more, and {SAMPLES_PER_FRAME} samples for each: "
                              f"got {tuple(frames.shape)} and {tuple(audio.shape)}")
         batches = zip(*(x.float().split(AT_ONCE) for x in (frames, audio, portrait)))
         parts = [self.chunk_scores(*batch) for batch in batches]

@@ -164,8 +164,7 @@ class Picks:
     """Which of the training clips are good."""
 
     curated: Tensor                # (n,) rows to fine-tune on; empty where nothing can rank the clips
-    lively: list[Clip]             # exemplars of how much should move,
-    smooth: list[Clip]             # and of how
+    exemplars: list[Clip]          # of smooth motion, for the reward
     ratings: Tensor | None = None  # (B, 3) of all training clips, by the judge
     cpu_seconds: float = 0.0       # that measuring and rating took
 
@@ -202,8 +201,8 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
 def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
     """Rank the training clips by the judge, or else by the reward's sync network, and choose the best.
 
-    Curated is the share with the highest sum of ratings. Exemplars are chosen aspect by aspect: those with
-    the highest sum tremble as all clips do. With neither a judge nor a network, nothing is curated.
+    Curated is the share with the highest sum of ratings. Exemplars are those whose motion is rated highest:
+    by the sum they would tremble as all clips do. With neither a judge nor a network, nothing is curated.
     """
     most = min(EXEMPLARS, len(clips))
     if judge is not None:
@@ -215,7 +214,7 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
         ratings = torch.stack([m["sync_confidence"] for m in measured]).expand(-1, len(ASPECTS))
         spent = time.process_time() - start
     else:
-        return Picks(torch.empty(0, dtype=torch.long), spread(clips, most), spread(clips, most))
+        return Picks(torch.empty(0, dtype=torch.long), spread(clips, most))
 
     def best(values: Tensor, n: int) -> Tensor:
         order = values.nan_to_num(-math.inf).argsort(descending=True, stable=True)[:n]
@@ -223,10 +222,9 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
 
     curated = best(ratings.sum(1), round(args.curate * len(clips)))
     print(f"{len(curated)} of {len(clips)} training clips are picked")
-    lively, smooth = ([clips[i] for i in best(ratings[:, ASPECTS.index(aspect)], most)]
-                      for aspect in ("expressiveness", "motion"))
+    exemplars = [clips[i] for i in best(ratings[:, ASPECTS.index("motion")], most)]
     spent += getattr(args.footage, "cpu_seconds", 0.0)               # that its sync network took
-    return Picks(curated, lively, smooth, None if judge is None else ratings, spent)
+    return Picks(curated, exemplars, None if judge is None else ratings, spent)
 
 
 # ---------------------------------------------------------------- flow matching
@@ -629,7 +627,7 @@ def train(args: argparse.Namespace, start: float) -> None:
         last, weights = list(arms.items())[-1]
         keep_arm(loaded(weights, args), last, args)
         codec, picks = pretraining.model.codec, run.picks
-        run.reward = make_reward(args, judge, picks.lively, picks.smooth, args.config.chunk_frames, codec)
+        run.reward = make_reward(args, judge, picks.exemplars, args.config.chunk_frames, codec)
         with fitting("post-training",
                      f"lower --micro-batch, with {resume}; or --prompts or --group, with {anew}"):
             post = post_train(run, weights)

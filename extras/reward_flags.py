@@ -104,10 +104,10 @@ def reward_flags(p: argparse.ArgumentParser) -> list[str]:
     return of_judge + [flag.dest for flag in flags]
 
 
-def make_reward(args: argparse.Namespace, judge, lively: Sequence[Clip], smooth: Sequence[Clip],
-                chunk_frames: int, codec=None) -> reward.Reward:
+def make_reward(args: argparse.Namespace, judge, good: Sequence[Clip], chunk_frames: int,
+                codec=None) -> reward.Reward:
     """Make the reward that the flags define, from a judge or None and clips for Exemplars.measure."""
-    exemplars = Exemplars.measure(lively, smooth, chunk_frames, codec)
+    exemplars = Exemplars.measure(good, chunk_frames, codec)
     # Looked up as this runs: a class of your own can stand in its place (extras/examples/own_reward.py).
     return reward.Reward(judge, exemplars, args.weights, chunk_frames, calibration(args), reward_sync(args))
 

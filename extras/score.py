@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     for clip in [*clips, *good]:
         if len(clip.frames) < args.chunk_frames:
             raise MediaError(clip.name, f"has {len(clip.frames)} frames; lower --chunk-frames")
-    reward = make_reward(args, make_judge(args), good, good, args.chunk_frames)
+    reward = make_reward(args, make_judge(args), good, args.chunk_frames)
     sync = measuring_sync(args)
     for clip in clips:
         portrait = load_portrait(args.portrait, args.size) if args.portrait else clip.frames[0]

@@ -169,7 +169,7 @@ def bench_whole(flags: str, impl: str) -> dict:
         made = {"task": flags, "impl": impl, "ms per step": milliseconds(run.advance),
                 "ms per video": milliseconds(lambda: sample(1)),
                 "ms per 8 videos": milliseconds(lambda: sample(8))}
-        reward = make_reward(args, make_judge(args), clips, clips, c.chunk_frames)
+        reward = make_reward(args, make_judge(args), clips, c.chunk_frames)
         post = train.PostTraining("post-training", run.model.eval(), reward, data, clips, args)
         post.checked = True                                   # a run's first batch alone is checked
         return made | {"ms per update": milliseconds(post.advance)}

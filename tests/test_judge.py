@@ -157,7 +157,7 @@ def test_the_embedded_judge_rates_drawn_talkers_only_and_a_named_one_whatever_th
 
 @pytest.fixture(scope="module")
 def exemplars(strangers) -> Exemplars:
-    return Exemplars.measure(strangers, strangers, 4)
+    return Exemplars.measure(strangers, 4)
 
 
 def frozen(frames):
@@ -165,12 +165,10 @@ def frozen(frames):
 
 
 def test_regularisers_equal_hand_computed_values():
-    """Brightness n / 100: .08 over 8 frames, no third difference; a jump of .03 at a border: seams log 3.
+    """Brightness n / 100 has no third difference; a jump of .03 at a border: seams log 3.
     Straying counts where the exemplars are still. Chunks earn what moves a video into the range 2 to 3."""
     frames = torch.zeros(1, 12, 3, 16, 16)
     measured = temporal(frames + torch.arange(12.0)[None, :, None, None, None] / 100, 4)
-    moved = torch.full((1, 3), math.log(0.08 + 1e-4))
-    torch.testing.assert_close(measured["activity"], moved, atol=1e-3, rtol=0)
     assert measured["seams"].abs().max() < 1e-3 and (measured["smoothness"] < -4).all()
     stairs = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15.0])[None, :, None, None, None] / 100
     expected = torch.tensor([[0, 1, 1]]) * math.log(0.0301 / 0.0101)
@@ -197,7 +195,7 @@ def test_a_real_clip_beats_a_frozen_and_each_spoilt_one_and_each_fault_lowers_it
         total = rate(made, audio, frames[:, 0], names).total
         assert (total < real.total).all(), (name, total, real.total)
     step = torch.arange(48).div(4, rounding_mode="floor").view(1, 48, 1, 1, 1)
-    worse = {"activity": frozen(frames), "identity": torch.stack([gaussian_blur(x, 11, 2.0) for x in frames]),
+    worse = {"identity": torch.stack([gaussian_blur(x, 11, 2.0) for x in frames]),
              "smoothness": frames + 0.05 * torch.randn(frames.shape, generator=rng),
              "background": frames + 0.1, "seams": frames + 0.05 * (step % 2)}
     assert worse.keys() == real.components.keys()
@@ -206,12 +204,12 @@ def test_a_real_clip_beats_a_frozen_and_each_spoilt_one_and_each_fault_lowers_it
         assert (fallen < real.components[name] - 0.01).all(), (name, fallen, real.components[name])
 
 
-def test_the_lively_exemplars_say_how_much_should_move_and_the_smooth_ones_all_else(strangers):
-    """Both sets measured apart, by hand: only activity follows the lively ones."""
-    lively, smooth = strangers[:3], strangers[3:6]
-    measured = Exemplars.measure(lively, smooth, 4)
-    for name, some in {"activity": lively, "smoothness": smooth, "seams": smooth}.items():
-        mean = torch.stack([temporal(c.frames[None] / 255, 4)[name].mean() for c in some]).mean().item()
+def test_exemplars_are_measured_as_by_hand(strangers):
+    smooth = strangers[3:6]
+    measured = Exemplars.measure(smooth, 4)
+    assert measured.temporal.keys() == {"smoothness", "seams"}
+    for name in measured.temporal:
+        mean = torch.stack([temporal(c.frames[None] / 255, 4)[name].mean() for c in smooth]).mean().item()
         assert measured.temporal[name] == pytest.approx((mean, mean), abs=1e-5), name
     frames = torch.stack([c.frames for c in smooth]) / 255
     stray = (frames - frames[:, :1]).abs().mean((0, 1, 2))
@@ -231,7 +229,7 @@ def test_what_lies_between_a_real_clip_and_the_codecs_view_of_it_costs_nothing(s
     codec = SimpleNamespace(scale=torch.ones(1), encode=lambda video: video,
                             decode=lambda portrait, code: smooth)
     weights = dict.fromkeys(COMPONENTS, 0.0) | {"smoothness": 1.0}
-    alone, rate = (Reward(None, Exemplars.measure([clip], [clip], 4, c), weights) for c in (None, codec))
+    alone, rate = (Reward(None, Exemplars.measure([clip], 4, c), weights) for c in (None, codec))
     low, high = rate.exemplars.temporal["smoothness"]
     assert low == pytest.approx(temporal(smooth, 4)["smoothness"].mean().item(), abs=1e-6)
     assert high == pytest.approx(temporal(frames, 4)["smoothness"].mean().item(), abs=1e-6)
@@ -244,14 +242,14 @@ def test_what_lies_between_a_real_clip_and_the_codecs_view_of_it_costs_nothing(s
 
 
 def test_components_add_up_to_the_total_and_what_nobody_can_say_is_left_out(exemplars, batch):
-    """Nine components at most; without a judge or a sync network theirs are no part of it."""
+    """Eight components; without a judge or a sync network theirs are no part of it."""
     frames, audio, names = batch
-    weights = dict(background=2.0, identity=0.5, activity=0.25, smoothness=0.7, seams=0)
+    weights = dict(background=2.0, identity=0.5, smoothness=0.7, seams=0)
     scores = Reward(None, exemplars, weights)(frames, audio, frames[:, 0], names)
     assert set(scores.components) == set(weights) - {"seams"} and scores.mass is None
     torch.testing.assert_close(scores.total, sum(weights[name] * x for name, x in scores.components.items()))
     every = Reward(Bright(), exemplars, sync=reward.SyncNetwork(8, 8))(frames, audio, frames[:, 0], names)
-    assert set(every.components) == set(COMPONENTS) and len(COMPONENTS) <= 9
+    assert set(every.components) == set(COMPONENTS)
     with pytest.raises(MediaError, match="leave nothing to reward"):
         Reward(None, exemplars, dict.fromkeys(weights, 0.0))
 
@@ -295,7 +293,7 @@ def test_what_is_not_a_number_names_the_clip_but_a_rating_may_be_missing(exempla
     frames, audio, names = batch
     broken = frames.clone()
     broken[2, 5, 0, 3, 3] = math.nan
-    for name in "background", "activity", "smoothness":
+    for name in "background", "smoothness", "seams":
         weights = dict.fromkeys(COMPONENTS, 0.0) | {name: 1.0}
         with pytest.raises(MediaError, match=f"{names[2]}: its {name} is nan"):
             Reward(None, exemplars, weights)(broken, audio, frames[:, 0], names)

@@ -96,7 +96,7 @@ SYNC_ALONE = dict.fromkeys(WEIGHTS, 0.0) | {"sync": 1.0}
 def test_a_chunk_earns_minus_the_distance_of_the_five_frames_around_each_of_its_own(clips, batch):
     """By a loop over the frames. The first two and the last two have the nearest whole window's."""
     net, frames, audio = SyncNetwork(8, 8), batch[0][:2, :30], batch[1][:2, :30 * 640]
-    rate = Reward(None, Exemplars.measure(clips, clips, 4), SYNC_ALONE, sync=net)
+    rate = Reward(None, Exemplars.measure(clips, 4), SYNC_ALONE, sync=net)
     scores = rate(frames, audio, frames[:, 0], "ab", per_chunk=True)
     v, a = net.visual(frames).double(), net.sound(audio).double()
     for b in range(2):
@@ -110,7 +110,7 @@ def test_a_chunk_earns_minus_the_distance_of_the_five_frames_around_each_of_its_
 
 def test_the_rewards_network_tells_the_own_sound_from_one_of_40_ms_earlier_or_later(clips, batch):
     """On people that it never met, each of them."""
-    rate = Reward(None, Exemplars.measure(clips, clips, 4), SYNC_ALONE, sync=load_sync(REWARD_SYNC))
+    rate = Reward(None, Exemplars.measure(clips, 4), SYNC_ALONE, sync=load_sync(REWARD_SYNC))
     frames, names = batch[0][:, 8:40], [clip.name for clip in clips]
     own, early, late = (rate(frames, batch[1][:, (8 + by) * 640:(40 + by) * 640], frames[:, 0], names).total
                         for by in (0, -1, 1))

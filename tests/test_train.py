@@ -135,15 +135,15 @@ def test_what_a_judge_could_not_rate_is_said_every_time_and_asked_again_where_it
 
 
 def test_the_judge_picks_by_its_ratings_alone(monkeypatch):
-    """By hand: half of six clips by the sum, two exemplars each by liveliness and by motion; in whatever
-    order the clips come. They are rated once, and the CPU time of that is kept."""
+    """By hand: half of six clips by the sum, two exemplars by motion, in whatever order the clips
+    come. They are rated once, and the CPU time of that is kept."""
     monkeypatch.setattr(train, "EXEMPLARS", 2)
     monkeypatch.setattr(train, "RATED_AT_ONCE", 4)
     judge = judge_of("once")
     for change in (lambda clips: clips, lambda clips: clips[::-1], lambda clips: clips):
         picked, clips = picks(judge, change=change)
         assert numbers(clips[i] for i in picked.curated) == [0, 2, 4]
-        assert numbers(picked.lively) == [0, 3] and numbers(picked.smooth) == [0, 2]
+        assert numbers(picked.exemplars) == [0, 2]
         assert picked.cpu_seconds > 0
     assert len(judge.asked) == 12                                      # once in either order
     assert len(picks(judge, "--curate", "0")[0].curated) == 0          # no curation, but exemplars
@@ -156,7 +156,7 @@ def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_
         known[[0, 2, 4], 0], known[3] = math.nan, math.nan
     picked, _ = picks(judge_of("silent", silence))
     assert picked.curated.tolist() == [1, 5]
-    assert numbers(picked.lively) == numbers(picked.smooth) == [0, 1, 2, 4, 5]
+    assert numbers(picked.exemplars) == [0, 1, 2, 4, 5]
     with pytest.raises(JudgeError, match="the judge: rates none of the 6 training clips; use an"):
         picks(judge_of("mute", lambda known: known[:, 0].fill_(math.nan)))
     monkeypatch.setattr(train, "RATED_AT_ONCE", 3)
@@ -171,7 +171,7 @@ def test_a_clip_without_a_rating_is_never_picked_and_a_judge_that_rates_none_is_
     with pytest.raises(JudgeError, match="is away"):
         picks(judge)
     judge.rate = rate
-    assert numbers(picks(judge)[0].lively) == [0, 1, 2, 3, 4, 5]
+    assert numbers(picks(judge)[0].exemplars) == [0, 1, 2, 3, 4, 5]
     assert [name.split("-")[2] for name in judge.asked] == ["0", "2", "4", "1", "3", "5"]
 
 
@@ -182,7 +182,6 @@ def test_without_a_judge_the_confidence_of_a_sync_network_ranks_the_clips(videos
                                      train.sounds(clips, 24))["sync_confidence"]
     best = confidence.argsort()[len(clips) - round(len(clips) / 2):]
     assert sorted(picked.curated.tolist()) == sorted(best.tolist())
-    assert [c.name for c in picked.lively] == [c.name for c in picked.smooth]
 
 
 def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_path, capsys):
@@ -203,7 +202,7 @@ def test_later_stages_are_left_out_where_nothing_knows_the_clips(videos, tmp_pat
 def test_flags_choose_the_reward():
     args = train.parse_arguments([*TINY, "--weights", "background=2,seams=0"])
     clips, _, _ = train.load_clips(args)
-    make = lambda args: train.make_reward(args, None, clips, clips, args.config.chunk_frames)
+    make = lambda args: train.make_reward(args, None, clips, args.config.chunk_frames)
     weights = {k: c.weight for k, c in COMPONENTS.items() if k[6:] not in ASPECTS and k != "seams"}
     assert make(args).weights == weights | {"background": 2.0}
     alone = make(train.parse_arguments([*TINY, "--reward-sync", "none"]))
@@ -401,7 +400,7 @@ def bright(unmeasured, monkeypatch):
     reward = Brightness()
     monkeypatch.setattr(train, "make_reward", lambda *args: reward)
     monkeypatch.setattr(train, "pick_clips", lambda judge, clips, *_: train.Picks(
-        torch.empty(0).long(), clips, clips))
+        torch.empty(0).long(), clips))
     return reward
 
 
