@@ -71,7 +71,7 @@ class Clip:
     name: str                                        # where it came from
     frames: Tensor                                   # (F, 3, S, S) uint8 RGB; frames[0] is the portrait
     audio: Tensor                                    # (F * 640,) float32 at 16 kHz
-    truth: dict[str, Tensor] | None = None           # {name: (F, ...) or ()}, of drawn talkers
+    truth: dict[str, Tensor] | None = None           # {name: (F, ...), (n,) or ()}, of drawn talkers
 
 
 def pixels(clips: Sequence[Clip], frames: int) -> Tensor:
@@ -159,11 +159,6 @@ def read_speech(path: str | Path, max_seconds: float | None = None,
     """
     with tempfile.TemporaryDirectory() as folder:
         return decode(Path(path), Path(folder, "speech"), seconds=max_seconds, choice=choice)
-
-
-def load_speech(path: str | Path, max_seconds: float | None = None) -> Tensor:
-    """Read the sound of a file alone, as `read_speech` does."""
-    return read_speech(path, max_seconds)[0]
 
 
 def load_portrait(path: str | Path, size: int, crop: tuple[int, int, int] | None = None) -> Tensor:
@@ -456,8 +451,9 @@ def write_video(path: str | Path, frames: Iterable[Tensor], audio: Tensor | Trac
                 raise MediaError(path, "there is no frame to write; pass at least one")
             said = encode(folder, itertools.chain([first], frames), first.shape, *sound)
             if said:
-                raise MediaError(path, f"cannot be encoded ({said.splitlines()[0]}); check frames and sound")
+                raise MediaError(path, f"cannot be encoded ({said.splitlines()[0]}); make room, or check the "
+                                       "frames and the sound")
             os.replace(f"{folder}/video.mp4", path)
     except OSError as error:
-        raise MediaError(path, f"cannot be written ({error.strerror}); "
-                               "make its folder or choose a name") from None
+        raise MediaError(path, f"cannot be written ({error.strerror or error}); make its folder, "
+                               "make room there, or choose another name") from None

@@ -262,8 +262,9 @@ def calibrate(scores: Tensor, knots: tuple[Sequence[float], Sequence[float]]) ->
 
 # ---------------------------------------------------------------- regularisers: what needs no judge
 #
-# Perceptual: is it still the portrait? Temporal: does it move as real clips do? Both are compared with real
-# clips of the same kind, so that a frozen face, as still and smooth as can be, does not win.
+# Perceptual: is it still the portrait? Temporal: is it as smooth as real clips? Both are compared with real
+# clips of the same kind. So a face that is still to the pixel does not win, but one with a little noise
+# would: that a face moves with the speech is for the judge and the sync network to say.
 
 STILL_SCALES = 1, 2, 4                               # pixels are averaged over squares of this side
 STILL_DEVIATION = 0.02                               # by which a still place may stray; black is 0, white 1
@@ -318,7 +319,7 @@ def likeness(frames: Tensor, portrait: Tensor) -> Tensor:
 def temporal(frames: Tensor, chunk_frames: int) -> dict[str, Tensor]:
     """Measure motion per chunk, as logarithms: name -> (B, K). Args: frames (B, F, 3, S, S) in [0, 1].
 
-    smoothness    mean third difference: trembling, and whether anything moves at all
+    smoothness    mean third difference: trembling
     seams         change across the border to the chunk before over change inside; 0 in the first chunk
     """
     def size(difference):                            # (B, F - n, 3, S, S) -> (B, K, T)
@@ -525,6 +526,9 @@ class Reward:
         absent = (JUDGED if judge is None else []) + (["sync"] if sync is None else [])
         weights = WEIGHTS | (weights or {})
         self.weights = {name: w for name, w in weights.items() if w and name not in absent}
+        if unknown := self.weights.keys() - COMPONENTS.keys():
+            raise MediaError("--weights", f"this code knows no {', '.join(unknown)}; it knows "
+                                          f"{', '.join(COMPONENTS)}")
         if not self.weights:
             raise MediaError("--weights", "leave nothing to reward; give one above 0")
         self.floors = {name: COMPONENTS[name].floor for name in self.weights}

@@ -4,9 +4,10 @@
 
 The video is generated chunk by chunk and written as it comes, in constant memory: speech may have any length.
 
-The held-out metrics stand here. Some resemble a part of the reward (sync_confidence, amplitude, jerk,
-seam_ratio, still_psnr); lip_correlation, offset, mouth_psnr and head_spread do not. (The embedded judge was
-taught by some of the same signals; extras/school.py says how far.) extras/mouths.py reads mouths from pixels.
+The held-out metrics stand here. Some resemble a part of the reward (sync_confidence, jerk, seam_ratio,
+still_psnr); lip_correlation, offset, mouth_psnr and head_spread do not. (The embedded judge was taught by
+some of the same signals, as amplitude; extras/school.py says how far.) extras/mouths.py reads mouths from
+pixels.
 
 A video is (F, 3, S, S), uint8 or float in [0, 1]; B clips, F frames, S pixels per side.
 """
@@ -53,13 +54,13 @@ def seeded_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...],
 
 @torch.no_grad()
 def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = SAMPLING_STEPS,
-            guidance: float = 1.0, seed: int = 0, step: Callable[..., Tensor] = ode_step) -> Tensor:
+            seed: int = 0, step: Callable[..., Tensor] = ode_step) -> Tensor:
     """Generate each clip anew from its first frame and its sound. Returns: (B, frames, 3, S, S) in [0, 1]."""
     c, device = model.config, next(model.parameters()).device
     portrait = torch.stack([clip.frames[0] for clip in clips]).to(device) / 255
     mel = torch.stack([hear(clip.audio, frames, c.audio_encoder, device) for clip in clips]).to(device)
     noise = seeded_noise(seed, range(len(clips)), (c.video_tokens, c.channels), device)
-    chunks = model.generate(portrait, mel, noise, steps, guidance, step)
+    chunks = model.generate(portrait, mel, noise, steps, step=step)
     return torch.cat([video.cpu() for _, video in chunks], 1)
 
 
@@ -266,7 +267,7 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
         "head": each(head_motion, poses) / each(head_motion, true_poses).mean().clamp_min(1e-6),
         # without the truth:
         "still_psnr": each(still_psnr, videos, truths[:, 0]),                   # dB, the background
-        "jerk": each(jerk, videos),                                             # grey levels
+        "jerk": each(jerk, videos),                                             # of black to white
         "seam_ratio": each(lambda video: seam_ratio(video, chunk_frames), videos)}      # 1: no seams
     if not drawn:                                                               # and how far above chance
         late = each(lambda made, true: shifted_correlation(made, true, -5), lips, true_lips)

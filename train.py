@@ -12,8 +12,8 @@
 
        x_sigma = (1 - sigma) * clean + sigma * noise,      sigma ~ max(U(0, 1), 0.02) per chunk
 
-   and the generator, which sees the portrait, the sound and the past of each chunk (with up to as much noise
-   as signal, as its own past will have errors), learns the velocity
+   and the generator, which sees the portrait, the sound and the past of each chunk (with noise, as its own
+   past will have errors), learns the velocity
 
        loss = w(sigma) * |predicted velocity - (noise - clean)|^2,      w = min(sigma / 0.2, 1)^2.
 
@@ -204,7 +204,6 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
     Curated is the share with the highest sum of ratings. Exemplars are those whose motion is rated highest:
     by the sum they would tremble as all clips do. With neither a judge nor a network, nothing is curated.
     """
-    most = min(EXEMPLARS, len(clips))
     if judge is not None:
         ratings, spent = rate_clips(judge, clips, args)
     elif (sync := reward_sync(args)) is not None:
@@ -214,7 +213,7 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
         ratings = torch.stack([m["sync_confidence"] for m in measured]).expand(-1, len(ASPECTS))
         spent = time.process_time() - start
     else:
-        return Picks(torch.empty(0, dtype=torch.long), spread(clips, most))
+        return Picks(torch.empty(0, dtype=torch.long), spread(clips, EXEMPLARS))
 
     def best(values: Tensor, n: int) -> Tensor:
         order = values.nan_to_num(-math.inf).argsort(descending=True, stable=True)[:n]
@@ -222,7 +221,7 @@ def pick_clips(judge, clips: Clips, args: argparse.Namespace) -> Picks:
 
     curated = best(ratings.sum(1), round(args.curate * len(clips)))
     print(f"{len(curated)} of {len(clips)} training clips are picked")
-    exemplars = [clips[i] for i in best(ratings[:, ASPECTS.index("motion")], most)]
+    exemplars = [clips[i] for i in best(ratings[:, ASPECTS.index("motion")], EXEMPLARS)]
     spent += getattr(args.footage, "cpu_seconds", 0.0)               # that its sync network took
     return Picks(curated, exemplars, None if judge is None else ratings, spent)
 
@@ -256,8 +255,9 @@ def draw_batch(data: Latents, args: argparse.Namespace, step: int) -> tuple[Tens
     sigma = torch.rand(clean.shape[:2], **draw).clamp_min(0.02)[:, None]
     noise = torch.randn(clean.shape, **draw)[:, None]
     heard = torch.rand(args.batch, **draw) >= AUDIO_DROPOUT
-    # Noise on the past, from none to as much as there is signal: generation's own past is never perfect, and
-    # a trunk that trusts it copies and sharpens its own errors until, within seconds, the face falls apart.
+    # Noise on the past, from none to the deviation of the strongest window channel: generation's own past is
+    # never perfect, and a trunk that trusts it copies and sharpens its own errors until, within seconds, the
+    # face falls apart.
     slip = args.context_noise * torch.rand(args.batch, 1, 1, 1, **draw)
     # Each head moves half as another clip's: a hundred ways of swaying would be learned by heart, and all
     # videos of one speech be alike. The pose comes last; of two independent ones the variance stays.
@@ -285,8 +285,9 @@ def snapshot(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Stage:
-    """Weights that change step by step, their moving average, and the average to keep, which looks at the
-    watched clips decide: the best; where few are watched the last, unless the stage overshoots.
+    """Weights that change step by step, their moving average, and the average to keep: the best of those that
+    the watched clips were looked at with. Where few are watched, flow matching, which does not overshoot,
+    keeps the last.
 
     A stage ends after `total` steps or, if it is a control, when it has spent `budget` seconds of CPU time.
     """

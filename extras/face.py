@@ -1,6 +1,6 @@
 """Find the head in a photo or a video, and frame it as the training clips do.
 
-    python -m extras.face me.jpg         # writes me.frame.png: what would be cut, to look at
+    python -m extras.face me.jpg         # writes me.jpg.frame.png: what would be cut
     python -m extras.face me.mp4         # a long video: what of it can be used, and why the rest cannot
 
 A detector gives a box around the face; the square is HEAD times as large, its centre UP boxes above its own.
@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import MIN_FRAMES, STOPPED, Crop, load_speech
-from extras.files import MediaError, one_line, printable
+from data import MIN_FRAMES, STOPPED, Crop, read_speech
+from extras.files import VIDEOS, MediaError, one_line, printable, replacing
 from extras.media import (ACTIVE_RMS, FFMPEG, FPS, PLAIN_FRAMES, SAMPLES_PER_FRAME, read_picture,
                           run_ffmpeg)
 
@@ -40,6 +40,7 @@ WANDER = 0.2                     # of the square's side, that a head may move fr
 JUMP = 0.35                      # of a box: more from one look to the next is another scene
 FADE = 2                         # looks in which a face may be half there, before and after those without
 PAUSE = 2 * FPS                  # frames of silence that belong to speech
+STRIP = 4                        # a picture of more than these sides is none of a head
 CUT = 10                         # of 100: ffmpeg's default score for a change of scene
 LOOK = FPS // 2                  # frames from one look at a video to the next
 REMEDY = "name the square with --crop x,y,size"
@@ -116,6 +117,8 @@ def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Sq
     """Find the square of a photo, [picture], or of some frames of a clip. Raises: MediaError."""
     pictures = [np.asarray(as_image(picture)) for picture in pictures]
     height, width, _ = pictures[0].shape
+    if max(width, height) > STRIP * min(width, height):          # enlarged for a look, it would take minutes
+        raise MediaError(name, f"is a strip of {width}x{height} pixels; {REMEDY}")
     looks = pictures * -(-SCALES // len(pictures))
     found = [find_faces(picture, scale(i)) for i, picture in enumerate(looks)]
     if not any(found):                               # a small face, or one that lies on its side
@@ -204,7 +207,7 @@ def runs(values: Sequence) -> list[tuple[int, int]]:
 
 def speaks(path: str | Path) -> np.ndarray:
     """Say for each frame whether it is speech: above -26 dB of the usual loudness, or in a short pause."""
-    sound = load_speech(path).numpy()
+    sound = read_speech(path)[0].numpy()
     whole = len(sound) // SAMPLES_PER_FRAME
     loud = sound[: whole * SAMPLES_PER_FRAME].reshape(whole, -1).std(1) > ACTIVE_RMS / 20
     for start, stop in runs(loud):
@@ -270,6 +273,8 @@ def pieces(path: str | Path) -> tuple[list[tuple[int, int, Square]], list[tuple[
         parts = [(start, stop, why)] if why else steady(seen, start, stop, MIN_FRAMES, path)
         for part in parts:
             (left_out if isinstance(part[2], str) else kept).append(part)
+    if (seen_until := len(seen.found) * LOOK) > len(heard) + LOOK:
+        left_out.append((len(heard), seen_until, "no sound"))
     return kept, left_out
 
 
@@ -279,12 +284,17 @@ def cut(path: Path, skipped: dict[str, str],
     what is left out to `skipped`, and (path, second, square) to look at to `shown`. Raises: MediaError."""
     kept, left_out = pieces(path)
     if not kept:
-        raise MediaError(path, f"shows nothing to train on ({reasons(left_out)}); {REMEDY}, "
-                               "or take the centre with --crop none")
+        raise MediaError(path, nothing(left_out))
     if left_out:
         skipped[f"parts of {printable(path.name)}"] = reasons(left_out)
     shown += [(path, (start + stop) / 2 / FPS, square) for start, stop, square in kept]
     return {start: square for start, _, square in kept}, [piece[:2] for piece in kept]
+
+
+def nothing(left_out: Sequence) -> str:
+    """Say why a video shows nothing to train on, and what to do."""
+    return (f"shows nothing to train on ({reasons(left_out)}); turn it if heads lie on their sides, "
+            f"{REMEDY}, or take the centre with --crop none")
 
 
 def sheet(shown: Sequence[tuple], most: int = 12) -> Image.Image:
@@ -333,16 +343,22 @@ def main() -> None:
     with one_line("stopped", "use a smaller picture"):
         try:
             picture = np.asarray(read_picture(file, WORK)[0])
-        except MediaError:                           # no picture: a video, or ffmpeg says what it is
+        except MediaError:
+            if file.suffix[1:].lower() not in VIDEOS.split(", "):
+                raise
             kept, left_out = pieces(file)
+            if not kept:
+                raise MediaError(file, nothing(left_out)) from None
             for start, stop, what in sorted(kept + left_out):
                 what = what if isinstance(what, str) else f"--crop {','.join(map(str, what))}"
                 print(f"{start / FPS:8.2f} to {stop / FPS:8.2f} s: {what}")
             print(told(kept, left_out))
             return
-        show(picture, frame_of([picture], file)).save(file.with_suffix(".frame.png"))
+        framed = file.with_name(f"{file.name}.frame.png")
+        with replacing(framed) as temporary:
+            show(picture, frame_of([picture], file)).save(temporary, "PNG")
         square = ",".join(map(str, photo_square(file, "face", Path())))
-        print(f"--crop {square}; see {file.with_suffix('.frame.png')}")
+        print(f"--crop {square}; see {framed}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ POST_TRAINING = [
     ("parts", int, 2, 1, "gradient steps per update, at most; with one the clip is never met"),
     ("micro_batch", int, None, 1, "rollouts per backward pass"),
     ("post_lr", float, 6e-4, 0, "of AdamW; it falls to zero by the last update"),
-    ("looks", int, 4, 1, "at the watched clips, in each stage after pretraining"),
+    ("looks", int, 4, 1, "at the watched clips in each stage after pretraining, and one before it"),
     ("watch_clips", int, 48, 1, "held-out clips that choose the checkpoint"),
 ]
 VALIDATION = [

@@ -75,7 +75,8 @@ def describe(model: Generator, clips: list[Clip], held_out: list[Clip], args: ar
     """Say what is about to be trained, and what the codec alone can reach: nothing can be better."""
     cut = getattr(clips, "folder", args.out) / "cut.jpg"     # of videos in which heads were found
     if cut.exists():
-        shutil.copy(cut, args.out)
+        with replacing(args.out / cut.name) as temporary:
+            shutil.copy(cut, temporary)
         print(f"{args.out / cut.name} shows what was cut of the videos")
     videos = []
     for clip in held_out:
@@ -143,13 +144,12 @@ def rewarded(reward: Reward, arms: dict[str, Tensor], clips: list[Clip]) -> str:
         for name, videos in (arms | {"truth": true}).items()})
 
 
-def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip], rows: int = 6,
-                   columns: int = 12) -> None:
-    """Write sheet.png, some frames of a few clips, truth above what each arm generated; and the portrait and
+def write_pictures(folder: Path, arms: list[Tensor], clips: list[Clip]) -> None:
+    """Write sheet.png, twelve frames of six clips, truth above what each arm generated; and the portrait and
     the speech of the first clip, to try sample.py with."""
     frames = arms[0].shape[1]
-    videos = [pixels(clips[:rows], frames)] + [arm[:rows] for arm in arms]
-    at = torch.linspace(0, frames - 1, columns).long()
+    videos = [pixels(clips[:6], frames)] + [arm[:6] for arm in arms]
+    at = torch.linspace(0, frames - 1, 12).long()
     sheet = rearrange([to_bytes(video[:, at]) for video in videos],
                       "arm b column c y x -> (b arm y) (column x) c")
     for name, picture in ("sheet", sheet), ("portrait", clips[0].frames[0].permute(1, 2, 0)):

@@ -37,7 +37,7 @@ GROUPS = {  # how independent of the reward a metric is
         "mouth_psnr", "psnr", "head_spread"),
     "measured by another network of the same make as the reward's": (
         "sync_confidence", "sync_own", "mouth_distance", "identity_cosine"),
-    "resembled by a part of the reward": (
+    "resembled by a part of the reward, amplitude by the judge's expressiveness": (
         "amplitude", "head", "frame_change", "jerk_ratio", "jerk", "seam_ratio", "still_psnr")}
 NEED_NO_TRUTH = "still_psnr", "jerk", "seam_ratio", "sync_confidence", "sync_own", "identity_cosine"
 ASPECTS = "lip-sync", "expressiveness", "motion"     # of the judge's ratings

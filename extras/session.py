@@ -43,6 +43,7 @@ def lock(folder: Path) -> Iterator[None]:
     if rank():
         yield
         return
+    made = not folder.exists()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
@@ -62,13 +63,16 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(held)
+        if made:
+            with suppress(OSError):                  # a run that was refused leaves no empty folder
+                folder.rmdir()
 
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left in the folder, so that nothing of it is taken up, and begin a log."""
     with writing(folder):
         (folder / "log.jsonl").write_text("")        # first: by its log a folder is known as that of a run
-    for name in (*CHECKPOINTS.values(), "config.json"):
+    for name in *CHECKPOINTS.values(), "config.json", "cut.jpg", "held_out.json", "report.html", "report.md":
         (folder / name).unlink(missing_ok=True)
     for name in ("control", "tensorboard", "rivals", PRETRAINED, CURATED):
         shutil.rmtree(folder / name, ignore_errors=True)

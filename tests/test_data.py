@@ -75,12 +75,12 @@ INPUT = ["-f", "lavfi", "-i"]
     (picture, "200_megapixels.png", (20000, 10000), "20000x10000 are too many"),
     (picture, "text.png", b"hello", "not a picture"),
     (picture, "phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC; export it"),
-    (data.load_speech, "silence.wav", [*INPUT, SILENCE], "is silent"),
-    (data.load_speech, "10ms.wav", [*INPUT, SPEECH, "-t", 0.01], "10 ms"),
-    (data.load_speech, "no_audio.mp4", clock(), "no audio track"),
-    (data.load_speech, "riff.wav", b"RIFF", "not audio or video"),
-    (data.load_speech, "empty.wav", b"", "is empty"),
-    (data.load_speech, "missing.wav", None, "does not exist"),
+    (data.read_speech, "silence.wav", [*INPUT, SILENCE], "is silent"),
+    (data.read_speech, "10ms.wav", [*INPUT, SPEECH, "-t", 0.01], "10 ms"),
+    (data.read_speech, "no_audio.mp4", clock(), "no audio track"),
+    (data.read_speech, "riff.wav", b"RIFF", "not audio or video"),
+    (data.read_speech, "empty.wav", b"", "is empty"),
+    (data.read_speech, "missing.wav", None, "does not exist"),
     (clip, "sound.mp4", [*INPUT, SPEECH], "no video track"),
     (clip, "short.mp4", [*clock(seconds=0.2), *INPUT, SPEECH, "-t", 0.2], "a clip needs 25"),
     (decode, "nowhere", None, "is not there")])
@@ -368,7 +368,7 @@ def test_the_track_and_the_channel_with_speech_are_heard(tmp_path, sounds, merge
     heard, track = data.read_speech(mixed(tmp_path / "a.mkv", *sounds, merge=merge))
     assert (track.number, track.channel) == (number, channel)
     assert ("hears" in track.note()) == (len(sounds) > 1)
-    alone = data.load_speech(mixed(tmp_path / "b.wav", SPEECH, merge=True))
+    alone = data.read_speech(mixed(tmp_path / "b.wav", SPEECH, merge=True))[0]
     assert np.corrcoef(heard[:47000], alone[:47000])[0, 1] > 0.99
 
 
@@ -433,7 +433,7 @@ def test_the_video_carries_the_sound_that_was_given(tmp_path, name, arguments, s
     n_frames = -(-len(speech) // 640)
     data.write_video(tmp_path / "a.mp4", torch.zeros(n_frames, 3, 32, 32, dtype=torch.uint8), track)
     assert re.search(kept, streams(tmp_path / "a.mp4"))
-    heard = data.load_speech(tmp_path / "a.mp4")
+    heard = data.read_speech(tmp_path / "a.mp4")[0]
     assert abs(len(heard) - len(speech)) <= 640 and len(pixels(tmp_path / "a.mp4")) == n_frames
     overlap = min(len(heard), len(speech))
     assert np.corrcoef(heard[:overlap], speech[:overlap])[0, 1] > 0.95

@@ -60,6 +60,26 @@ def test_what_cannot_be_framed_is_refused_in_one_line_that_names_the_flag(found,
         face.square_of(found, 640, 360, "me.jpg")
 
 
+def test_the_tool_names_what_is_wrong_with_a_picture_and_leaves_other_files_alone(tmp_path, monkeypatch):
+    """A picture that is cut short is no video without sound; a strip is not enlarged to be searched."""
+    whole = tmp_path / "me.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)).save(whole)
+    monkeypatch.setattr(face, "find_faces", lambda picture, work: TALKER)
+    for name, content, says in (("cut.png", b"\x89PNG\r\n\x1a\n0000", "not a picture, or is truncated"),
+                                ("me.heic", b"\0\0\0\x18ftypheic" + bytes(12), "is HEIC"),
+                                ("me.jpg", whole.read_bytes(), "")):
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr(sys, "argv", ["face", str(tmp_path / name)])
+        if says:
+            with pytest.raises(SystemExit, match=f"{name}: .*{says}"):
+                face.main()
+        else:
+            face.main()
+    assert {p.name for p in tmp_path.iterdir()} == {"cut.png", "me.heic", "me.jpg", "me.jpg.frame.png"}
+    with pytest.raises(MediaError, match="strip of 40x900 pixels; name the square"):
+        face.frame_of([np.zeros((900, 40, 3), np.uint8)])
+
+
 def test_without_dlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dlib", None)
     face._detector.cache_clear()
@@ -121,6 +141,8 @@ def test_a_long_video_is_cut_where_scene_face_or_speech_end(monkeypatch, found, 
     monkeypatch.setattr(face, "speaks", lambda path: heard)
     got = face.pieces("me.mp4")
     assert [(start, stop, square[2]) for start, stop, square in got[0]] == kept and got[1] == left_out
+    monkeypatch.setattr(face, "speaks", lambda path: heard[:-36])       # the sound ends before the picture
+    assert face.pieces("me.mp4")[1][-1] == (len(heard) - 36, len(heard), "no sound")
 
 
 def test_one_video_becomes_clips_of_its_stretches(tmp_path, monkeypatch, capsys):
@@ -159,7 +181,7 @@ def test_a_photo_is_cut_as_the_clips_of_the_run_unless_told(trained, given, foun
 def test_short_pauses_belong_to_speech_and_long_ones_do_not(monkeypatch):
     sound = 0.1 * torch.randn(10 * FPS, SAMPLES_PER_FRAME)
     sound[50:75], sound[125:200] = 0, 0              # one second, three seconds
-    monkeypatch.setattr(face, "load_speech", lambda path: sound.flatten())
+    monkeypatch.setattr(face, "read_speech", lambda path: (sound.flatten(), None))
     assert face.runs(face.speaks("me.wav")) == [(0, 125), (125, 200), (200, 250)]
 
 

@@ -85,10 +85,14 @@ def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(
     for flags in ["--tensorboard"], ["--calibration", "nothing.json"]:
         with pytest.raises(MediaError):
             train.main([*ALONE, *flags, "--overwrite", "--out", str(run)])
+        with pytest.raises(MediaError):
+            train.main([*ALONE, *flags, "--out", str(tmp_path / "new")])
+        assert not (tmp_path / "new").exists()
     assert before == {path: path.read_bytes() for path in before}
     (run / "rivals").mkdir()
+    (run / "cut.jpg").touch()
     train.main([*ALONE, "--steps", "1", "--overwrite", "--out", str(run)])
-    gone = {"post.pt", "curate.pt", "control", "rivals", "pretrained", "curated"}
+    gone = {"post.pt", "curate.pt", "control", "rivals", "pretrained", "curated", "cut.jpg"}
     assert not gone & {p.name for p in run.iterdir()}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Clip, load_speech
+from data import Clip, read_speech
 from extras.report import funnel, how_it_was_made, watched_parts, write_clips, write_report
 
 
@@ -72,7 +72,7 @@ def test_clips_play_the_truth_beside_each_arm_above_their_names_with_sound(shown
         assert abs(frame[96, 96] - [255, 0, 0]).max() < 12 and abs(frame[96, 288] - [0, 0, 255]).max() < 12
         for names in frame[194:, :192], frame[194:, 192:]:                           # dark letters on white
             assert names.min() < 80 and np.median(names) > 240
-    assert abs(len(load_speech(shown / "clip-1.mp4")) - 26 * 640) < 1600
+    assert abs(len(read_speech(shown / "clip-1.mp4")[0]) - 26 * 640) < 1600
 
 
 def test_the_report_is_one_file_that_embeds_what_it_shows_and_its_rows_are_those_in_markdown(shown):
