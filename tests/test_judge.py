@@ -252,6 +252,8 @@ def test_components_add_up_to_the_total_and_what_nobody_can_say_is_left_out(exem
     assert set(every.components) == set(COMPONENTS)
     with pytest.raises(MediaError, match="leave nothing to reward"):
         Reward(None, exemplars, dict.fromkeys(weights, 0.0))
+    with pytest.raises(MediaError, match="--weights: this code knows no charm; it knows judge_lip_sync, "):
+        Reward(None, exemplars, {"charm": 1.0})              # as from a run of other code
 
 
 def test_a_regulariser_is_the_mean_of_its_chunks_and_none_is_above_zero(exemplars, batch):
