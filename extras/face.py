@@ -14,6 +14,7 @@ place and scale. Its weights are part of the library, so nothing is downloaded.
 import argparse
 import io
 import json
+import mimetypes
 import subprocess
 import tempfile
 import threading
@@ -28,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import MIN_FRAMES, STOPPED, Crop, read_speech
-from extras.files import VIDEOS, MediaError, one_line, printable, replacing
+from extras.files import MediaError, one_line, printable, replacing
 from extras.media import (ACTIVE_RMS, FFMPEG, FPS, PLAIN_FRAMES, SAMPLES_PER_FRAME, read_picture,
                           run_ffmpeg)
 
@@ -343,8 +344,8 @@ def main() -> None:
     with one_line("stopped", "use a smaller picture"):
         try:
             picture = np.asarray(read_picture(file, WORK)[0])
-        except MediaError:
-            if file.suffix[1:].lower() not in VIDEOS.split(", "):
+        except MediaError:                           # a damaged picture, or a video of whatever suffix
+            if (mimetypes.guess_type(file.name, strict=False)[0] or "").startswith("image/"):
                 raise
             kept, left_out = pieces(file)
             if not kept:

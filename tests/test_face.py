@@ -60,7 +60,8 @@ def test_what_cannot_be_framed_is_refused_in_one_line_that_names_the_flag(found,
         face.square_of(found, 640, 360, "me.jpg")
 
 
-def test_the_tool_names_what_is_wrong_with_a_picture_and_leaves_other_files_alone(tmp_path, monkeypatch):
+def test_the_tool_names_what_is_wrong_with_a_picture_and_leaves_other_files_alone(
+        tmp_path, monkeypatch, capsys):
     """A picture that is cut short is no video without sound; a strip is not enlarged to be searched."""
     whole = tmp_path / "me.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)).save(whole)
@@ -76,6 +77,11 @@ def test_the_tool_names_what_is_wrong_with_a_picture_and_leaves_other_files_alon
         else:
             face.main()
     assert {p.name for p in tmp_path.iterdir()} == {"cut.png", "me.heic", "me.jpg", "me.jpg.frame.png"}
+    (tmp_path / "me.3gp").touch()                                # folders are not searched for this suffix
+    monkeypatch.setattr(face, "pieces", lambda path: ([(0, 50, (1, 2, 3))], []))
+    monkeypatch.setattr(sys, "argv", ["face", str(tmp_path / "me.3gp")])
+    face.main()
+    assert "2 s in 1 pieces" in capsys.readouterr().out
     with pytest.raises(MediaError, match="strip of 40x900 pixels; name the square"):
         face.frame_of([np.zeros((900, 40, 3), np.uint8)])
 
