@@ -14,7 +14,6 @@ A video is (F, 3, S, S), uint8 or float in [0, 1]; B clips, F frames, S pixels p
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from data import (LATENCY, Clip, LogMel, hear, load_portrait, pixels, read_speec
                   write_video)
 from extras.arguments import Parser, check_numbers, crop_argument, device_argument, track_argument
 from extras.face import photo_square
-from extras.files import MediaError, one_line
+from extras.files import check_new, one_line
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras.mouths import high_pass, head_pose, mouth_axis, mouth_box, mouth_opening_from_pixels
 from model import SAMPLING_STEPS, Generator, hub_folder, load_generator, ode_step
@@ -311,11 +310,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    out = Path(args.out)
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):      # before the speech is read
-        raise MediaError(out, "is a folder, or in none that can be written; choose another --out")
-    if out.exists() and any(out.samefile(given) for given in (args.image, args.audio)):
-        raise MediaError(out, "is read and would be overwritten; choose another --out")
+    check_new(Path(args.out))                                       # before the speech is read
     run = hub_folder(args.checkpoint)
     model = load_generator(run).to(args.device).eval()
     square = photo_square(args.image, args.crop, run)

@@ -85,6 +85,14 @@ def refusing(path: str | Path, errors: tuple, words: Callable[[Exception], str])
 
 # ---- Writing ------------------------------------------------------------------------------------------
 
+def check_new(path: Path) -> None:
+    """Raise MediaError where a file to be made exists, or is in no folder that can be written."""
+    if path.exists():
+        raise MediaError(path, "exists; choose another --out, or delete it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise MediaError(path, "is in no folder that can be written; choose another --out")
+
+
 def writing(path: Path) -> AbstractContextManager:
     """Turn whatever a full disk or a forbidden place raises into a MediaError."""
     def words(error: Exception) -> str:

@@ -14,7 +14,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from data import Clip, folder_clips, load_clip, sounds, to_bytes
 from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
-from extras.files import MediaError, one_line, replacing, writing
+from extras.files import MediaError, check_new, one_line, replacing, writing
 from extras.media import FPS
 from extras.page import video_uri
 from extras import reward_flags
@@ -155,8 +154,7 @@ def align(scores: dict[str, Sequence[float]], ratings: RatingTable, out: Path) -
 
 def align_judge(args: argparse.Namespace) -> None:
     """Rate every video that people rated, and compare. Paths are relative to the table."""
-    if args.out.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
-        raise MediaError(args.out, "is a folder, or in none; name the file to write the calibration to")
+    check_new(args.out)                              # before the judge is asked
     ratings, scores = read_ratings(args.ratings), {}
     judge = reward_flags.make_judge(args)
     if judge is None:

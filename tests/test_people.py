@@ -181,8 +181,8 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(files, name, content, s
 @pytest.mark.parametrize("command, said", [
     ("study {runs}/amber {runs}/large --out {tmp}/s", "makes pictures of 64 pixels"),
     ("study {runs}/amber {runs}/birch --out {tmp}", "is the key of a study that may have votes"),
-    ("align {tmp}/nothing.csv --out {tmp}", "name the file to write the calibration to"),
-    ("align {tmp}/nothing.csv --out {tmp}/no/c.json", "name the file to write the calibration to")])
+    ("align {tmp}/nothing.csv --out {tmp}/key.json", "exists; choose another --out"),
+    ("align {tmp}/nothing.csv --out {tmp}/no/c.json", "is in no folder that can be written")])
 def test_a_command_that_cannot_be_done_is_one_line_and_writes_nothing(runs, tmp_path, command, said, capsys):
     (tmp_path / "key.json").write_text("{}")
     with pytest.raises((MediaError, OSError, SystemExit)) as end:

@@ -239,25 +239,26 @@ def test_any_name_is_written_with_the_sound_that_was_chosen(given, out, tmp_path
 
 def test_the_seed_and_the_seconds_are_obeyed(given, tmp_path):
     made = []
-    for seed in "0", "0", "1":
-        sample.main(command(given, "--seed", seed, "--max-seconds", "0.5", "--out", str(tmp_path / "a.mp4")))
-        made.append((tmp_path / "a.mp4").read_bytes())
+    for i, seed in enumerate("001"):
+        out = tmp_path / f"{i}.mp4"
+        sample.main(command(given, "--seed", seed, "--max-seconds", "0.5", "--out", str(out)))
+        made.append(out.read_bytes())
     assert made[0] == made[1] != made[2]
-    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "a.mp4"))[0] == 13
+    assert imageio_ffmpeg.count_frames_and_secs(str(out))[0] == 13
 
 
-@pytest.mark.parametrize("flag", ["--image", "--audio"])
-def test_what_is_read_is_never_overwritten_not_even_by_a_link(given, flag, tmp_path):
-    (copy := tmp_path / "source").write_bytes(Path(given[flag]).read_bytes())
-    (tmp_path / "link.mp4").symlink_to(copy)
-    with pytest.raises(MediaError, match="would be overwritten"):
-        sample.main(command(given | {flag: str(copy)}, "--out", f"{tmp_path}/link.mp4"))
-    assert copy.read_bytes() == Path(given[flag]).read_bytes()
+@pytest.mark.parametrize("name", ["source.mp4", "link.mp4"])
+def test_what_exists_is_never_overwritten_not_even_by_a_link(given, name, tmp_path):
+    (tmp_path / "source.mp4").write_bytes(b"an hour of work")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "source.mp4")
+    with pytest.raises(MediaError, match="exists; choose another --out"):
+        sample.main(command(given, "--out", f"{tmp_path}/{name}"))
+    assert (tmp_path / "source.mp4").read_bytes() == b"an hour of work"
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--track 1", "is silent"), ("--track 3", "track 1 with 2 channels, track 2 with 2 channels"),
-    ("--out no/a.mp4", "in none that can be written"), ("--crop 1,2", "x,y,size")])
+    ("--out no/a.mp4", "in no folder that can be written"), ("--crop 1,2", "x,y,size")])
 def test_what_cannot_be_done_is_said_and_leaves_nothing(given, flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((MediaError, OSError, SystemExit)) as caught:
