@@ -1,8 +1,8 @@
 """Portraits, speech and video clips: everything that enters or leaves the generator.
 
 1. Sound as the generator hears it: log-mel energies of a frame's own 40 ms, of 55 ms before and 80 ms after.
-   These 80 ms, and the length of a chunk, are the latency of the whole system: a speaker's lips round before
-   the vowel is heard. Or the features of a frozen speech encoder, which hears the whole speech first.
+   These 80 ms, since lips round before a vowel is heard, and the length of a chunk are the latency of the
+   whole system. Or the features of a frozen speech encoder, which hears the whole speech first.
 2. Media in. Any video or sound becomes 25 RGB frames and 16,000 mono samples a second, so a frame is exactly
    640 samples. How ffmpeg and Pillow do that with odd files is in extras/media.py.
 3. Clips on disk. A folder of videos is decoded once into a cache; clips are mapped from it when used.
@@ -57,7 +57,7 @@ MIN_FRAMES = FPS                                     # a clip lasts at least a s
 AUDIO_SLACK = 5                                      # frames of sound a clip may lack (GRID: 0.5)
 BLANK_STD = 4.0                                      # of 255: 11 of 900 GRID clips begin plain grey
 HELD_OUT = 0.1                                       # share of the files that training never sees
-STOPPED = threading.Event()                          # while threads at work should end
+STOPPED = threading.Event()                          # set while threads at work should end
 AROUND = 15                                          # frames of sound kept before and after a clip
 CACHE_VERSION = 6                                    # raise it when decoding changes its result
 
@@ -139,13 +139,12 @@ class LogMel:
         return log_mel(self.audio, stop - start, start)[None].to(self.device)
 
 
-def hear(audio: Tensor, n_frames: int, encoder: str = "", device: str = "cpu",
-         cache: str | Path | None = None) -> Tensor:
+def hear(audio: Tensor, n_frames: int, encoder: str = "", device: str = "cpu") -> Tensor:
     """Describe the sound around each frame, (n_frames, C): `log_mel`, or what a speech encoder hears."""
     if not encoder:
         return log_mel(audio, n_frames)
     from extras.pretrained import features           # the one place of this file that needs a model of others
-    return features(audio, n_frames, encoder, device, cache)
+    return features(audio, n_frames, encoder, device)
 
 
 # ---- Media in -----------------------------------------------------------------------------------------
@@ -285,10 +284,10 @@ def fill_cache(folder: Path, clips: Iterable[tuple], skipped: dict[str, str]) ->
     (folder / "index.json").write_text(json.dumps({"clips": index, "skipped": skipped}))
 
 
-def cached(cache: str | Path | None, recipe: dict, build: Callable[[Path], None]) -> Path:
+def cached(recipe: dict, build: Callable[[Path], None]) -> Path:
     """Return the cache folder of `recipe`; call `build(temporary folder)` to fill it if there is none yet."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(cache or os.environ.get("FLOWPORTRAIT_CACHE") or Path(base) / "flowportrait")
+    root = Path(os.environ.get("FLOWPORTRAIT_CACHE") or Path(base) / "flowportrait")
     target = root / hashlib.sha256(json.dumps([CACHE_VERSION, recipe]).encode()).hexdigest()[:20]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -378,7 +377,7 @@ def _split(sources: list[str]) -> tuple[set[int], str]:
 
 
 def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop = None,
-                 cache: str | Path | None = None, frames: int = MIN_FRAMES) -> tuple[Clips, Clips]:
+                 frames: int = MIN_FRAMES) -> tuple[Clips, Clips]:
     """Decode every video under `folder` once and return (training clips, held-out clips), split by file.
 
     `folder` may be a video itself. A long file becomes consecutive clips of `seconds`, the last at least one
@@ -396,7 +395,7 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop
     files, left_out = find_videos(folder)
     names, root = [name for name, _, _ in files], folder if folder.is_dir() else folder.parent
     recipe = {"files": files, "size": size, "frames": length, "crop": crop}
-    clips = Clips(cached(cache, recipe, lambda to: fill_cache(
+    clips = Clips(cached(recipe, lambda to: fill_cache(
         to, _decode_all(root, names, size, length, crop, to / "parts", failed), failed)))
     skipped = left_out | clips.index["skipped"]      # told on every run: the cache keeps what was left out
     if not clips and root != folder:

@@ -33,12 +33,12 @@
        ratio = exp(log_prob - old_log_prob)
        loss  = -min(ratio advantage, clamp(ratio, 1 - clip, 1 + clip) advantage) + kl_weight kl
 
-The ratio is one per chunk and draw, not one per video: each draw is an action of its own, and one product of
-all would be clipped for all of them together. Equal weights are not equal forces: the
-gradient of a log-probability goes with c_v / step_std, more for late draws. Log-probabilities are means over
-a chunk's N x C latent elements, so a ratio moves N x C times less than that of a sum would: clip is 1e-4
-where PPO has 0.2 (at N x C = 1280, 0.2 / 1280 = 1.6e-4). All is fp32, where cached and parallel
-log-probabilities are 1e-7 apart; in bf16 it is 5e-4, more than the clip.
+There is one ratio per chunk and draw, not one per video: each draw is an action of its own, and a product
+over all draws would clip them together. Weights are equal, gradients are not: that of a log-probability
+scales with c_v / step_std, which is larger for late draws. Log-probabilities are means over a chunk's N x C
+latent elements, so a ratio moves N x C times less than that of a sum would: clip is 1e-4 where PPO has 0.2
+(at N x C = 1280, 0.2 / 1280 = 1.6e-4). All is fp32, where cached and parallel log-probabilities are 1e-7
+apart; in bf16 it is 5e-4, more than the clip.
 
 Deviations from the papers. Flow-GRPO (2505.05470) normalises the total reward, here each component (as
 DanceGRPO, 2505.07818); its KL is the closed form, here the squared velocity difference, which weighs all
@@ -63,7 +63,6 @@ from kernels.flow_step import STOCHASTIC, flow_step, sigma_schedule, step_coeffi
 from model import Generator
 
 MOST_ADVANTAGE = 5.0
-STD_FLOOR = 1e-3           # least std to divide by, as a share of a reward's size, where none is given
 TOLERANCE = 1e-6           # between the means of a rollout and its rescoring
 DISCOUNT = 0.5             # of each later chunk, in the credit of a chunk
 
@@ -218,15 +217,15 @@ def reward_to_go(reward: Tensor, discount: float) -> Tensor:
 
 
 def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings, chunks: int,
-               floors: Mapping[str, float] | None = None) -> tuple[Tensor, dict[str, dict[str, float]]]:
+               floors: Mapping[str, float]) -> tuple[Tensor, dict[str, dict[str, float]]]:
     """Compare every video with its group, component by component (step 4 above), in float64.
 
     Args:
         scores: components name -> (B,), and with credit "chunk" per_chunk name -> (B, K). A video of
             which any component is NaN is unrated: its advantage is 0, mean and std of its group the others'.
         weights: name -> weight; a weight of 0 leaves a component out.
-        floors: name -> least std to divide by (default: STD_FLOOR of the largest magnitude). Differences
-            below it are noise; a z-score would blow them up, above all those of a penalty that is rarely met.
+        floors: name -> least std to divide by, above 0. Differences below it are noise; a z-score would
+            blow them up, above all those of a penalty that is rarely met.
 
     Returns:
         advantage (B, K) fp32; and per component its mean, its mean group std, and `flat`, the share of groups
@@ -245,7 +244,6 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
         if reward.isinf().any():
             raise ValueError(f"reward {name} is {reward.tolist()}: infinite")
         report[name] = {"mean": reward.nanmean().item()}
-        floor = (floors or {}).get(name, STD_FLOOR * reward.nan_to_num(0).abs().max().item()) + 1e-12
         if settings.credit == "chunk" and name in scores.per_chunk:
             reward = reward_to_go(scores.per_chunk[name].double(), DISCOUNT)               # (B, K)
             reward = reward.masked_fill(unrated[:, None], math.nan)
@@ -254,8 +252,8 @@ def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings,
         reward = rearrange(reward, "(p g) k -> p g k", g=settings.group)
         gap = reward - reward.nanmean(1, keepdim=True)                                     # NaN where unrated
         std = gap.square().nanmean(1, keepdim=True).sqrt().nan_to_num(0)
-        total = total + weight * gap / std.clamp_min(floor)
-        report[name] |= {"group_std": std.mean().item(), "flat": (std <= floor).double().mean().item()}
+        total = total + weight * gap / std.clamp_min(floors[name])
+        report[name] |= {"group_std": std.mean().item(), "flat": (std <= floors[name]).double().mean().item()}
     total = total.nan_to_num(0)
     flat = (total == 0).all(2).all(1).double().mean().item()
     report["total"] = {"flat": flat, "unrated": int(unrated.sum())}

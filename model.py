@@ -43,7 +43,7 @@ from extras.files import MediaError, first_line, reading_weights, write_weights
 from kernels.attention import Layout, attention
 from kernels.flow_step import flow_step, sigma_schedule
 
-POSE = 6                    # affine: constant, x and y part of a shift in x, then in y; 1 is half a picture
+POSE = 6                    # affine: the factors of 1, x, y in a shift in x, then in y; 1 is half a picture
 POSE_PYRAMID = (16, 3), (32, 3), (64, 1)     # the pose is measured on pictures of this size, in so many steps
 SAMPLING_STEPS = 2          # flow steps per chunk; with more, lips of a small model follow less well
 PATCH = 16                  # pixels per side of the appearance patches that the transformer sees
@@ -81,8 +81,8 @@ class Config:
             raise ValueError(f"{self.kv_heads} kv_heads must divide {self.heads} heads, "
                              f"and 8 head_dim {self.head_dim}")
         if self.chunk_frames * self.space_channels < max(self.channels, self.chunk_frames * POSE):
-            raise ValueError(f"{self.channels} channels need as many components, and a pose {POSE} a frame; "
-                             f"got {self.chunk_frames} x {self.space_channels}")
+            raise ValueError(f"chunk_frames {self.chunk_frames} x space_channels {self.space_channels} must "
+                             f"be at least channels {self.channels}, and chunk_frames x {POSE}")
         pixels = 3 * (2 * self.size // (self.grid + 1)) ** 2
         if self.space_channels > pixels:
             raise ValueError(f"space_channels {self.space_channels} are more than the {pixels} values of a "
@@ -250,8 +250,8 @@ class MotionCodec(nn.Module):
         self.time.copy_(axes @ turn)
         variance = variance.flip(-1)[..., None, : c.channels].clamp_min(0) @ turn.square()
         std = variance[:, 0].sqrt()                                              # (N, C)
-        # Half-whitening: latents deviate by sqrt(std / strongest), so 1, 1/4, 1/100 become 1, 1/2, 1/10. As
-        # it is, the last would drown in the flow's noise; whitened, what is hardly seen counts like lips.
+        # Half-whitening: latents deviate by sqrt(std / strongest), so 1, 1/4, 1/100 become 1, 1/2, 1/10.
+        # Unscaled, the last would drown in the flow's noise; whitened, what is hardly seen counts like lips.
         # Windows share one `strongest`. The pose's is divided by 16, for a deviation of 4, as few flow steps
         # smooth the small motion of a head away.
         strongest = std.amax(-1, keepdim=True)

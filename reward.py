@@ -40,7 +40,7 @@ from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_JUDGE = ASSETS / "judge"                     # the embedded one
 DEFAULT_SYNC = ASSETS / "sync"                       # this network measures,
-REWARD_SYNC = ASSETS / "reward_sync"                 # and this one, taught on other people, is in the reward
+REWARD_SYNC = ASSETS / "reward_sync"                 # and this one, of other talkers, is in the reward
 
 # ---------------------------------------------------------------- the judge: a multimodal language model
 
@@ -190,7 +190,7 @@ class Judge:
 
     def read(self, frames: Tensor, audio: Tensor, text: str) -> dict:
         """Tokenize clips (B, F, 3, S, S) uint8 with sound (B, F * 640), each after the same text."""
-        # Left alone, the processor takes 2 frames a second, 317 pixels, 30 s of sound, pictures before sound.
+        # By default the processor takes 2 frames a second, 317 pixels, 30 s of sound, pictures before sound.
         size = {} if self.side is None else {"min_pixels": self.side ** 2, "max_pixels": self.side ** 2}
         self.processor.feature_extractor.n_samples = audio.shape[1]
         return self.processor(text=[text] * len(frames), videos=list(frames), audio=list(audio.numpy()),
@@ -245,9 +245,12 @@ def spans(frames: int, width: int | None) -> list[tuple[int, int]]:
 def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Rate clips as Judge.rate does, long ones in spans. Returns: mean score (B, 3), least mass (B, 3)."""
     samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
-    with fitting("the judge", "lower --judge-batch, or --judge-size"):
-        ratings = [judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names)
-                   for a, b in spans(frames.shape[1], judge.window)]
+    try:
+        with fitting("the judge", "lower --judge-batch, or --judge-size"):
+            ratings = [judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names)
+                       for a, b in spans(frames.shape[1], judge.window)]
+    except OSError as error:                         # of a judge of your own that asks a server
+        raise JudgeError("the judge", f"cannot be asked ({error}); is its server up?") from None
     return torch.stack([r.score for r in ratings]).mean(0), torch.stack([r.mass for r in ratings]).amin(0)
 
 
@@ -263,8 +266,8 @@ def calibrate(scores: Tensor, knots: tuple[Sequence[float], Sequence[float]]) ->
 # ---------------------------------------------------------------- regularisers: what needs no judge
 #
 # Perceptual: is it still the portrait? Temporal: is it as smooth as real clips? Both are compared with real
-# clips of the same kind. So a face that is still to the pixel does not win, but one with a little noise
-# would: that a face moves with the speech is for the judge and the sync network to say.
+# clips of the same kind. So a frozen face scores badly. A frozen face with a little noise would score well:
+# that a face moves with the speech is for the judge and the sync network to say.
 
 STILL_SCALES = 1, 2, 4                               # pixels are averaged over squares of this side
 STILL_DEVIATION = 0.02                               # by which a still place may stray; black is 0, white 1
@@ -391,8 +394,8 @@ class Exemplars:
 # of time"): one watches five frames of the mouth, one hears the same 200 ms, and they should agree at the
 # right moment only. Large judges are reported to miss shifts of less than a second; this one notices 40 ms.
 #
-# There are two of them. One is in the reward, and puts drawn clips in time. The other, of another seed and
-# taught on other people, measures, and puts footage in time. What both of them overlook stays unseen.
+# There are two of them. One is in the reward, and puts drawn clips in time. The other, of another seed (the
+# shipped one also of other people), measures, and puts footage in time. What both overlook stays unseen.
 
 SYNC_FRAMES = 5                                      # frames in a window, 200 ms, as in SyncNet
 SYNC_SHIFTS = 15                                     # frames by which sound is tried early and late, as there
@@ -478,7 +481,7 @@ def lip_sound_distance(net: SyncNetwork, frames: Tensor, audio: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the reward; more is better. Regularisers are 0 at the exemplars' level, negative off it."""
+    """A part of the reward; more is better. A regulariser is 0 for a video like the exemplars, else below."""
 
     weight: float                  # in the total; 0 switches it off
     floor: float                   # least group deviation to divide by: smaller ones nobody can see
@@ -507,7 +510,7 @@ class Scores:
 
     total: Tensor                                    # (B,) sum of weight * component
     components: dict[str, Tensor]                    # name -> (B,)
-    per_chunk: dict[str, Tensor]                     # name -> (B, K), of all but ratings, if asked for
+    per_chunk: dict[str, Tensor]                     # name -> (B, K), of all but ratings
     mass: Tensor | None = None                       # (B, 3) of the judge's answers
 
 
@@ -534,12 +537,10 @@ class Reward:
         self.floors = {name: COMPONENTS[name].floor for name in self.weights}
 
     @torch.no_grad()
-    def __call__(self, frames: Tensor, audio: Tensor, portrait: Tensor, names: Sequence[str],
-                 per_chunk: bool = False) -> Scores:
+    def __call__(self, frames: Tensor, audio: Tensor, portrait: Tensor, names: Sequence[str]) -> Scores:
         """Score clips of one length.
 
         Args:    frames (B, F, 3, S, S) in [0, 1]; audio (B, F * 640); portrait (B, 3, S, S); B names.
-                 per_chunk: also return the scores of the chunks. A rating has none: it is of the whole.
         Returns: Scores; NaN where the judge gave no rating.
         Raises:  JudgeError where the judge fails; MediaError, with a name, where another score is no number.
         """
@@ -562,8 +563,7 @@ class Reward:
                 bad = (~values.isfinite()).nonzero()[0].item()
                 raise MediaError(names[bad], f"its {name} is {values[bad]}; look at the generated frames")
         total = sum(self.weights[name] * values for name, values in components.items())
-        kept = {name: values for name, values in chunks.items() if per_chunk and name in self.weights}
-        return Scores(total, components, kept, mass)
+        return Scores(total, components, {name: chunks[name] for name in chunks if name in components}, mass)
 
     def chunk_scores(self, frames: Tensor, audio: Tensor, portrait: Tensor) -> dict[str, Tensor]:
         """Score each chunk by what needs no judge: name -> (B, K), on the CPU. Its mean is the component."""

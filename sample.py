@@ -4,7 +4,7 @@
 
 The video is generated chunk by chunk and written as it comes, in constant memory: speech may have any length.
 
-The held-out metrics stand here. Some resemble a part of the reward (sync_confidence, jerk, seam_ratio,
+The held-out metrics are here, too. Some resemble a part of the reward (sync_confidence, jerk, seam_ratio,
 still_psnr); lip_correlation, offset, mouth_psnr and head_spread do not. (The embedded judge was taught by
 some of the same signals, as amplitude; extras/school.py says how far.) extras/mouths.py reads mouths from
 pixels.
@@ -51,13 +51,19 @@ def seeded_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...],
     return lambda chunk: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
 
 
+def hear_all(model: Generator, clips: Sequence[Clip], frames: int) -> Tensor:
+    """Describe the sound of clips as the generator hears it, (B, F, mel_channels), on the CPU."""
+    encoder, device = model.config.audio_encoder, next(model.parameters()).device
+    return torch.stack([hear(clip.audio, frames, encoder, device) for clip in clips])
+
+
 @torch.no_grad()
 def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = SAMPLING_STEPS,
             seed: int = 0, step: Callable[..., Tensor] = ode_step) -> Tensor:
     """Generate each clip anew from its first frame and its sound. Returns: (B, frames, 3, S, S) in [0, 1]."""
     c, device = model.config, next(model.parameters()).device
     portrait = torch.stack([clip.frames[0] for clip in clips]).to(device) / 255
-    mel = torch.stack([hear(clip.audio, frames, c.audio_encoder, device) for clip in clips]).to(device)
+    mel = hear_all(model, clips, frames).to(device)
     noise = seeded_noise(seed, range(len(clips)), (c.video_tokens, c.channels), device)
     chunks = model.generate(portrait, mel, noise, steps, step=step)
     return torch.cat([video.cpu() for _, video in chunks], 1)

@@ -6,7 +6,7 @@
     python train.py --control                          and what post-training's time would buy otherwise
     python train.py --pretrained runs/tiny --out runs/other     curate and post-train a finished run anew
     python train.py --pretrained runs/tiny --data my_clips --out runs/mine     train it first on other clips
-    torchrun --nproc_per_node=2 train.py --batch 16    the same on two GPUs, or on two processes of a CPU
+    torchrun --nproc_per_node=2 train.py               the same on two GPUs, or on two processes of a CPU
 
 1. Pretraining by flow matching on all clips. Each chunk of a clip is noised to a level of its own,
 
@@ -56,7 +56,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import grpo
-from data import Clip, Clips, cached, hear, pixels, sounds
+from data import Clip, Clips, cached, pixels, sounds
 from extras.files import MediaError, fitting, one_line
 from extras.media import FPS
 from extras.flags import parse_arguments
@@ -74,7 +74,7 @@ from extras.session import (Log, at_once, carry_out, check_program, clear, conti
 from extras.talkers import faults_of, synthetic_clips
 from model import Generator, load_generator
 from reward import ASPECTS, NO_JUDGE, JudgeError, Reward, Scores, rate_whole
-from sample import seeded_rng, sync_metrics
+from sample import hear_all, seeded_rng, sync_metrics
 
 WATCHED = 100_000                  # the first of the talkers that are watched, beyond any that are reported
 CODEC_CLIPS = 256                  # enough to fit the codec's components
@@ -149,12 +149,7 @@ def encode(model: Generator, clips: list[Clip], frames: int, device: str) -> Lat
     for i in tqdm(range(0, len(clips), batch), "encoding", leave=False):
         latents.append(model.codec.encode(pixels(clips[i:i + batch], frames).to(device)).cpu())
     portrait = torch.stack([clip.frames[0].clone() for clip in clips])      # a view would hold its file's map
-    return Latents(portrait, hear_all(model, clips, frames, device), torch.cat(latents))
-
-
-def hear_all(model: Generator, clips: list[Clip], frames: int, device: str) -> Tensor:
-    """Describe the sound of clips as the generator hears it, (B, F, mel_channels)."""
-    return torch.stack([hear(clip.audio, frames, model.config.audio_encoder, device) for clip in clips])
+    return Latents(portrait, hear_all(model, clips, frames), torch.cat(latents))
 
 
 # ---------------------------------------------------------------- what the judge picks
@@ -188,7 +183,7 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
         rows = range(i, len(clips), groups)
         recipe = {"clips": clips.folder.name, "rows": [clips.rows[row] for row in rows],
                   "frames": args.frames, "late": [clips.late(row) for row in rows], "judge": judged}
-        kept = cached(None, recipe, partial(rate, rows))
+        kept = cached(recipe, partial(rate, rows))
         ratings[i::groups] = torch.from_numpy(np.load(kept / "ratings.npy"))
         if missing := int(ratings[i::groups].isnan().any(1).sum()):
             print(f"note: {missing} of {len(rows)} clips are unrated; to ask again, delete {kept}")
@@ -458,7 +453,7 @@ class PostTraining(Stage):
         group = self.settings.group
         audio = sounds(prompts, rollout.frames.shape[1]).repeat_interleave(group, 0)
         names = [f"{clip.name} rollout {i}" for clip in prompts for i in range(group)]
-        scores = self.reward(rollout.frames, audio, rollout.portrait, names, self.settings.credit == "chunk")
+        scores = self.reward(rollout.frames, audio, rollout.portrait, names)
         components, per_chunk = ({name: gather_groups(values, group) for name, values in part.items()}
                                  for part in (scores.components, scores.per_chunk))
         return Scores(gather_groups(scores.total, group), components, per_chunk)
@@ -613,7 +608,7 @@ def train(args: argparse.Namespace, start: float) -> None:
             run.picks = pick_clips(judge, run.clips, args)
         run.picks.cpu_seconds += spent
         if run.clips is not clips:
-            mel = hear_all(pretraining.model, run.clips, args.frames, args.device)
+            mel = hear_all(pretraining.model, run.clips, args.frames)
             run.data = replace(run.found, mel=mel)
         if run.picks.ratings is not None and not args.data and args.world == "found":
             log(funnel=funnel(faults_of(run.clips), run.picks.ratings, run.picks.curated))

@@ -26,7 +26,7 @@ BROKEN = OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError
 
 
 class MediaError(ValueError):
-    """A file that cannot be used: `MediaError(path, "what is wrong; what to do")`, printed as one line."""
+    """A file, flag or server that is of no use: `MediaError(it, "what is wrong; what to do")` is one line."""
 
     def __str__(self) -> str:
         return ": ".join(str(part) for part in self.args)
@@ -215,6 +215,6 @@ def cores() -> int:
 
 
 def begin_worker() -> None:
-    """Begin a worker process: with one thread, and with its parent's end as its own, were that by kill -9."""
+    """Set up a worker process: it has one thread, and ends when its parent does, even by kill -9."""
     torch.set_num_threads(1)
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()

@@ -1,7 +1,7 @@
-"""The command line of train.py: its flags, what a preset gives them, and how a run of before is taken up.
+"""The command line of train.py: its flags, what a preset gives them, and how an earlier run is taken up.
 
-An explicit flag wins over the run that --resume or --pretrained names, and that run over the preset. What
-cannot be meant ends with one clear line before anything is done.
+An explicit flag wins over the run that --resume or --pretrained names, and that run over the preset.
+Impossible settings end with one clear line before anything is done.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TRAINING = {
                  warmup=1000, prompts=8, micro_batch=1, checkpointing=True),
 }
 
-# Flags that are numbers: name, type, default (None: by preset), least value that can be meant, help.
+# Flags that are numbers: name, type, default (None: by preset), least value, help.
 PRETRAINING = [
     ("seed", int, 0, 0, "of everything random"),
     ("steps", int, None, 1, "training steps"),
@@ -64,7 +64,7 @@ VALIDATION = [
 
 NOT_FLAGS = "mel_channels", "norm_eps", "audio_encoder"      # of Config: they follow from flags of their own
 LOCAL = "data", "judge", "sync", "reward_sync", "calibration", "init_from"
-# What may differ from a run of before: how much at once, how long to wait, where things are, and more steps.
+# What may differ from an earlier run: how much at once, how long to wait, where things are, and more steps.
 LOADS = {"validate_clips", "micro_batch", "tensorboard", "judge_batch", "judge_timeout", "judge_patience"}
 PLACES = {*LOCAL, "audio_encoder", "judge_url", "judge_model"}
 GROW = {"steps", "curate_steps", "updates", "control"}
@@ -93,7 +93,7 @@ def numbers(p: argparse.ArgumentParser, title: str, rows: list[tuple]) -> argpar
 def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     """Make the parser. Returns: it, and the names of the flags that define curation and post-training."""
     p = Parser(description="Pretrain, curate and post-train a generator.")
-    g = p.add_argument_group("a run of before")
+    g = p.add_argument_group("an earlier run")
     g.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, or, with more "
                    "--steps, --curate-steps or --updates, a finished one; other flags stay")
     g.add_argument("--pretrained", type=Path, metavar="RUN", help="curate and post-train a run anew to "
@@ -136,7 +136,7 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the flags; those of a run of before stand where none is given."""
+    """Read the flags; those of an earlier run stand where none is given."""
     p, later = all_flags()
     before = p.parse_args(argv)
     run = hub_folder(before.pretrained) if before.pretrained else before.resume
@@ -179,10 +179,10 @@ def flags(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in SESSION}
 
 
-# ---------------------------------------------------------------- a run of before
+# ---------------------------------------------------------------- an earlier run
 
 def saved_flags(p: argparse.ArgumentParser, run: Path) -> dict:
-    """Read the flags of a run of before and of its generator."""
+    """Read the flags of an earlier run and of its generator."""
     if not (run / "config.json").exists():
         p.error(f"{run} holds no run; one that stopped before its first checkpoint starts anew, "
                 "without --resume")
@@ -194,7 +194,7 @@ def saved_flags(p: argparse.ArgumentParser, run: Path) -> dict:
 
 
 def compare(p: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -> None:
-    """End with one clear line where a flag differs that a run of before has settled."""
+    """End with one clear line where a flag differs that an earlier run has settled."""
     changed = {name for name, value in saved.items() if json.loads(json.dumps(getattr(args, name))) != value}
     args.further = bool(args.pretrained and args.data != saved.get("data"))
     had_none = {name for name in ("data", "audio_encoder", "init_from") if not saved.get(name)}

@@ -76,7 +76,7 @@ def lesson(clips: Clips, seed: int, steps: int = STEPS) -> Path:
 
     rows = [(row, clips.late(i)) for i, row in enumerate(clips.rows)]
     recipe = {"sync network": clips.folder.name, "rows": rows, "seed": seed, "steps": steps}
-    return cached(None, recipe, teach)
+    return cached(recipe, teach)
 
 
 # ---- What goes together --------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def learn(args: argparse.Namespace) -> Footage | None:
         return as_it_is(f"{len(train)} clips are too few to teach a sync network, which takes {LEAST_CLIPS}")
     recipe = {"footage, by its best shift": train.folder.name, "rows": [train.rows, held_out.rows],
               "frames": args.frames, "steps": [FIRST_STEPS, STEPS, CHANCE, CLEAR]}
-    kept = cached(None, recipe, lambda to: (to / "found.json").write_text(
+    kept = cached(recipe, lambda to: (to / "found.json").write_text(
         json.dumps(examine(train, held_out, args.frames))))
     found = json.loads((kept / "found.json").read_text())
     tells = found["tells"]
@@ -203,5 +203,5 @@ def put_in_time(clips: Clips, args: argparse.Namespace) -> tuple[Clips, float]:
 
     recipe = {"offsets": clips.folder.name, "rows": clips.rows, "frames": args.frames,
               "network": fingerprint(net.state_dict())}
-    measured = json.loads((cached(None, recipe, measure) / "offsets.json").read_text())
+    measured = json.loads((cached(recipe, measure) / "offsets.json").read_text())
     return in_time(clips, dict(zip(clips.rows, measured["late"])), args.frames), measured["cpu_seconds"]

@@ -236,7 +236,7 @@ class Lessons:
     mouth_seen: Tensor              # (B, F) as in Material
     mouth_heard: Tensor             # (B, F)
     faults: Tensor                  # (B, 7) strength of each of FAULTS, nan where it is not known
-    grouped: int                    # how many, the last ones, are groups of GROUP versions of a clip
+    grouped: int                    # the last so many are groups of GROUP versions of a clip
 
 
 def choose_sound(material: Material, voices: Material, row: int, start: int, frames: int,

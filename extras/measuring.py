@@ -1,6 +1,6 @@
 """What a run measures: each arm on held-out clips, the looks that choose a checkpoint, and the pictures.
 
-The metrics themselves, none of which a reward contains, are in sample.py. report.py makes report.md of them.
+The metrics themselves, none of which a reward contains, are in sample.py. report.py makes a page of them.
 """
 
 import argparse

@@ -154,7 +154,7 @@ def _map_au(path: str) -> np.ndarray:
 
 
 def _map_new(path: str, count: int) -> np.ndarray:
-    """Map a new file of float32. A full disk is an error here: while it is mapped it would be death."""
+    """Map a new file of float32. Reserve its space: a disk found full later would be SIGBUS."""
     with open(path, "wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, 4 * count)

@@ -99,13 +99,12 @@ class SpeechEncoder:
 speech_encoder = lru_cache(maxsize=1)(SpeechEncoder)
 
 
-def features(audio: Tensor, n_frames: int, encoder: str, device: str = "cpu",
-             cache: str | Path | None = None) -> Tensor:
+def features(audio: Tensor, n_frames: int, encoder: str, device: str = "cpu") -> Tensor:
     """Describe the sound around each frame by a speech encoder, (n_frames, C), once for each clip."""
     listener, samples = speech_encoder(encoder, str(device)), n_frames * SAMPLES_PER_FRAME
     sound = nnf.pad(audio[:samples].float(), (0, max(0, samples - len(audio))))
     recipe = {"encoder": listener.fingerprint, "sound": hashlib.sha256(sound.numpy()).hexdigest()}
-    folder = cached(cache, recipe, lambda to: np.save(to / "heard.npy", listener(sound, n_frames).numpy()))
+    folder = cached(recipe, lambda to: np.save(to / "heard.npy", listener(sound, n_frames).numpy()))
     return torch.from_numpy(np.load(folder / "heard.npy"))
 
 

@@ -28,7 +28,7 @@ MORE_PRETRAINING, MORE_CURATION, UNCURATED = "more pretraining", "more curation"
 PAIRS = [  # an arm, and what it is compared with: what it started from, or time spent otherwise
     (CURATED, PRETRAINED), (POST_TRAINED, CURATED), (POST_TRAINED, PRETRAINED), (POST_TRAINED, MORE_CURATION),
     (UNCURATED, MORE_PRETRAINING), (POST_TRAINED, MORE_PRETRAINING)]
-ENDS = {  # what a line of the log without a stage of training ends
+ENDS = {  # an entry of the log -> what it ends, for the table of times
     "config": "preparation", "funnel": "rating", "control": "measuring",
     "held_out": "measuring", "rewarded": "measuring"}
 GROUPS = {  # how independent of the reward a metric is

@@ -165,5 +165,5 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with one_line("stopped", "choose fewer clips"):
+    with one_line("stopped", "use a machine with more of it"):
         main()

@@ -40,7 +40,7 @@ from extras.people import STUDY_SEED, bootstrap, pairwise_accuracy, spearman
 from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
 from reward import ASPECTS, Judge
-from sample import sync_metrics
+from sample import seeded_rng, sync_metrics
 
 # ---------------------------------------------------------------- the tiny judge, and how it learns
 
@@ -228,7 +228,7 @@ def teach(judge: Judge, good: Material, generated: Material | None, steps: int, 
     descending = rubric | {aspect: dict(reversed(rubric[aspect].items())) for aspect in ASPECTS}
 
     def mouths_alone(step):
-        rng = torch.Generator().manual_seed(TOWER_STREAM + seed * 1_000_003 + step)
+        rng = seeded_rng(seed, TOWER_STREAM + step)
         return {"vision": vision_loss(judge, hints, good, generated, rng),
                 "audio": audio_loss(judge, hints, good, rng)}
 

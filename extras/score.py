@@ -1,12 +1,12 @@
 """Score videos by the reward, component by component, and by metrics that no reward contains.
 
-    python -m extras.score video.mp4 --portrait portrait.jpg
+    python -m extras.score video.mp4                   its first frame is taken as the portrait
 """
 
 import argparse
 import sys
 
-from data import folder_clips, load_clip, load_portrait
+from data import folder_clips, load_clip
 from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
 from extras.files import MediaError, one_line
 from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_flags, table
@@ -17,7 +17,6 @@ from sample import identity_cosine, sync_metrics
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("videos", nargs="+", metavar="FILE")
-    p.add_argument("--portrait", help="of the videos (their first frame)")
     p.add_argument("--data", metavar="DIR", help="real clips to compare with (drawn talkers)")
     p.add_argument("--size", type=int, default=64, help="pixels per side (%(default)s)")
     p.add_argument("--chunk-frames", type=int, default=4, help="of the generator they are from (%(default)s)")
@@ -52,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     reward = make_reward(args, make_judge(args), good, args.chunk_frames)
     sync = measuring_sync(args)
     for clip in clips:
-        portrait = load_portrait(args.portrait, args.size) if args.portrait else clip.frames[0]
-        frames, portrait, audio = clip.frames[None] / 255, portrait[None] / 255, clip.audio[None]
+        frames, audio = clip.frames[None] / 255, clip.audio[None]
+        portrait = frames[:, 0]
         scores = reward(frames, audio, portrait, [clip.name])
         print(f"{clip.name}: {frames.shape[1]} frames\n{table(reward, {'': scores})}")
         if sync:

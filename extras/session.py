@@ -81,7 +81,7 @@ def clear(folder: Path) -> None:
 # ---------------------------------------------------------------- the log
 
 def plain_json(entry: dict) -> str:
-    """Write JSON as everyone reads it: null for what is no number."""
+    """Write strict JSON: NaN and infinity become null."""
     return json.dumps(json.loads(json.dumps(entry), parse_constant=lambda name: None))
 
 
@@ -143,7 +143,7 @@ class Log:
 # ---------------------------------------------------------------- checkpoints
 
 def fingerprint(weights: dict[str, torch.Tensor]) -> str:
-    """Tell weights from others: a stage that went on from them is only as old as they are."""
+    """Hash weights, by which a stage knows whether it went on from the same."""
     sign = hashlib.sha256()
     for tensor in weights.values():
         sign.update(tensor.cpu().numpy().tobytes())

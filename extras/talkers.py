@@ -173,7 +173,7 @@ FAULTS = {
     "mumble": (1.00, 0.15, 0.65),                    # so much less do mouths open and brows move; heads: half
     "tremble": (0.70, 0.10, 0.80),                   # of jumps, frame by frame, by 1% and 0.7 degrees
     "dubbed": (0.04, 1, 1),                          # the sound is another's
-    "compressed": (0.30, 0.20, 1.00),                # JPEG quality 90 to 30; the judge never saw it
+    "compressed": (0.30, 0.20, 1.00),                # JPEG quality 78 to 30; the judge never saw it
 }
 EARLY = 1 / 3                                        # of the clips out of sync; late is more common
 
@@ -567,7 +567,7 @@ def _render_all(jobs: Sequence[tuple], found: bool) -> Iterator[tuple]:
     pool = ProcessPoolExecutor(cores(), get_context("spawn"), begin_worker)
     stops = {signal.SIGINT, signal.SIGTERM}
     try:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)     # workers begin whole, and do not speak
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)     # only the parent answers Ctrl-C
         try:
             clips = pool.map(render, jobs, chunksize=4) if len(jobs) >= 32 else map(render, jobs)
         finally:
@@ -578,11 +578,11 @@ def _render_all(jobs: Sequence[tuple], found: bool) -> Iterator[tuple]:
 
 
 def synthetic_clips(count: int, size: int, seconds: float = 2.0, seed: int = 0, first: int = 0,
-                    world: str = "flawless", cache: str | Path | None = None) -> Clips:
+                    world: str = "flawless") -> Clips:
     """Render talkers first .. first + count - 1 once, as they should be or as found; hold out talkers by a
     `first` beyond the training's."""
     frames = round(seconds * FPS)
     recipe = {"count": count, "size": size, "frames": frames, "seed": seed, "first": first, "world": world,
               "renderer": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     jobs = [(index, seed, size, frames) for index in range(first, first + count)]
-    return Clips(cached(cache, recipe, lambda to: fill_cache(to, _render_all(jobs, world == "found"), {})))
+    return Clips(cached(recipe, lambda to: fill_cache(to, _render_all(jobs, world == "found"), {})))

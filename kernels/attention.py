@@ -357,7 +357,7 @@ def tiling(bounds: list[int], head_dim: int, dtype: torch.dtype, backward: bool)
     """Choose a program's own rows, the rows that pass by at a time, and the other compile-time arguments.
 
     Own tiles are 128 rows where these fill blocks and chunks, else as long as a block, 16 to 64. The rest is
-    as much as compiles without spilled registers (tests/test_kernels.py); no choice has been timed yet.
+    as much as compiles without spilled registers (tests/test_kernels.py). Other choices have not been timed.
 
     fp32 is multiplied as three products of TF32, which keep nearly its precision on tensor cores: in GRPO,
     cached and parallel means must not be further apart than 1e-6 (`grpo.check_rescoring`).

@@ -257,14 +257,15 @@ def test_adding_files_never_moves_one_from_training_to_held_out():
     assert 15 <= len(before) <= 45 and data._held_out(["one.mp4"]) == set()
 
 
-def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
+def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
     """Of two runs at once both get the same; what fails, or was killed a day ago, leaves nothing."""
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
     built = []
 
     def build(folder: Path) -> None:
         built.append(folder)
         if len(built) == 1:
-            data.cached(tmp_path, {"size": 1}, build)              # another run, which finishes first
+            data.cached({"size": 1}, build)              # another run, which finishes first
         (folder / "clip").write_text("whole")
 
     def fill(folder: Path) -> None:
@@ -274,12 +275,13 @@ def test_a_cache_is_built_once_and_whole_or_not_at_all(tmp_path):
     alive.mkdir()
     dead.mkdir()
     os.utime(dead, (0, time.time() - 25 * 3600))
-    one = data.cached(tmp_path, {"size": 1}, build)
-    assert len(built) == 2 and data.cached(tmp_path, {"size": 1}, build) == one and len(built) == 2
-    two = data.cached(tmp_path, {"size": 2}, build)
+    one = data.cached({"size": 1}, build)
+    assert len(built) == 2 and data.cached({"size": 1}, build) == one and len(built) == 2
+    two = data.cached({"size": 2}, build)
     for root, wrong in ((one / "clip", build), (tmp_path, fill)):
+        monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(root))
         with pytest.raises(MediaError, match="cache cannot be written"):
-            data.cached(root, {}, wrong)
+            data.cached({}, wrong)
     assert set(tmp_path.iterdir()) == {alive, one, two} and (one / "clip").read_text() == "whole"
 
 
@@ -469,9 +471,10 @@ def test_a_damaged_track_is_not_copied_but_carried_so_that_players_do_not_stop(t
     assert not subprocess.run(check, capture_output=True).stderr
 
 
-def test_a_cache_that_is_damaged_is_named(tmp_path):
+def test_a_cache_that_is_damaged_is_named(tmp_path, monkeypatch):
     """By a power cut, say."""
-    folder = synthetic_clips(1, 16, 0.4, cache=tmp_path).folder
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
+    folder = synthetic_clips(1, 16, 0.4).folder
     for name in "0.safetensors", "index.json":
         (folder / name).write_bytes(b"")
         with pytest.raises(MediaError, match=f"{folder.name}: is a damaged cache .*; delete this folder"):

@@ -35,6 +35,9 @@ def nudged(model, size=0.01):
     return other
 
 
+FLOORS = dict.fromkeys(("sync", "still", "seam", "hinge", "near", "size"), 1e-3)
+
+
 def scores(**components):
     return SimpleNamespace(components={k: torch.tensor(v) for k, v in components.items()}, per_chunk={})
 
@@ -181,7 +184,7 @@ def test_two_groups_of_four_worked_by_hand():
     twice as wide, and has the same: a video is compared with its own group alone."""
     made = scores(sync=[1., 3, 3, 5, 10, 20, 20, 30], still=[-2., -2, -4, -4, 0, 0, -4, -4], unused=[1.] * 8)
     weights = {"sync": 1.0, "still": 0.5, "unused": 0.0}
-    value, report = advantages(made, weights, Settings(group=4), chunks=2)
+    value, report = advantages(made, weights, Settings(group=4), 2, FLOORS)
     want = torch.tensor([-math.sqrt(2) + 0.5, 0.5, -0.5, math.sqrt(2) - 0.5]).repeat(2)
     assert value.shape == (8, 2) and torch.allclose(value, want[:, None].expand(8, 2), atol=1e-6)
     assert report["sync"] == pytest.approx({"mean": 11.5, "group_std": 3 * math.sqrt(2), "flat": 0})
@@ -193,7 +196,7 @@ def test_a_group_of_equal_rewards_has_no_advantage_and_no_gradient():
     model = generator()
     rollout = roll_out(model, settings)
     for equal in (0.0, 3.3):
-        value, report = advantages(scores(sync=[equal] * 6), {"sync": 1.0}, settings, 3)
+        value, report = advantages(scores(sync=[equal] * 6), {"sync": 1.0}, settings, 3, FLOORS)
         assert torch.equal(value, torch.zeros(6, 3))
         assert report["sync"]["flat"] == report["total"]["flat"] == 1
     for policy in (model, nudged(model)):
@@ -204,30 +207,29 @@ def test_a_group_of_equal_rewards_has_no_advantage_and_no_gradient():
 def test_residue_of_rounding_is_not_blown_up_and_the_advantage_is_clamped():
     """Rewards equal but for the last bit stay near 0; one winner of 64 has z = 7.9 and is clamped to 5."""
     near = [3.0, 3.0000002, 3.0, 2.9999998]
-    value, report = advantages(scores(sync=near), {"sync": 1.0}, Settings(group=4), 1)
+    value, report = advantages(scores(sync=near), {"sync": 1.0}, Settings(group=4), 1, FLOORS)
     assert value.abs().max() < 1e-3 and report["sync"]["flat"] == 1
-    value, _ = advantages(scores(sync=[0.0] * 63 + [1.0]), {"sync": 1.0}, Settings(group=64), 1)
+    value, _ = advantages(scores(sync=[0.0] * 63 + [1.0]), {"sync": 1.0}, Settings(group=64), 1, FLOORS)
     assert value.max() == 5 and value[0, 0] == pytest.approx(-math.sqrt(1 / 63), rel=1e-4)
     hinge = scores(hinge=[0, 0, 0, -1e-4])
-    value, _ = advantages(hinge, {"hinge": 1.0}, Settings(group=4), 1, floors={"hinge": 1e-3})
+    value, _ = advantages(hinge, {"hinge": 1.0}, Settings(group=4), 1, FLOORS)
     assert value.abs().max() < 0.1                                   # a tiny violation, in its own unit
 
 
 @pytest.mark.parametrize("credit", ["video", "chunk"])
-def test_an_unrated_video_is_left_out_of_its_group(credit, monkeypatch):
+def test_an_unrated_video_is_left_out_of_its_group(credit):
     """Three groups of four, one video unrated in each: its advantage is 0, the others have those of groups of
-    three that never held it. The relative floor counts too: what was dropped has the largest reward."""
-    monkeypatch.setattr(grpo, "STD_FLOOR", 0.2)
-    settings, odd = Settings(group=4, credit=credit), [1, 6, 8]
+    three that never held it."""
+    settings, odd, floors = Settings(group=4, credit=credit), [1, 6, 8], {"sync": 0.2, "seam": 0.2}
     made = scores(sync=torch.randn(12, generator=rng()).tolist(),
                   seam=torch.randn(12, generator=rng(1)).tolist())
     made.per_chunk = {"seam": torch.randn(12, 3, generator=rng(2))}
     made.components["seam"][odd], made.components["sync"][odd] = 9.0, math.nan
-    value, report = advantages(made, {"sync": 1.0, "seam": 0.5}, settings, 3)
+    value, report = advantages(made, {"sync": 1.0, "seam": 0.5}, settings, 3, floors)
     others = [i for i in range(12) if i not in odd]
     alone = SimpleNamespace(components={k: v[others] for k, v in made.components.items()},
                             per_chunk={"seam": made.per_chunk["seam"][others]})
-    want, without = advantages(alone, {"sync": 1.0, "seam": 0.5}, replace(settings, group=3), 3)
+    want, without = advantages(alone, {"sync": 1.0, "seam": 0.5}, replace(settings, group=3), 3, floors)
     assert torch.allclose(value[others], want, atol=1e-6) and torch.equal(value[odd], torch.zeros(3, 3))
     assert report.pop("total")["unrated"] == 3 and without.pop("total")["unrated"] == 0
     assert all(report[name] == pytest.approx(without[name]) for name in without)
@@ -236,16 +238,16 @@ def test_an_unrated_video_is_left_out_of_its_group(credit, monkeypatch):
 def test_a_group_with_fewer_than_two_rated_videos_has_no_advantage():
     nan = math.nan
     value, report = advantages(scores(sync=[1., nan, nan, nan, nan, nan, 1., 2, nan]), {"sync": 1.0},
-                               Settings(group=3), 2)
+                               Settings(group=3), 2, FLOORS)
     assert torch.allclose(value[:, 0], torch.tensor([0., 0, 0, 0, 0, 0, -1, 1, 0]))
     assert report["total"] == {"flat": pytest.approx(2 / 3), "unrated": 6}
 
 
 def test_an_infinite_reward_is_named():
     with pytest.raises(ValueError, match="reward sync is .*inf"):
-        advantages(scores(sync=[1.0, math.inf]), {"sync": 1.0}, Settings(group=2), 1)
+        advantages(scores(sync=[1.0, math.inf]), {"sync": 1.0}, Settings(group=2), 1, FLOORS)
     with pytest.raises(ValueError, match="nothing to learn"):
-        advantages(scores(sync=[1.0, 2.0]), {"sync": 0.0}, Settings(group=2), 1)
+        advantages(scores(sync=[1.0, 2.0]), {"sync": 0.0}, Settings(group=2), 1, FLOORS)
 
 
 def test_credit_per_chunk_looks_forward_only():
@@ -255,9 +257,9 @@ def test_credit_per_chunk_looks_forward_only():
     assert torch.allclose(reward_to_go(torch.tensor([[1., 2, 6]]), 0.5), torch.tensor([[2, 10 / 3, 6]]))
     made = scores(seam=[0., 0], sync=[1., 3])
     made.per_chunk = {"seam": torch.tensor([[5., 0, 1], [0., 0, 3]])}
-    value, _ = advantages(made, {"seam": 1.0}, Settings(group=2, credit="chunk"), 3)
+    value, _ = advantages(made, {"seam": 1.0}, Settings(group=2, credit="chunk"), 3, FLOORS)
     assert torch.allclose(value, torch.tensor([[1., -1, -1], [-1., 1, 1]]))
-    both, _ = advantages(made, {"seam": 1.0, "sync": 0.5}, Settings(group=2, credit="chunk"), 3)
+    both, _ = advantages(made, {"seam": 1.0, "sync": 0.5}, Settings(group=2, credit="chunk"), 3, FLOORS)
     assert torch.allclose(both, value + torch.tensor([[-0.5], [0.5]]))
 
 
@@ -296,7 +298,7 @@ def test_a_bandit_with_a_known_optimum_is_solved():
         old = mean.detach().clone()
         action = old + 0.5 * torch.randn(16, generator=g)
         near = SimpleNamespace(components={"near": -(action - 3) ** 2}, per_chunk={})
-        advantage, _ = advantages(near, {"near": 1.0}, settings, chunks=1)
+        advantage, _ = advantages(near, {"near": 1.0}, settings, 1, FLOORS)
         for _ in range(2):
             log_ratio = Normal(mean, 0.5).log_prob(action) - Normal(old, 0.5).log_prob(action)
             optimizer.zero_grad()
@@ -319,7 +321,7 @@ def test_twenty_updates_raise_a_toy_reward(credit):
     before = reward(roll_out(model, settings, seed=99)).components["size"]
     for update in range(20):
         rollout = roll_out(model, settings, seed=update)
-        advantage, _ = advantages(reward(rollout), {"size": 1.0}, settings, chunks=3)
+        advantage, _ = advantages(reward(rollout), {"size": 1.0}, settings, 3, FLOORS)
         for part in (slice(0, 8), slice(8, 16)):
             optimizer.zero_grad()
             grpo_loss(model, reference, rollout[part], advantage[part], settings)[0].backward()

@@ -78,15 +78,16 @@ def test_a_click_changes_the_features_of_its_half_frame_most_neither_early_nor_l
     assert abs(torch.stack(late).mean()) < 32, torch.stack(late).mean()
 
 
-def test_features_are_kept_per_clip_and_not_mixed_up(encoders, tmp_path):
+def test_features_are_kept_per_clip_and_not_mixed_up(encoders, tmp_path, monkeypatch):
     """Another sound, encoder or length is another entry. Sound that is too short is continued by silence."""
+    monkeypatch.setenv("FLOWPORTRAIT_CACHE", str(tmp_path))
     sound = torch.randn(10 * SAMPLES_PER_FRAME)
     name, other = str(encoders / "hubert"), str(encoders / "wavlm")
-    first = hear(sound, 10, name, cache=tmp_path)
+    first = hear(sound, 10, name)
     assert torch.equal(first, SpeechEncoder(name)(sound, 10)) and len(list(tmp_path.iterdir())) == 1
-    assert torch.equal(first, hear(sound, 10, name, cache=tmp_path)) and len(list(tmp_path.iterdir())) == 1
-    for unlike in (hear(sound + 0.1, 10, name, cache=tmp_path), hear(sound, 10, other, cache=tmp_path),
-                   hear(sound, 12, name, cache=tmp_path)[:10]):
+    assert torch.equal(first, hear(sound, 10, name)) and len(list(tmp_path.iterdir())) == 1
+    for unlike in (hear(sound + 0.1, 10, name), hear(sound, 10, other),
+                   hear(sound, 12, name)[:10]):
         assert not torch.equal(first, unlike)
     assert len(list(tmp_path.iterdir())) == 4 and torch.equal(hear(sound, 10), log_mel(sound, 10))
 

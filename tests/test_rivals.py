@@ -21,7 +21,7 @@ STAGES = "curate.pt", "post.pt", "curated"
 @pytest.fixture
 def run(tmp_path):
     args = train.parse_arguments([*SHAPE, "--out", str(tmp_path), "--seed", "3"])
-    clips = synthetic_clips(6, args.config.size, 2.0, 0, cache=tmp_path / "cache")
+    clips = synthetic_clips(6, args.config.size, 2.0, 0)
     torch.manual_seed(0)
     stage = train.FlowMatching("curation", None, args, 1)
     train.fit_codec(stage.model, clips, args)

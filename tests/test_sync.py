@@ -97,7 +97,7 @@ def test_a_chunk_earns_minus_the_distance_of_the_five_frames_around_each_of_its_
     """By a loop over the frames. The first two and the last two have the nearest whole window's."""
     net, frames, audio = SyncNetwork(8, 8), batch[0][:2, :30], batch[1][:2, :30 * 640]
     rate = Reward(None, Exemplars.measure(clips, 4), SYNC_ALONE, sync=net)
-    scores = rate(frames, audio, frames[:, 0], "ab", per_chunk=True)
+    scores = rate(frames, audio, frames[:, 0], "ab")
     v, a = net.visual(frames).double(), net.sound(audio).double()
     for b in range(2):
         apart = [math.dist(v[b, i].tolist(), a[b, i].tolist()) for i in range(26)]

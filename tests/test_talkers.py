@@ -127,9 +127,9 @@ def test_faults_come_at_their_rates_and_strengths_each_by_itself():
     assert np.abs(together).max() < 0.09
 
 
-def test_clips_as_found_are_the_talkers_with_what_was_drawn_for_them_and_others_record_nothing(tmp_path):
-    clips = synthetic_clips(4, 32, 0.4, 3, world="found", cache=tmp_path)
-    flawless = synthetic_clips(4, 32, 0.4, 3, cache=tmp_path)
+def test_clips_as_found_are_the_talkers_with_what_was_drawn_for_them_and_others_record_nothing():
+    clips = synthetic_clips(4, 32, 0.4, 3, world="found")
+    flawless = synthetic_clips(4, 32, 0.4, 3)
     for i, (clip, plain) in enumerate(zip(clips, flawless)):
         wrong = draw_faults(np.random.default_rng([3, i, 4]))
         assert {name: clip.truth[f"fault_{name}"].item() for name in FAULTS} == pytest.approx(wrong)
@@ -140,7 +140,7 @@ def test_clips_as_found_are_the_talkers_with_what_was_drawn_for_them_and_others_
 
 def test_the_key_of_the_cache_holds_all_that_shapes_the_clips(tmp_path, monkeypatch):
     """Count, size, seconds, seed, first, world, the renderer's text; the same recipe is read back."""
-    recipe = dict(count=1, size=32, seconds=0.4, seed=0, first=0, cache=tmp_path)
+    recipe = dict(count=1, size=32, seconds=0.4, seed=0, first=0)
     changes = dict(count=2, size=48, seconds=0.8, seed=1, first=1, world="found")
     folders = {synthetic_clips(**recipe | {key: value}).folder for key, value in changes.items()}
     folders.add(synthetic_clips(**recipe).folder)

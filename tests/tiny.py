@@ -87,15 +87,16 @@ class Brightness:
     """A reward that anyone can compute: bright frames, and bright last ones."""
 
     def __init__(self):
-        self.weights, self.floors, self.asked = {"bright": 1.0, "end": 0.5}, {}, []
+        self.weights, self.asked = {"bright": 1.0, "end": 0.5}, []
+        self.floors = dict.fromkeys(self.weights, 1e-3)
 
-    def __call__(self, frames, audio, portrait, names, per_chunk=False):
+    def __call__(self, frames, audio, portrait, names):
         assert audio.shape == (len(frames), frames.shape[1] * SAMPLES_PER_FRAME) and len(names) == len(frames)
         assert portrait.shape == (len(frames), *frames.shape[2:]) and 0 <= frames.min() and frames.max() <= 1
         assert not frames.requires_grad
         self.asked.append(tuple(names))
         components = {"bright": frames.mean((1, 2, 3, 4)), "end": frames[:, -1].mean((1, 2, 3))}
-        chunks = {"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))} if per_chunk else {}
+        chunks = {"bright": frames.unflatten(1, (-1, 4)).mean((2, 3, 4, 5))}
         return SimpleNamespace(total=components["bright"] + 0.5 * components["end"], components=components,
                                per_chunk=chunks)
 

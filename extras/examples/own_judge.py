@@ -17,6 +17,7 @@ from extras import reward_flags, school
 from extras.files import one_line
 from extras.media import SAMPLES_PER_FRAME
 from reward import Ratings
+from sample import correlation, each
 
 
 class OwnJudge:
@@ -39,17 +40,11 @@ class OwnJudge:
         loudness = audio.unflatten(1, (-1, SAMPLES_PER_FRAME)).std(-1)[:, 1:]            # (B, F - 1)
         tremble = frames.diff(n=3, dim=1).abs().mean((1, 2, 3, 4))                       # (B,)
 
-        lips = 3 + 2 * correlation(change, loudness)
+        lips = 3 + 2 * each(correlation, change, loudness)
         liveliness = 1 + 4 * (change.mean(1) / 0.02).clamp(0, 1)
         motion = 5 - 4 * (tremble / 0.04).clamp(0, 1)
         score = torch.stack([lips, liveliness, motion], 1)                               # (B, 3)
         return Ratings(score, mass=torch.ones_like(score))                               # it was an answer
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Correlate the rows of a and b (B, F). Returns: (B,), 0 for a row that never changes."""
-    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-9)
 
 
 if __name__ == "__main__":                           # processes that draw talkers import this file, too
