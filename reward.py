@@ -107,15 +107,19 @@ class JudgeError(MediaError):
     """A judge that cannot be asked, or does not rate: what was reached is to be saved, and can be resumed."""
 
 
+class Unrated(JudgeError):
+    """None of some clips got a rating."""
+
+
 def drop_unrated(ratings: Ratings, names: Sequence[str]) -> Ratings:
-    """Make a score NaN where too little of the answer is a digit. Raises: JudgeError if no clip is rated."""
+    """Make a score NaN where too little of the answer is a digit. Raises: Unrated if no clip is rated."""
     unrated = ~(ratings.mass >= MIN_MASS) | ~ratings.score.isfinite()                # (B, 3)
     if unrated.any():
         clip, aspect = unrated.nonzero()[0].tolist()
         said = (f"the judge does not rate its {ASPECTS[aspect]}: the digits 1..5 have probability "
                 f"{ratings.mass[clip, aspect]:.2g}")
         if unrated.any(1).all():
-            raise JudgeError(names[clip], f"{said}; {NO_JUDGE}")
+            raise Unrated(names[clip], f"{said}; {NO_JUDGE}")
         tqdm.write(f"note: {names[clip]}: {said}; {unrated.any(1).sum()} of {len(names)} clips are unrated",
                    file=sys.stderr)
     ratings.score = ratings.score.masked_fill(unrated, math.nan)

@@ -26,7 +26,8 @@ from data import to_bytes
 from extras.files import MediaError, first_line
 from extras.media import FPS
 from extras.page import video_uri
-from reward import ASPECTS, RUBRIC, JudgeError, Ratings, drop_unrated, expected_rating, prompt
+from reward import (ASPECTS, NO_JUDGE, RUBRIC, JudgeError, Ratings, Unrated, drop_unrated, expected_rating,
+                    prompt)
 
 # What vLLM needs to see and hear a clip as it is (chat_utils.py, qwen2_5_omni_thinker.py). It takes the sound
 # out of the mp4 only if the *request* says so (vllm#36319); the server's own flag does not (vllm#47788). It
@@ -79,6 +80,8 @@ class RemoteJudge:
         self.fingerprint = json.dumps([model, RUBRIC])          # for a cache of its ratings
         self.waiting = False                         # in an outage
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"             # a file ends in a newline
+        if not key.isascii():
+            raise MediaError("OPENAI_API_KEY", "holds a character that no key has; copy it again")
         try:
             host = urlsplit(url).hostname or ""
             local = host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
@@ -93,7 +96,11 @@ class RemoteJudge:
         try:
             clips = [(i, frames[i], audio[i], stop) for i in range(len(names))]
             answers = sorted(pool.imap_unordered(self.ask_all, clips))           # raises as soon as one fails
-            return drop_unrated(expected_rating(torch.stack([p for _, p in answers])), names)
+            p = torch.stack([p for _, p in answers])
+            if p.isnan().all():
+                raise Unrated(self.url, "answers without log-probabilities; name the address that ends in /v1, "
+                                        f"and {NO_JUDGE}")
+            return drop_unrated(expected_rating(p), names)
         except openai.OpenAIError as error:
             remedy = "check --judge-model, the key in OPENAI_API_KEY and the server"
             if isinstance(error, OUTAGE):

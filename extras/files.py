@@ -140,10 +140,12 @@ def reading_weights(folder: Path, kind: str, source: str) -> AbstractContextMana
 def loading(name: str | Path, what: str) -> AbstractContextManager:
     """Turn whatever transformers raises into a MediaError, and load without its chatter."""
     import transformers                              # here: it takes seconds, and few uses need it
+    from huggingface_hub.errors import StrictDataclassError
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     remedy = "give a folder that transformers wrote, or a name on the hub"
-    return refusing(name, BROKEN, lambda error: f"cannot be loaded as {what} ({first_line(error)}); {remedy}")
+    errors = *BROKEN, StrictDataclassError
+    return refusing(name, errors, lambda error: f"cannot be loaded as {what} ({first_line(error)}); {remedy}")
 
 
 def whole_model(kind, name: str | Path, **settings) -> torch.nn.Module:

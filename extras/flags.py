@@ -255,7 +255,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         p.error(f"--out {args.out} is a file; name a folder")
     if any(args.out.glob("[!.]*")) and not (args.out / "log.jsonl").exists():
-        p.error(f"--out {args.out} holds files, none of them a run's log.jsonl; "
+        p.error(f"{args.out} holds files, none of them a run's log.jsonl; "
                 "name a folder of the run's own")
     if args.data is not None and not (args.data and Path(args.data).exists()):
         p.error(f"{args.data or 'a file without a name'} is not there; say where the clips are with --data")

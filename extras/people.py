@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from extras import reward_flags
 from extras.reward_flags import read_json
 from extras.talkers import synthetic_clips
 from model import Generator, load_generator
-from reward import ASPECTS, rate_whole
+from reward import ASPECTS, NO_JUDGE, Unrated, rate_whole
 from sample import imitate
 
 # ---------------------------------------------------------------- agreement with people
@@ -162,8 +163,15 @@ def align_judge(args: argparse.Namespace) -> None:
     videos = {video for rated in ratings.values() for video in rated}
     for video in tqdm(sorted(videos), "rating", leave=False):
         clip = load_clip(args.ratings.parent / video, args.size, args.crop)
-        score, _ = rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])
-        scores[video] = score[0].tolist()
+        try:
+            score, _ = rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])
+            scores[video] = score[0].tolist()
+        except Unrated as error:
+            print(f"note: it is left out: {error}", file=sys.stderr)
+    if not scores:
+        raise MediaError(args.ratings, f"names no video that the judge rates; {NO_JUDGE}")
+    ratings = {aspect: {video: rated[video] for video in rated if video in scores}
+               for aspect, rated in ratings.items()}
     print(align(scores, ratings, args.out))
 
 
@@ -199,8 +207,9 @@ def study(args: argparse.Namespace) -> None:
     whose: the same portrait, speech and noise for both, each run on the left in half of the pairs, drawn by
     the seed. Noise is the same where the runs' chunks are; else it comes from the same seed."""
     page, key_path = args.out / "study.html", args.out / "key.json"
-    if key_path.exists():
-        raise MediaError(key_path, "is the key of a study that may have votes; choose another --out")
+    for path in page, key_path:
+        if path.exists():
+            raise MediaError(path, "is of a study that may have votes; choose another --out")
     rng = torch.Generator().manual_seed(args.seed)
     models = [load_generator(run).to(args.device).eval() for run in args.runs]
     clips, frames = study_clips(args, models, rng)

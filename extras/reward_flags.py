@@ -160,7 +160,7 @@ def read_json(path: Path, what: str, complete: Callable[[dict], bool]) -> dict:
             raise ValueError("something is missing or misspelt")
     except OSError as error:
         raise MediaError(path, f"cannot be read ({error.strerror}); name {what}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MediaError(path, f"is not {what} ({str(error)[:80]}); save it again") from None
     return read
 

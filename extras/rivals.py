@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 import train
 from data import Clip, Clips, sounds
+from extras.arguments import Parser
 from extras.files import MediaError, one_line, replacing
 from extras.flags import parse_arguments
 from extras.measuring import loaded, mouth_distance
 from extras.media import SAMPLES_PER_FRAME
 from extras.report import CURATED, PRETRAINED, summary
 from extras.reward_flags import make_judge, measuring_sync, reward_sync
-from extras.session import Log, fingerprint, lock, plain_json
+from extras.session import Log, check_program, fingerprint, lock, plain_json
 from model import load_generator
 from reward import rate_whole
 from sample import evaluate, imitate, seeded_noise, seeded_rng, sync_metrics
@@ -107,7 +108,7 @@ class RejectionSampling(train.FlowMatching):
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("run", type=Path, help="a finished run on drawn talkers, with curation and post-training")
     folder = p.parse_args(argv).run
     args = parse_arguments(["--resume", str(folder)])
@@ -115,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.data or "none" in (args.judge, args.reward_sync) or not stages:
         raise MediaError(folder, "is no finished run on drawn talkers with a judge, a sync network of the "
                                  "reward and all three stages")
+    check_program(argparse.Namespace(**vars(args) | {"program": "train.py"}))
     args.command = [str(folder)]                     # what is said to go on with where this is stopped
     with lock(folder), lock(folder / "rivals"):
         compare(folder, args)

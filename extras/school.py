@@ -20,6 +20,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from extras.lessons import (FAULTS, GROUP, LESSON_FRAMES, MATERIAL_FRAMES, VERSI
 from extras.people import STUDY_SEED, bootstrap, pairwise_accuracy, spearman
 from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
+from model import load_generator
 from reward import ASPECTS, Judge
 from sample import seeded_rng, sync_metrics
 
@@ -251,7 +253,7 @@ def save_judge(judge: Judge, folder: Path, card: str) -> None:
     """Write the judge as transformers does; beside it judge.json (rubric, pixels, window, dtype: what counts
     are differences that bf16 would round away) and the card."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         judge.model.half().save_pretrained(temporary)
         judge.model.float()
         judge.processor.save_pretrained(temporary)
@@ -366,12 +368,14 @@ def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Seq
 
 def train_judge(args: argparse.Namespace) -> None:
     """Teach the embedded judge and write it to --out with its card."""
+    judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
+    for run in args.generator:
+        load_generator(run)                              # what is missing is told now
     clips, held_out = clips_for(args, JUDGE_CLIPS)
     if not held_out:
         raise MediaError(args.data, "has no clips to hold out; add files")
     good, unseen = good_material(clips), good_material(held_out)         # what is too short is told now
     generated = generated_material(args.generator, clips, args.seed) if args.generator else None
-    judge = Judge.load(args.from_judge) if args.from_judge else tiny_judge(args.seed)
     teach(judge, good, generated, args.steps, args.tower_steps, seed=args.seed)
     table = "| aspect | Spearman | pairs of one clip ranked right |\n|---|---|---|"
     for aspect, cells in exam(judge, unseen, EXAM_CLIPS).items():
@@ -402,9 +406,10 @@ def train_sync_network(args: argparse.Namespace) -> None:
 
 def validate_judge(args: argparse.Namespace) -> None:
     """Run the battery on held-out clips."""
-    judge, (_, held_out) = reward_flags.make_judge(args), clips_for(args, 1)
+    judge = reward_flags.make_judge(args)
     if judge is None:
         raise MediaError("--judge none", "cannot be validated; name a judge")
+    _, held_out = clips_for(args, 1)
     if len(held_out) < 2:
         raise MediaError(args.data, f"has {len(held_out)} held-out clips, too few to validate on; add files")
     good = good_material(held_out[:args.clips])
@@ -443,11 +448,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if "out" in args:                                     # before the hour of work that would be lost
-        if (args.out / "config.json").exists():
-            raise MediaError(args.out, "holds a model already; choose another --out, or delete it first")
+        if any(args.out.glob("*")):
+            raise MediaError(args.out, "holds files; choose another --out, or empty it first")
         with writing(args.out):
             args.out.mkdir(parents=True, exist_ok=True)
-    args.run(args)
+    try:
+        args.run(args)
+    finally:
+        with suppress(OSError, AttributeError):          # holds the model, or there is no --out
+            args.out.rmdir()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, de
 from extras.files import MediaError, one_line
 from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_flags, table
 from extras.talkers import synthetic_clips
+from reward import Unrated
 from sample import identity_cosine, sync_metrics
 
 
@@ -53,7 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     for clip in clips:
         frames, audio = clip.frames[None] / 255, clip.audio[None]
         portrait = frames[:, 0]
-        scores = reward(frames, audio, portrait, [clip.name])
+        try:
+            scores = reward(frames, audio, portrait, [clip.name])
+        except Unrated as error:
+            broken.append(str(error))
+            continue
         print(f"{clip.name}: {frames.shape[1]} frames\n{table(reward, {'': scores})}")
         if sync:
             held_out = sync_metrics(sync, frames, audio)

@@ -277,7 +277,8 @@ def check_program(args: argparse.Namespace) -> None:
         kept = json.loads((args.out / "config.json").read_text()).get("training", {})
         before = kept.get("program", args.program)
         if script(before) != script(args.program):
-            raise MediaError(args.out, f"is a run of another script; {before} --resume {args.out} goes on")
+            raise MediaError(args.out, "is a run of another script, whose judge or reward may be its own; "
+                                       f"{before} --resume {args.out} goes on")
 
 
 # ---------------------------------------------------------------- from beginning to end

@@ -72,7 +72,8 @@ def train_sync(clips: Sequence[Clip], seed: int = 0, steps: int = 400, batch: in
         torch.manual_seed(seed)
         net = SyncNetwork()
     optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=0.05)
+    warmup = 0.05 if steps != 20 else 0.1            # PyTorch divides by warmup * steps - 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=warmup)
     for _ in (bar := trange(steps, desc="sync network", unit="step")):
         frames, audio, faces = [], [], []
         for clip in (clips[row] for row in draw(len(clips), batch)):

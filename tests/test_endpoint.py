@@ -163,7 +163,14 @@ def test_what_fails_for_good_ends_with_one_line_and_nothing_more_is_asked(no_med
         assert "\n" not in str(caught.value) and len(seen) <= 2 * 3
 
 
-def test_what_cannot_be_asked_is_named_and_a_server_elsewhere_is_asked_through_the_proxy(no_media):
+@pytest.mark.parametrize("page", [b"<html>log in</html>", b"null", b'{"choices": []}'])
+def test_a_server_that_is_no_judge_is_named_by_its_address(no_media, page):
+    with serving(lambda *_: (200, {"Content-Type": "application/json"}, page)) as (url, _):
+        with pytest.raises(JudgeError, match=f"^{url}: answers without log-probabilities; .*/v1"):
+            RemoteJudge(url, "m", patience=0).rate(*clips(2))
+
+
+def test_what_cannot_be_asked_is_named_and_a_server_elsewhere_is_asked_by_proxy(no_media, monkeypatch):
     """The proxy's password stays secret."""
     with pytest.raises(JudgeError, match=r"http://judge\.invalid/v1: .*refused.*proxy") as caught:
         RemoteJudge("http://judge.invalid/v1", "m", patience=0).rate(*clips(1))
@@ -172,6 +179,9 @@ def test_what_cannot_be_asked_is_named_and_a_server_elsewhere_is_asked_through_t
         RemoteJudge("localhost:8000", "m")
     with pytest.raises(MediaError, match="must be above 0"):
         RemoteJudge("http://localhost/v1", "m", timeout=0)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-–abc")                  # a dash that a page has made long
+    with pytest.raises(MediaError, match="OPENAI_API_KEY: holds a character that no key has"):
+        RemoteJudge("http://localhost/v1", "m")
 
 
 RUN = [*SHAPE, *POST, *"--clips 6 --steps 2 --curate 0 --looks 1 --parts 1 --judge-batch 1".split()]

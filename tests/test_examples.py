@@ -59,7 +59,7 @@ def test_a_run_goes_on_by_the_script_that_began_it(example, monkeypatch, tmp_pat
         main.setitem(sys.modules, "__main__", mine)
         log = example("own_reward", "--judge", "none", "--reward-sync", "none")
     assert log[0]["command"].startswith("python own_reward --size 32")
-    with pytest.raises(MediaError, match="another script; python own_reward --resume"):
+    with pytest.raises(MediaError, match="a run of another script, whose .*; python own_reward --resume"):
         train.main(["--resume", str(tmp_path / "run"), "--updates", "3"])
     with monkeypatch.context() as main:                                          # a notebook has no file
         main.setitem(sys.modules, "__main__", SimpleNamespace(train=train))

@@ -131,13 +131,16 @@ def test_ratings_are_kept_for_one_judge_alone_however_many_threads_it_has():
 
 
 def test_what_is_no_judge_is_named_in_one_line(tmp_path):
-    """Nothing at all, a model of text alone, and a judge that lacks a weight."""
+    """Nothing at all, a model of text alone, a shape that is no number, and a judge that lacks a weight."""
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": "two"}')
     transformers.Qwen3Config(hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "text")
     save_judge(tiny_judge(), tmp_path / "cut", "a card")
     state = load_file(tmp_path / "cut" / "model.safetensors")
     state.pop("visual.merger.mlp.0.weight")
     save_file(state, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
     for name, words in {"nothing": "cannot be loaded as a judge", "text": "is a qwen3, which cannot watch",
+                        "shape": "cannot be loaded as a judge .*num_hidden_layers",
                         "cut": "lacks the weights visual.merger.mlp.0.weight"}.items():
         with pytest.raises(MediaError, match=f"{words}[^\n]*$"):
             Judge.load(tmp_path / name)

@@ -14,7 +14,7 @@ from extras import people, reward_flags
 from extras.files import MediaError
 from extras.people import align, pairwise_accuracy, read_ratings, tally
 from extras.reward_flags import load_calibration
-from reward import ASPECTS
+from reward import ASPECTS, Unrated
 from tiny import Bright, random_generator
 
 
@@ -42,16 +42,24 @@ def test_the_table_tells_agreement_and_saves_what_can_be_fitted(tmp_path):
 
 
 def test_videos_that_people_rated_are_rated_by_the_judge(tmp_path, monkeypatch, capsys):
-    """Six grey videos, brighter and brighter: people who like light agree with a judge that does."""
-    monkeypatch.setattr(reward_flags, "make_judge", lambda args: Bright())
+    """Six grey videos, brighter and brighter: people who like light agree with a judge that does. A seventh
+    gets no rating of it, and is left out."""
+    class Choosy(Bright):
+        def rate(self, frames, audio, names):
+            if names == ["6.mp4"]:
+                raise Unrated("6.mp4", "no digit")
+            return super().rate(frames, audio, names)
+
+    monkeypatch.setattr(reward_flags, "make_judge", lambda args: Choosy())
     rows = ["video,aspect,rating"]
-    for i in range(6):
+    for i in range(7):
         frames = torch.full((25, 3, 64, 64), 40 * i, dtype=torch.uint8)
         write_video(tmp_path / f"{i}.mp4", frames, 0.1 * torch.randn(16000))
         rows += [f"{i}.mp4,{aspect},{1 + i / 2}" for aspect in ASPECTS]
     (tmp_path / "ratings.csv").write_text("\n".join(rows))
     people.main(["align", f"{tmp_path}/ratings.csv", "--out", f"{tmp_path}/c.json"])
-    assert capsys.readouterr().out.count("1.00 [1.00, 1.00]") == 6
+    said = capsys.readouterr()
+    assert said.out.count("1.00 [1.00, 1.00]") == 6 and "note: it is left out: 6.mp4: no digit" in said.err
     x, y = load_calibration(tmp_path / "c.json")["lip_sync"]
     assert y.tolist() == [1, 1.5, 2, 2.5, 3, 3.5]
     assert x == pytest.approx(1 + 160 / 255 * np.arange(6), abs=0.04)
@@ -161,7 +169,7 @@ NO_VOTES = ": is not a file of votes on this study"
     ("c.json", None, "cannot be read"),
     ("c.json", {"motion": [[2, 1], [1, 2]]}, "is not a calibration"),
     ("key.json", VOTES, ": is not the key of a study"),
-    ("votes.json", "{", NO_VOTES),
+    ("votes.json", "{", NO_VOTES), ("votes.json", "[" * 100_000, NO_VOTES),
     ("votes.json", VOTES | {"study": "s2"}, NO_VOTES), ("votes.json", VOTES | {"rater": ["r"]}, NO_VOTES),
     ("votes.json", VOTES | {"votes": {"001": {"lip_sync": "both"}}}, NO_VOTES),
     ("votes.json", VOTES | {"rater": "r2"}, ": is of the same rater as .*more.json")])
@@ -180,12 +188,16 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(files, name, content, s
 
 @pytest.mark.parametrize("command, said", [
     ("study {runs}/amber {runs}/large --out {tmp}/s", "makes pictures of 64 pixels"),
-    ("study {runs}/amber {runs}/birch --out {tmp}", "is the key of a study that may have votes"),
+    ("study {runs}/amber {runs}/birch --out {tmp}", "key.json: is of a study that may have votes"),
+    ("study {runs}/amber {runs}/birch --out {tmp}/page", "study.html: is of a study that may have votes"),
     ("align {tmp}/nothing.csv --out {tmp}/key.json", "exists; choose another --out"),
     ("align {tmp}/nothing.csv --out {tmp}/no/c.json", "is in no folder that can be written")])
 def test_a_command_that_cannot_be_done_is_one_line_and_writes_nothing(runs, tmp_path, command, said, capsys):
-    (tmp_path / "key.json").write_text("{}")
+    (tmp_path / "page").mkdir()
+    for path in (before := (tmp_path / "key.json", tmp_path / "page" / "study.html")):
+        path.write_text("{}")
     with pytest.raises((MediaError, OSError, SystemExit)) as end:
         people.main(command.format(runs=runs, tmp=tmp_path).split())
     assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("key.json", "{}")]
+    assert {path for path in tmp_path.rglob("*.*")} == {*before}
+    assert all(path.read_text() == "{}" for path in before)

@@ -69,7 +69,7 @@ def test_a_shift_by_the_measured_lateness_puts_sound_in_time(run):
 
 
 def test_a_run_without_its_stages_is_refused_and_a_stopped_one_says_how_to_go_on(tmp_path, monkeypatch):
-    """Or without a network. It was --resume, a flag that this command does not have."""
+    """Or without a network, or of another script. It was --resume, a flag that this command does not have."""
     config = tmp_path / "config.json"
     for training, left in (("{}", []), ('{"reward_sync": "none"}', STAGES)):
         config.write_text(f'{{"model": {{}}, "training": {training}}}')
@@ -77,7 +77,10 @@ def test_a_run_without_its_stages_is_refused_and_a_stopped_one_says_how_to_go_on
             (tmp_path / name).touch()
         with pytest.raises(MediaError, match="sync network of the reward and all three stages"):
             rivals.main([str(tmp_path)])
-    config.write_text('{"model": {}, "training": {}}')
+    config.write_text('{"model": {}, "training": {"program": "python -m extras.examples.own_judge"}}')
+    with pytest.raises(MediaError, match="is a run of another script, whose judge"):
+        rivals.main([str(tmp_path)])
+    config.write_text('{"model": {}, "training": {"program": "python train.py"}}')
     for name in ("make_judge", "reward_sync", "measuring_sync"):
         monkeypatch.setattr(rivals, name, lambda args: None)
     monkeypatch.setattr(train, "load_clips", lambda args, watched: pytest.fail(go_on(args)))

@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import linalg
 from torchvision.transforms.functional import gaussian_blur
 
+import reward
 import sample
 from data import Clip, write_video
 from extras import score
@@ -199,9 +200,18 @@ def test_a_video_is_scored_with_the_held_out_metrics_apart(tmp_path, capsys, mon
     """One that cannot be scored is named at the end, and does not keep the others from their scores."""
     monkeypatch.setattr("extras.score.synthetic_clips", lambda *a, **k: clips)
     write_video(tmp_path / "v.mp4", clips[0].frames, clips[0].audio)
+    write_video(tmp_path / "odd.mp4", clips[0].frames, clips[0].audio)
+    rate = reward.Judge.rate
+
+    def choosy(self, frames, audio, names):
+        if names[0].endswith("odd.mp4"):
+            raise reward.Unrated(names[0], "no digit")
+        return rate(self, frames, audio, names)
+
+    monkeypatch.setattr(reward.Judge, "rate", choosy)
     write_video(tmp_path / "mute.mp4", torch.zeros(30, 3, 64, 64, dtype=torch.uint8), torch.zeros(30 * 640))
-    with pytest.raises(MediaError, match="1 of 2 videos could not be scored: .*mute.mp4: is silent"):
-        score.main([str(tmp_path / "mute.mp4"), str(tmp_path / "v.mp4")])
+    with pytest.raises(MediaError, match="2 of 3 videos could not be .*mute.mp4: is silent.*no digit"):
+        score.main([str(tmp_path / name) for name in ("mute.mp4", "odd.mp4", "v.mp4")])
     before, _, after = capsys.readouterr().out.partition("held out, no part of the reward:")
     assert all(name in before for name in (*COMPONENTS, "total")) and "sync_confidence" in after
     with pytest.raises(MediaError, match="nothing.mp4: does not exist"):

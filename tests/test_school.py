@@ -233,12 +233,16 @@ def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, ha
     ("validate --judge none", "cannot be validated"),
     ("validate --judge-url http://127.0.0.1:9/v1", "needs --judge-model"),
     ("validate --clips 0", "--clips must be at least 2"),
-    ("sync --out assets/sync", "assets/sync: holds a model already; choose another --out")])
-def test_what_cannot_be_done_is_one_line(command, said, strangers, monkeypatch, capsys):
-    monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: strangers)
+    ("sync --out assets", "assets: holds files; choose another --out"),
+    ("teach --from-judge assets/sync --out {tmp}", "assets/sync: cannot be loaded as a judge"),
+    ("teach --generator nothing --out {tmp}", "nothing: holds no config.json")])
+def test_what_cannot_be_done_is_one_line_and_leaves_no_folder(command, said, monkeypatch, tmp_path, capsys):
+    """And is told before there are clips."""
+    monkeypatch.setattr(school, "synthetic_clips", lambda *a, **k: pytest.fail("minutes are lost"))
     with pytest.raises((MediaError, SystemExit)) as end:
-        school.main(command.split())
+        school.main(command.format(tmp=tmp_path / "judge").split())
     assert said in (str(end.value) + capsys.readouterr().err).splitlines()[-1]
+    assert not (tmp_path / "judge").exists()
 
 
 @pytest.mark.parametrize("command, learn, hold_out, said", [
