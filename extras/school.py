@@ -217,7 +217,7 @@ def descend(model: nn.Module, hints: Hints, steps: int, losses: Callable[[int], 
         nn.utils.clip_grad_norm_([*trunk, *rest], 1.0)
         for each in (*optimizers, *schedules):
             each.step()
-        bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in parts.items()})
+        bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in parts.items()}, refresh=False)
 
 
 def teach(judge: Judge, good: Material, generated: Material | None, steps: int, tower_steps: int,

@@ -307,7 +307,7 @@ def carry_out(stage, watched: list, log: Log) -> dict[str, torch.Tensor]:
                 log(stage=stage.name, **{stage.unit: stage.step}, **entry)
                 bar.update()
                 shown = "reward" if "reward" in entry else "loss"
-                bar.set_postfix({shown: f"{entry[shown]:.3f}"})
+                bar.set_postfix({shown: f"{entry[shown]:.3f}"}, refresh=False)
                 if asked:
                     raise KeyboardInterrupt
                 if time.monotonic() - saved > 60 * SAVE_MINUTES:
