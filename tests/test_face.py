@@ -162,7 +162,7 @@ def test_one_video_becomes_clips_of_its_stretches(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(face, "detector", lambda: None)
     kept, left_out = [(0, 60, (0, 0, 60)), (90, 150, (66, 2, 60))], [(60, 90, "no face")]
     monkeypatch.setattr(face, "pieces", lambda path: (kept, left_out))
-    clips, held_out = folder_clips(tmp_path / "me.mp4", 16, 1.0, "face", tmp_path / "cache")
+    clips, held_out = folder_clips(tmp_path / "me.mp4", 16, 1.0, "face")
     assert "skipped parts of me.mp4: no face 1 s (at 0:02)" in capsys.readouterr().out
     both = [*clips, *held_out]
     assert [len(clip.frames) for clip in both] == [25, 25, 25, 25]
