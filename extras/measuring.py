@@ -24,7 +24,7 @@ from extras.processes import world
 from extras.report import hardware, paired, summary, write_clips, write_report
 from extras.reward_flags import measuring_sync, table
 from extras.session import Log, means, plain_json
-from model import Generator, ode_step
+from model import Generator
 from reward import Reward
 from sample import evaluate, frechet, head_spread, imitate, seeded_noise
 
@@ -38,18 +38,21 @@ def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
     return model
 
 
+def generated(model: Generator, clips: list[Clip], args: argparse.Namespace, seed: int,
+              noisy: bool = False) -> Tensor:
+    """Generate clips anew from portrait and sound, by the ODE or with noise on all steps that may have it."""
+    if not noisy:
+        return imitate(model, clips, args.frames, args.sampling_steps, seed=seed)
+    steps, shape = args.rollout_steps, (model.config.video_tokens, model.config.channels)
+    noise = seeded_noise(HELD_OUT_SEED + seed, range(len(clips)), shape, args.device)
+    step = grpo.drawing_step(args.settings, grpo.stochastic_steps(steps), noise)
+    return imitate(model, clips, args.frames, steps, seed=seed, step=step)
+
+
 def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,
              noisy: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-    """Generate clips anew from portrait and sound, by the ODE or with noise on all steps that may have it.
-
-    Returns: metrics, name -> (B,), and the videos.
-    """
-    steps, step = args.sampling_steps, ode_step
-    if noisy:
-        steps, shape = args.rollout_steps, (model.config.video_tokens, model.config.channels)
-        noise = seeded_noise(HELD_OUT_SEED + args.seed, range(len(clips)), shape, args.device)
-        step = grpo.drawing_step(args.settings, grpo.stochastic_steps(steps), noise)
-    videos = imitate(model, clips, args.frames, steps, seed=args.seed, step=step)
+    """Measure what a model makes of clips. Returns: metrics, name -> (B,), and the videos."""
+    videos = generated(model, clips, args, args.seed, noisy)
     return evaluate(videos, clips, args.config.chunk_frames, measuring_sync(args)), videos
 
 
@@ -121,7 +124,7 @@ def measure(arms: dict[str, dict[str, Tensor]], clips: list[Clip], args: argpars
             made[name], videos = validate(model, clips, args, noisy=sampler != "ode")
             if sampler == "ode":
                 shown[name] = videos
-                others = imitate(model, clips, args.frames, args.sampling_steps, seed=args.seed + 1)
+                others = generated(model, clips, args, args.seed + 1)
                 made[name]["head_spread"] = head_spread(videos, others, pixels(clips, args.frames))
             print(f"{len(clips)} held-out clips, generated from portrait and sound, {name}, {sampler}:\n"
                   f"{summary(made[name])}")

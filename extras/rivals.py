@@ -10,7 +10,8 @@ best of N           the curated model: N videos of each clip, from other noise; 
 rejection sampling  the curated model, fine-tuned for the CPU time of post-training on the best of N videos of
                     its own of training prompts (RAFT, 2304.06767)
 
-All are measured as train.py measures its arms: on the run's held-out clips, by the ODE, from the same noise.
+All are measured as train.py measures its arms: on the run's held-out clips, by the ODE and with noise on the
+way, from the same noise.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,18 +27,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
-from data import Clip, Clips, sounds
+from data import Clip, Clips, pixels, sounds
 from extras.arguments import Parser
 from extras.files import MediaError, one_line, replacing
 from extras.flags import parse_arguments
-from extras.measuring import loaded, mouth_distance
+from extras.measuring import generated, loaded, mouth_distance
 from extras.media import SAMPLES_PER_FRAME
 from extras.report import CURATED, PRETRAINED, summary
 from extras.reward_flags import make_judge, measuring_sync, reward_sync
 from extras.session import Log, check_program, fingerprint, lock, plain_json
-from model import load_generator
+from model import Generator, load_generator
 from reward import rate_whole
-from sample import evaluate, imitate, seeded_noise, seeded_rng, sync_metrics
+from sample import evaluate, head_spread, seeded_noise, seeded_rng, sync_metrics
 
 BEST_OF = 4, 16
 PROMPTS, SAMPLES = 32, 4           # of a round of rejection sampling,
@@ -55,11 +57,12 @@ def rated(judge, videos: Tensor, clips: list[Clip]) -> Tensor:
     return scores.sum(1).nan_to_num(-torch.inf)
 
 
-def best_of(n: int, model, judge, clips: list[Clip], args: argparse.Namespace) -> Tensor:
+def best_of(n: int, model, judge, clips: list[Clip], args: argparse.Namespace, seed: int,
+            noisy: bool = False) -> Tensor:
     """Generate each clip n times, and keep the video that the judge rates best."""
     best, most = None, torch.full((len(clips),), -torch.inf)
     for take in tqdm(range(n), f"best of {n}", leave=False):
-        videos = imitate(model, clips, args.frames, args.sampling_steps, seed=args.seed + 1000 * take)
+        videos = generated(model, clips, args, seed + 1000 * take, noisy)
         ratings = rated(judge, videos, clips)
         best = videos if best is None else best
         best[ratings > most] = videos[ratings > most]
@@ -128,42 +131,49 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     clips, held_out, watched = train.load_clips(args, args.watch_clips)
     pretrained, curated = (load_generator(folder / arm).to(args.device) for arm in (PRETRAINED, CURATED))
     budget = torch.load(folder / "post.pt", map_location="cpu", weights_only=True)["cpu_seconds"]
-    args.out = folder / "rivals"
+    args.out, true = folder / "rivals", pixels(held_out, args.frames)
     log, kept = Log(args.out, time.perf_counter()), args.out / "rivals.json"
     of = f"{fingerprint(curated.state_dict())}, {budget:.0f} s, {len(held_out)} clips"
     values = json.loads(kept.read_text()) if kept.exists() else {}
     values = values if values.get("of") == of else {"of": of}        # else of the run as it was before
 
-    def measure(name: str, make: Callable[[], Tensor]) -> None:
-        if name in values:                           # what is finished is never made twice
-            return
-        start = time.process_time()
-        videos = make()
-        spent = time.process_time() - start
-        metrics = evaluate(videos, held_out, args.config.chunk_frames, measures)
-        print(f"{name}, {spent:.0f} s of CPU time:\n{summary(metrics)}")
-        values[name] = {metric: of_clips.tolist() for metric, of_clips in metrics.items()}
-        values[name] |= mouth_distance(videos, held_out, args) | {"cpu_seconds": spent}
-        with replacing(kept) as path:
-            path.write_text(plain_json(values))
+    def measure(name: str, make: Callable[[int, bool], Tensor]) -> None:
+        """Measure the videos that `make` gives for a seed, by the ODE or with noise."""
+        for sampler in ("ode", args.sampler):
+            title = name if sampler == "ode" else f"{name}, {sampler}"
+            if title in values:                      # what is finished is never made twice
+                continue
+            start, noisy = time.process_time(), sampler != "ode"
+            videos = make(args.seed, noisy)
+            spent = time.process_time() - start
+            metrics = evaluate(videos, held_out, args.config.chunk_frames, measures)
+            if not noisy:
+                metrics["head_spread"] = head_spread(videos, make(args.seed + 1, noisy), true)
+            print(f"{title}, {spent:.0f} s of CPU time:\n{summary(metrics)}")
+            values[title] = {metric: of_clips.tolist() for metric, of_clips in metrics.items()}
+            values[title] |= mouth_distance(videos, held_out, args) | {"cpu_seconds": spent}
+            with replacing(kept) as path:
+                path.write_text(plain_json(values))
 
-    def sampled(model, some: list[Clip]) -> Tensor:
-        return imitate(model, some, args.frames, args.sampling_steps, seed=args.seed)
+    def fine_tune(name: str, stage: Callable[[], train.FlowMatching], start: str) -> None:
+        @cache
+        def model() -> Generator:
+            train.load(tuned := stage(), folder / start, anew=True)
+            return loaded(train.carry_out(tuned, watched, log), args)
 
-    def trained(stage: train.FlowMatching, start: str) -> Tensor:
-        train.load(stage, folder / start, anew=True)
-        return sampled(loaded(train.carry_out(stage, watched, log), args), held_out)
+        measure(name, lambda *how: generated(model(), held_out, args, *how))
 
-    offsets = sync_metrics(net, sampled(pretrained, watched), sounds(watched, args.frames))["sync_offset"]
-    late = int(offsets.median())
+    lips = generated(pretrained, watched, args, args.seed)
+    late = int(sync_metrics(net, lips, sounds(watched, args.frames))["sync_offset"].median())
     print(f"the pretrained model's lips are {late} frames late, says the reward's sync network")
-    measure("shifted sound", lambda: sampled(pretrained, [shifted(clip, -late) for clip in held_out]))
+    in_time = [shifted(clip, -late) for clip in held_out]
+    measure("shifted sound", partial(generated, pretrained, in_time, args))
     for n in BEST_OF:
-        measure(f"best of {n}", lambda: best_of(n, curated, judge, held_out, args))
+        measure(f"best of {n}", partial(best_of, n, curated, judge, held_out, args))
     found = train.encode(pretrained, clips, args.frames, args.device)
     run = train.Run(args, log, clips, watched, found, found)
-    measure("rejection sampling", lambda: trained(RejectionSampling(run, judge, budget), "curate.pt"))
-    measure("curated as found", lambda: trained(curated_as_found(run, judge, clips), "state.pt"))
+    fine_tune("rejection sampling", partial(RejectionSampling, run, judge, budget), "curate.pt")
+    fine_tune("curated as found", partial(curated_as_found, run, judge, clips), "state.pt")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ def test_the_best_of_n_is_the_best_of_takes_that_differ_and_never_an_unrated_one
     args, clips = run.args, list(run.clips)
     takes = torch.stack([imitate(run.model, clips, args.frames, args.sampling_steps, seed=3 + 1000 * take)
                          for take in range(3)])
-    best = rivals.best_of(3, run.model, Bright(window=None), clips, args)
+    best = rivals.best_of(3, run.model, Bright(window=None), clips, args, 3)
     level = takes.mean((2, 3, 4, 5))
     assert torch.equal(best.mean((1, 2, 3, 4)), level.amax(0)) and level.argmax(0).unique().numel() > 1
-    assert torch.equal(rivals.best_of(1, run.model, Bright(window=None), clips, args), takes[0])
+    assert torch.equal(rivals.best_of(1, run.model, Bright(window=None), clips, args, 3), takes[0])
     ratings = rivals.rated(Bright(unrated=[1]), takes[0], clips)
     assert ratings.argmin() == 1 and ratings.isfinite().sum() == 5
 
