@@ -32,7 +32,8 @@ post-training; GRPO without curation, as many updates; more pretraining for the 
 
 All random numbers of a step come from a generator keyed by (seed, step), so a resumed run repeats an unbroken
 one (but for controls, which end by CPU time). What stands beside the method is in extras: flags.py,
-session.py (a stage's loop, log, checkpoints, Ctrl-C), processes.py (torchrun), measuring.py and report.py.
+session.py (a stage's loop, log, checkpoints, Ctrl-C), processes.py (torchrun), muon.py (an optimizer),
+measuring.py and report.py.
 
 Shapes: B batch, K chunks, T frames per chunk, F = K T frames, N tokens, C channels, S pixels per side.
 """
@@ -62,6 +63,7 @@ from extras.media import FPS
 from extras.flags import parse_arguments
 from extras.footage import footage_clips, learn, put_in_time
 from extras.measuring import HELD_OUT_SEED, conclude, describe, held_out_score, loaded, validate
+from extras.muon import Muon
 from extras.pretrained import load_trunk
 from extras.processes import (all_gather, by_noise_level, ddp, gather_groups, join_processes,
                               keep_freed_memory, rank, rank_zero_first, shard, summed_up, world)
@@ -268,7 +270,7 @@ def optimizers(model: Generator, args: argparse.Namespace) -> list[torch.optim.O
     trunk = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
     inside = {id(p) for p in trunk}
     rest = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
-    return [torch.optim.Muon(trunk, lr=args.muon_lr, weight_decay=0.01),
+    return [Muon(trunk, lr=args.muon_lr, weight_decay=0.01),
             torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
                               fused=args.device.startswith("cuda"))]
 

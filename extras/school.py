@@ -37,6 +37,7 @@ from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras import reward_flags
 from extras.lessons import (FAULTS, GROUP, LESSON_FRAMES, MATERIAL_FRAMES, VERSIONS, Lessons, Material, act,
                             draw_lessons, generated_material, good_material, spoil, whole)
+from extras.muon import Muon
 from extras.people import STUDY_SEED, bootstrap, pairwise_accuracy, spearman
 from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
@@ -205,7 +206,7 @@ def descend(model: nn.Module, hints: Hints, steps: int, losses: Callable[[int], 
              if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
     inside = {id(p) for p in trunk}
     rest = [p for module in (model, hints) for p in module.parameters() if id(p) not in inside]
-    optimizers = [torch.optim.Muon(trunk, lr=MUON_RATE, weight_decay=0.01),
+    optimizers = [Muon(trunk, lr=MUON_RATE, weight_decay=0.01),
                   torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)]
     rate = lambda step: min((step + 1) / 20, 1, 1.02 - step / max(steps, 1))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
