@@ -59,13 +59,13 @@ def hear_all(model: Generator, clips: Sequence[Clip], frames: int) -> Tensor:
 
 @torch.no_grad()
 def imitate(model: Generator, clips: Sequence[Clip], frames: int, steps: int = SAMPLING_STEPS,
-            seed: int = 0, step: Callable[..., Tensor] = ode_step) -> Tensor:
+            seed: int = 0, step: Callable[..., Tensor] = ode_step, guidance: float = 1.0) -> Tensor:
     """Generate each clip anew from its first frame and its sound. Returns: (B, frames, 3, S, S) in [0, 1]."""
     c, device = model.config, next(model.parameters()).device
     portrait = torch.stack([clip.frames[0] for clip in clips]).to(device) / 255
     mel = hear_all(model, clips, frames).to(device)
     noise = seeded_noise(seed, range(len(clips)), (c.video_tokens, c.channels), device)
-    chunks = model.generate(portrait, mel, noise, steps, step=step)
+    chunks = model.generate(portrait, mel, noise, steps, guidance, step)
     return torch.cat([video.cpu() for _, video in chunks], 1)
 
 

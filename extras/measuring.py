@@ -39,14 +39,14 @@ def loaded(weights: dict[str, Tensor], args: argparse.Namespace) -> Generator:
 
 
 def generated(model: Generator, clips: list[Clip], args: argparse.Namespace, seed: int,
-              noisy: bool = False) -> Tensor:
+              noisy: bool = False, guidance: float = 1.0) -> Tensor:
     """Generate clips anew from portrait and sound, by the ODE or with noise on all steps that may have it."""
     if not noisy:
-        return imitate(model, clips, args.frames, args.sampling_steps, seed=seed)
+        return imitate(model, clips, args.frames, args.sampling_steps, seed, guidance=guidance)
     steps, shape = args.rollout_steps, (model.config.video_tokens, model.config.channels)
     noise = seeded_noise(HELD_OUT_SEED + seed, range(len(clips)), shape, args.device)
     step = grpo.drawing_step(args.settings, grpo.stochastic_steps(steps), noise)
-    return imitate(model, clips, args.frames, steps, seed=seed, step=step)
+    return imitate(model, clips, args.frames, steps, seed, step, guidance)
 
 
 def validate(model: Generator, clips: list[Clip], args: argparse.Namespace,

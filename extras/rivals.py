@@ -6,6 +6,7 @@
 shifted sound       the pretrained model, with its sound shifted by the median offset that the reward's sync
                     network measures in its videos of watched clips
 curated as found    curation of clips whose sound was not put in time first
+guidance g          the curated model, the sound weighing g times (classifier-free guidance, 2207.12598)
 best of N           the curated model: N videos of each clip, from other noise; the one with the best ratings
 rejection sampling  the curated model, fine-tuned for the CPU time of post-training on the best of N videos of
                     its own of training prompts (RAFT, 2304.06767)
@@ -41,6 +42,7 @@ from reward import rate_whole
 from sample import evaluate, head_spread, seeded_noise, seeded_rng, sync_metrics
 
 BEST_OF = 4, 16
+GUIDANCE = 1.25, 1.5
 PROMPTS, SAMPLES = 32, 4           # of a round of rejection sampling,
 ROUND = 50                         # and the training steps until the next
 OWN_STREAM = 900_000               # where the random numbers of its own videos begin
@@ -168,6 +170,8 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     print(f"the pretrained model's lips are {late} frames late, says the reward's sync network")
     in_time = [shifted(clip, -late) for clip in held_out]
     measure("shifted sound", partial(generated, pretrained, in_time, args))
+    for g in GUIDANCE:
+        measure(f"guidance {g}", partial(generated, curated, held_out, args, guidance=g))
     for n in BEST_OF:
         measure(f"best of {n}", partial(best_of, n, curated, judge, held_out, args))
     found = train.encode(pretrained, clips, args.frames, args.device)

@@ -43,7 +43,7 @@ def test_with_fast_bf16_it_is_torchs(start, monkeypatch):
 
 @pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
 def test_without_it_no_step_is_rounded_to_bf16(start, monkeypatch, capability):
-    """On a CPU without AVX-512 a step of pretraining took 2.3 times as long, one of teaching a judge 32 times."""
+    """On a CPU without AVX-512 a step of pretraining took 2.3 times as long, of teaching a judge 32 times."""
     cpu(monkeypatch, capability)
     for matrix in start:
         x = (matrix.T if len(matrix) > matrix.shape[1] else matrix).double()
