@@ -17,8 +17,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Push all singular values of a matrix (rows, columns) towards 1, by Newton and Schulz's iteration. They
-    end between about .7 and 1.2."""
+    """Push the singular values of a matrix (rows, columns) towards 1, by Newton and Schulz's iteration. All
+    but tiny ones end between about .7 and 1.2."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).to(fast_dtype(matrix.device), copy=True)
     x /= x.norm().clamp_min(1e-7)
@@ -39,7 +39,10 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for matrix in (m for m in group["params"] if m.grad is not None):
-                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(matrix.grad, 1 - MOMENTUM)
                 update = orthogonalized(matrix.grad.lerp(momentum, MOMENTUM))              # Nesterov's
                 rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))

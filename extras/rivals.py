@@ -133,7 +133,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     clips, held_out, watched = train.load_clips(args, args.watch_clips)
     pretrained, curated = (load_generator(folder / arm).to(args.device) for arm in (PRETRAINED, CURATED))
     budget = torch.load(folder / "post.pt", map_location="cpu", weights_only=True)["cpu_seconds"]
-    args.out, true = folder / "rivals", pixels(held_out, args.frames)
+    args.out = folder / "rivals"
     log, kept = Log(args.out, time.perf_counter()), args.out / "rivals.json"
     of = f"{fingerprint(curated.state_dict())}, {budget:.0f} s, {len(held_out)} clips"
     values = json.loads(kept.read_text()) if kept.exists() else {}
@@ -150,7 +150,8 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
             spent = time.process_time() - start
             metrics = evaluate(videos, held_out, args.config.chunk_frames, measures)
             if not noisy:
-                metrics["head_spread"] = head_spread(videos, make(args.seed + 1, noisy), true)
+                others = make(args.seed + 1, noisy)
+                metrics["head_spread"] = head_spread(videos, others, pixels(held_out, args.frames))
             print(f"{title}, {spent:.0f} s of CPU time:\n{summary(metrics)}")
             values[title] = {metric: of_clips.tolist() for metric, of_clips in metrics.items()}
             values[title] |= mouth_distance(videos, held_out, args) | {"cpu_seconds": spent}
