@@ -359,12 +359,13 @@ The lessons are graded faults, not ratings of people. It is for experiments and 
 """
 
 
-def clips_for(args: argparse.Namespace, count: int) -> tuple[Sequence[Clip], Sequence[Clip]]:
-    """Return clips to learn from, and held-out ones, at the embedded judge's size."""
+def clips_for(args: argparse.Namespace, count: int, held_out: int = EXAM_CLIPS
+              ) -> tuple[Sequence[Clip], Sequence[Clip]]:
+    """Return clips to learn from, and held-out ones, at the embedded judge's size; so many of drawn talkers."""
     if args.data:
         return folder_clips(args.data, SIDE, 3.0, args.crop)
     return tuple(synthetic_clips(n, SIDE, MATERIAL_FRAMES / FPS, seed + args.seed)
-                 for n, seed in ((count, 0), (EXAM_CLIPS, STUDY_SEED)))
+                 for n, seed in ((count, 0), (held_out, STUDY_SEED)))
 
 
 def train_judge(args: argparse.Namespace) -> None:
@@ -410,7 +411,7 @@ def validate_judge(args: argparse.Namespace) -> None:
     judge = reward_flags.make_judge(args)
     if judge is None:
         raise MediaError("--judge none", "cannot be validated; name a judge")
-    _, held_out = clips_for(args, 1)
+    _, held_out = clips_for(args, 1, args.clips)
     if len(held_out) < 2:
         raise MediaError(args.data, f"has {len(held_out)} held-out clips, too few to validate on; add files")
     good = good_material(held_out[:args.clips])

@@ -9,7 +9,7 @@ import pytest
 
 import reward
 import train
-from extras import reward_flags, school, session
+from extras import reward_flags, session
 from extras.files import MediaError
 from tiny import POST, SHAPE, logged
 
@@ -38,8 +38,7 @@ def test_a_judge_of_your_own_picks_and_rewards_and_can_be_validated(example, mon
     assert len(updates) == 2
     for entry in updates:
         assert all(1 <= entry["components"][f"judge_{aspect}"]["mean"] <= 5 for aspect in reward.ASPECTS)
-    monkeypatch.setattr(school, "EXAM_CLIPS", 4)
-    monkeypatch.setattr(sys, "argv", ["own_judge", "validate"])
+    monkeypatch.setattr(sys, "argv", ["own_judge", "validate", "--clips", "4"])
     runpy.run_module("extras.examples.own_judge", run_name="__main__")
     assert "lip_sync: do not trust it" in capsys.readouterr().out
 
