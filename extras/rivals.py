@@ -12,15 +12,16 @@ rejection sampling  the curated model, fine-tuned for the CPU time of post-train
                     its own of training prompts (RAFT, 2304.06767)
 
 All are measured as train.py measures its arms: on the run's held-out clips, by the ODE and with noise on the
-way, from the same noise.
+way, from the same noise. What is finished is kept in rivals.json; a rival that was stopped begins anew.
 """
 
 import argparse
 import json
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,14 +31,14 @@ from tqdm import tqdm
 import train
 from data import Clip, Clips, pixels, sounds
 from extras.arguments import Parser
-from extras.files import MediaError, one_line, replacing
+from extras.files import BROKEN, MediaError, first_line, one_line, refusing, replacing
 from extras.flags import parse_arguments
 from extras.measuring import generated, loaded, mouth_distance
 from extras.media import SAMPLES_PER_FRAME
 from extras.report import CURATED, PRETRAINED, summary
 from extras.reward_flags import make_judge, measuring_sync, reward_sync
 from extras.session import Log, check_program, fingerprint, lock, plain_json
-from model import Generator, load_generator
+from model import load_generator
 from reward import rate_whole
 from sample import evaluate, head_spread, seeded_noise, seeded_rng, sync_metrics
 
@@ -117,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("run", type=Path, help="a finished run on drawn talkers, with curation and post-training")
     folder = p.parse_args(argv).run
     args = parse_arguments(["--resume", str(folder)])
-    stages = all((folder / name).exists() for name in ("curate.pt", "post.pt", CURATED))
-    if args.data or "none" in (args.judge, args.reward_sync) or not stages:
+    finished = all((folder / name).exists() for name in ("curate.pt", "post.pt", CURATED, "held_out.json"))
+    if args.data or "none" in (args.judge, args.reward_sync) or not finished:
         raise MediaError(folder, "is no finished run on drawn talkers with a judge, a sync network of the "
                                  "reward and all three stages")
     check_program(argparse.Namespace(**vars(args) | {"program": "train.py"}))
@@ -132,7 +133,9 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     judge, net, measures = make_judge(args), reward_sync(args), measuring_sync(args)
     clips, held_out, watched = train.load_clips(args, args.watch_clips)
     pretrained, curated = (load_generator(folder / arm).to(args.device) for arm in (PRETRAINED, CURATED))
-    budget = torch.load(folder / "post.pt", map_location="cpu", weights_only=True)["cpu_seconds"]
+    with refusing(folder / "post.pt", (*BROKEN, EOFError, pickle.UnpicklingError),
+                  lambda error: f"cannot be read ({first_line(error)}); delete it and resume the run"):
+        budget = torch.load(folder / "post.pt", map_location="cpu", weights_only=True)["cpu_seconds"]
     args.out = folder / "rivals"
     log, kept = Log(args.out, time.perf_counter()), args.out / "rivals.json"
     of = f"{fingerprint(curated.state_dict())}, {budget:.0f} s, {len(held_out)} clips"
@@ -159,12 +162,10 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
                 path.write_text(plain_json(values))
 
     def fine_tune(name: str, stage: Callable[[], train.FlowMatching], start: str) -> None:
-        @cache
-        def model() -> Generator:
+        if not {name, f"{name}, {args.sampler}"} <= values.keys():
             train.load(tuned := stage(), folder / start, anew=True)
-            return loaded(train.carry_out(tuned, watched, log), args)
-
-        measure(name, lambda *how: generated(model(), held_out, args, *how))
+            model = loaded(train.carry_out(tuned, watched, log), args)
+            measure(name, partial(generated, model, held_out, args))
 
     lips = generated(pretrained, watched, args, args.seed)
     late = int(sync_metrics(net, lips, sounds(watched, args.frames))["sync_offset"].median())

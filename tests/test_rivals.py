@@ -1,5 +1,6 @@
 """The rivals of GRPO do what they are called: the best by the judge, own videos learned from."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from reward import DEFAULT_SYNC
 from sample import imitate, sync_metrics
 from tiny import SHAPE, Bright
 
-STAGES = "curate.pt", "post.pt", "curated"
+STAGES = "curate.pt", "post.pt", "curated", "held_out.json"
 
 
 @pytest.fixture
@@ -68,15 +69,18 @@ def test_a_shift_by_the_measured_lateness_puts_sound_in_time(run):
     assert torch.equal(rivals.shifted(early, by).audio, clip.audio)
 
 
-def test_a_run_without_its_stages_is_refused_and_a_stopped_one_says_how_to_go_on(tmp_path, monkeypatch):
+def test_a_run_without_its_stages_is_refused_and_a_stopped_one_says_how_to_go_on(run, tmp_path, monkeypatch):
     """Or without a network, or of another script. It was --resume, a flag that this command does not have."""
     config = tmp_path / "config.json"
-    for training, left in (("{}", []), ('{"reward_sync": "none"}', STAGES)):
-        config.write_text(f'{{"model": {{}}, "training": {training}}}')
-        for name in ("log.jsonl", *left):
-            (tmp_path / name).touch()
+    for name in ("log.jsonl", *STAGES):
+        (tmp_path / name).touch()
+    for missing in (*STAGES, "reward_sync"):
+        training = {"reward_sync": "none"} if missing == "reward_sync" else {}
+        config.write_text(json.dumps({"model": {}, "training": training}))
+        (tmp_path / missing).unlink(missing_ok=True)
         with pytest.raises(MediaError, match="sync network of the reward and all three stages"):
             rivals.main([str(tmp_path)])
+        (tmp_path / missing).touch()
     config.write_text('{"model": {}, "training": {"program": "python -m extras.examples.own_judge"}}')
     with pytest.raises(MediaError, match="is a run of another script, whose judge"):
         rivals.main([str(tmp_path)])
@@ -87,3 +91,7 @@ def test_a_run_without_its_stages_is_refused_and_a_stopped_one_says_how_to_go_on
     with pytest.raises(pytest.fail.Exception) as stopped:
         rivals.main([str(tmp_path)])
     assert str(stopped.value).endswith(f" {tmp_path}") and "--resume" not in str(stopped.value)
+    monkeypatch.setattr(train, "load_clips", lambda args, watched: ([], [], []))
+    monkeypatch.setattr(rivals, "load_generator", lambda folder: run.model)
+    with pytest.raises(MediaError, match=r"post.pt: cannot be read \(.+\); delete it and resume the run"):
+        rivals.main([str(tmp_path)])
