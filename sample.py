@@ -264,7 +264,7 @@ def evaluate(videos: Tensor, clips: Sequence[Clip], chunk_frames: int,
     values = {                                                                  # against the true clip:
         "lip_correlation": each(correlation, lips, true_lips),
         "offset": each(lip_offset, lips, true_lips),                           # frames that lips are late
-        "mouth_psnr": each(psnr, mouths, true_mouths),                          # dB, heads held still
+        "mouth_psnr": each(psnr, mouths, true_mouths),             # dB, of changes, heads held still
         "psnr": each(psnr, videos, truths),                                     # dB, mostly where the head is
         "amplitude": relative(each(torch.std, lips), each(torch.std, seen)),    # ratio: how far lips open
         "frame_change": relative(each(frame_change, videos), each(frame_change, truths)),       # ratio

@@ -31,7 +31,7 @@ that did best on them; where few are watched, flow matching keeps its last. Othe
 post-training; GRPO without curation, as many updates; more pretraining for the CPU time of that.
 
 All random numbers of a step come from a generator keyed by (seed, step), so a resumed run repeats an unbroken
-one (but for controls, which end by CPU time). What stands beside the method is in extras: flags.py,
+one (but for controls that end by CPU time). What stands beside the method is in extras: flags.py,
 session.py (a stage's loop, log, checkpoints, Ctrl-C), processes.py (torchrun), muon.py (an optimizer),
 measuring.py and report.py.
 
@@ -286,7 +286,7 @@ class Stage:
     the watched clips were looked at with. Where few are watched, flow matching, which does not overshoot,
     keeps the last.
 
-    A stage ends after `total` steps or, if it is a control, when it has spent `budget` seconds of CPU time.
+    A stage ends after `total` steps or, if it has a budget, when it has spent these seconds of CPU time.
     """
 
     unit, overshoots = "step", False
@@ -555,7 +555,8 @@ def control_arms(run: Run, arms: dict[str, dict], spent: float) -> dict[str, dic
     # Without curation, videos from shared noise are equally late: there is nothing to compare. There is also
     # farther to go: at a rate of 6e-4 lip_correlation was only .38 after 75 updates.
     settings = replace(args.settings, group_noise="different")
-    apart = argparse.Namespace(**vars(args) | {"settings": settings, "post_lr": UNCURATED_LR})
+    apart = argparse.Namespace(**vars(args) | {"settings": settings, "group_noise": "different",
+                                               "post_lr": UNCURATED_LR})
     stages = []
     if CURATED in arms:
         picked = run.data[run.picks.curated]
@@ -590,6 +591,8 @@ def train(args: argparse.Namespace, start: float) -> None:
     with rank_zero_first():
         args.footage = learn(args)
     curates, reinforces = later_stages(args, judge)
+    if reinforces:
+        Reward(judge, None, args.weights, sync=reward_sync(args))        # refuses weights of nothing
     with rank_zero_first():
         clips, held_out, watched = load_clips(args, args.watch_clips if curates or reinforces else 0)
     if reinforces and len(clips) < args.prompts:
@@ -617,10 +620,12 @@ def train(args: argparse.Namespace, start: float) -> None:
 
     resume, anew = (shlex.join([flag, str(args.out)]) for flag in ("--resume", "--pretrained"))
     with fitting("pretraining", "lower --batch, or give --checkpointing"):
-        arms = {PRETRAINED: carry_out(pretraining, [], log)}     # an arm: weights that are reported
+        stage = pretraining
+        arms = {PRETRAINED: carry_out(stage, [], log)}           # an arm: weights that are reported
         if curates and len(run.picks.curated):
             keep_arm(loaded(arms[PRETRAINED], args), PRETRAINED, args)
-            arms[CURATED] = curate(run, arms[PRETRAINED]).kept
+            stage = curate(run, arms[PRETRAINED])
+            arms[CURATED] = stage.kept
     if reinforces:
         last, weights = list(arms.items())[-1]
         keep_arm(loaded(weights, args), last, args)
@@ -628,10 +633,11 @@ def train(args: argparse.Namespace, start: float) -> None:
         run.reward = make_reward(args, judge, picks.exemplars, args.config.chunk_frames, codec)
         with fitting("post-training",
                      f"lower --micro-batch, with {resume}; or --prompts or --group, with {anew}"):
-            post = post_train(run, weights)
-            arms[POST_TRAINED] = post.kept
+            stage = post_train(run, weights)
+            arms[POST_TRAINED] = stage.kept
             if args.control:
-                arms |= control_arms(run, arms, post.cpu_seconds)
+                arms |= control_arms(run, arms, stage.cpu_seconds)
+    save(stage, args.out)                                # where a kill came between its state and weights
     if not rank():
         with fitting("measuring", f"lower --validate-clips, with {resume}"):
             conclude(arms, held_out, run.reward, args, log)

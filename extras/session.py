@@ -62,10 +62,10 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(held)
         if made:
             with suppress(OSError):                  # a run that was refused leaves no empty folder
                 folder.rmdir()
+        os.close(held)
 
 
 def clear(folder: Path) -> None:
@@ -321,7 +321,8 @@ def carry_out(stage, watched: list, log: Log) -> dict[str, torch.Tensor]:
             sys.exit(f"stopped at {stage.unit} {stage.step} of {stage.name}; go on with: {go_on(args)}")
         if stage.name not in CHECKPOINTS and stage.step > first:
             log(control=stage.name, steps=stage.step, cpu_seconds=stage.cpu_seconds)
-        save(stage, args.out)
+        if stage.step > first or not checkpoint(stage, args.out).is_file():    # a later one's weights stay
+            save(stage, args.out)
         if asked:
             sys.exit(f"stopped at the end of {stage.name}; go on with: {go_on(args)}")
     if watched:

@@ -88,6 +88,9 @@ def test_a_run_is_not_begun_over_another_and_what_that_left_is_not_taken_up(
         with pytest.raises(MediaError):
             train.main([*ALONE, *flags, "--out", str(tmp_path / "new")])
         assert not (tmp_path / "new").exists()
+    nothing = "sync=0,background=0,identity=0,smoothness=0,seams=0"
+    with pytest.raises(MediaError, match="--weights: leave nothing to reward"):      # not after pretraining
+        train.main([*ALONE, "--updates", "1", "--weights", nothing, "--overwrite", "--out", str(run)])
     assert before == {path: path.read_bytes() for path in before}
     (run / "rivals").mkdir()
     (run / "cut.jpg").touch()
@@ -165,6 +168,22 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, unmeasured, 
     train.main(["--resume", str(folder)])
     assert_same_bits(finished, folder, "state.pt")
     assert [e["step"] for e in logged(folder, "pretraining")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_goes_on_never_falls_back_to_the_weights_of_an_earlier_stage(
+        finished, taste, unmeasured, tmp_path, monkeypatch):
+    """Nor where it fails before its last stage, nor where a kill came between a state and its weights."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    rewrite(run, control=False)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(train, "post_train", lambda *_: exec("raise MemoryError"))
+        patch.setattr(train, "fitting", lambda *_: suppress())
+        train.main(["--resume", str(run)])
+    assert same_weights(finished, run)
+    shutil.copy(run / "curated" / "model.safetensors", run)
+    assert not same_weights(finished, run)
+    train.main(["--resume", str(run)])
+    assert same_weights(finished, run)
 
 
 def test_a_run_that_is_stopped_while_a_stage_saves_its_end_goes_no_further(unmeasured, tmp_path, monkeypatch):
