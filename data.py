@@ -20,7 +20,6 @@ import shutil
 import tempfile
 import threading
 import time
-import wave
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from extras.files import VIDEOS, MediaError, cores, find_videos, first_line, printable, refusing, replacing
+from extras.files import VIDEOS, MediaError, cores, find_videos, first_line, printable, refusing
 from extras.media import (FPS, PIECE, SAMPLES_PER_FRAME, SAMPLE_RATE, Track, carry_sound, decode,
                           encode, read_picture)
 
@@ -386,9 +385,6 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop
     Args:    size: pixels of the square; frames: the shortest clip that is of use;
              crop: (x, y, side) in pixels of the upright picture, "face", else its centre square.
     """
-    square = crop not in (None, "face")
-    if seconds < 1 or size < 1 or (square and (min(crop) < 0 or crop[2] < 1)):
-        raise ValueError(f"want seconds >= 1, size >= 1, crop x,y,side inside: {seconds=} {size=} {crop=}")
     folder, length, failed = Path(folder), round(seconds * FPS), {}
     if not folder.exists():
         raise MediaError(folder, "is not there; name a video, or a folder that holds videos")
@@ -418,15 +414,6 @@ def folder_clips(folder: str | Path, size: int, seconds: float = 3.0, crop: Crop
 
 
 # ---- Media out ----------------------------------------------------------------------------------------
-
-def write_speech(path: Path, audio: Tensor) -> None:
-    """Write (T,) float32 in [-1, 1] at 16 kHz as a 16-bit wav file."""
-    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes((audio.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
-
 
 def write_video(path: str | Path, frames: Iterable[Tensor], audio: Tensor | Track) -> None:
     """Write an mp4 that plays in browsers: H.264 4:2:0, every frame, and all of the sound.

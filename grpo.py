@@ -53,7 +53,6 @@ K chunks, M draws, F frames, N tokens, C channels, S pixels per side.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -111,13 +110,6 @@ class Settings:
         return step_coefficients(self.sampler, *step, self.noise_level)
 
 
-class Scores(Protocol):
-    """What a reward returns: reward.Scores, or anything alike."""
-
-    components: Mapping[str, Tensor]          # name -> (B,), higher is better; NaN: not rated
-    per_chunk: Mapping[str, Tensor]           # name -> (B, K), of those that are localised in time
-
-
 # ---------------------------------------------------------------- 1. the policy
 
 def stochastic_steps(rollout_steps: int) -> list[tuple[float, float]]:
@@ -133,17 +125,17 @@ def drawing_steps(settings: Settings, rng: torch.Generator) -> list[tuple[float,
     return steps[at:at + settings.draws]
 
 
-def drawing_step(settings: Settings, steps: list[tuple[float, float]], noise: Callable[[int], Tensor],
+def drawing_step(settings: Settings, steps: list[tuple[float, float]], noise: Callable[[], Tensor],
                  record: Callable[..., None] = lambda *draw: None) -> Callable[..., Tensor]:
     """Make the `step` of `generate` that draws on the given steps and follows the ODE on the others.
 
-    Args: noise: chunk -> fresh noise (B, N, C), once per draw; record: is given (x, x', log_prob).
+    Args: noise: () -> fresh noise (B, N, C), once per draw; record: is given (x, x', log_prob).
     """
-    def step(x, velocity, sigma, next_sigma, chunk):
+    def step(x, velocity, sigma, next_sigma):
         if (sigma, next_sigma) not in steps:
             return flow_step(x, velocity, sigma, next_sigma)
         coefficients = settings.coefficients((sigma, next_sigma))
-        next_x, log_prob = stochastic_step(x, velocity, coefficients, noise=noise(chunk))
+        next_x, log_prob = stochastic_step(x, velocity, coefficients, noise=noise())
         record(x, next_x, log_prob)
         return next_x
     return step
@@ -191,11 +183,11 @@ def roll_out(model: Generator, portrait: Tensor, mel: Tensor, settings: Settings
     def gaussian(each):
         return torch.randn(p, each, *shape, generator=rng)[mine].flatten(0, 1).to(mel.device)
 
-    def initial(chunk):
+    def initial():
         return gaussian(g) if settings.group_noise == "different" else gaussian(1).repeat_interleave(g, 0)
 
     draws = []
-    step = drawing_step(settings, steps, lambda chunk: gaussian(g), lambda *draw: draws.append(draw))
+    step = drawing_step(settings, steps, lambda: gaussian(g), lambda *draw: draws.append(draw))
     chunks = model.generate(portrait, mel, initial, settings.rollout_steps, step=step)
     latents, frames = zip(*chunks)
     x, next_x, log_prob = (
@@ -216,7 +208,7 @@ def reward_to_go(reward: Tensor, discount: float) -> Tensor:
     return reward @ (weight / weight.sum(0))
 
 
-def advantages(scores: Scores, weights: Mapping[str, float], settings: Settings, chunks: int,
+def advantages(scores, weights: Mapping[str, float], settings: Settings, chunks: int,
                floors: Mapping[str, float]) -> tuple[Tensor, dict[str, dict[str, float]]]:
     """Compare every video with its group, component by component (step 4 above), in float64.
 

@@ -416,11 +416,6 @@ class TokenLinear(nn.Module):
         return torch.einsum("...ni,nio->...no", x, self.weight) + self.bias
 
 
-def ode_step(x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, chunk: int) -> Tensor:
-    """The default step of `generate`: Euler's rule, the same for every chunk."""
-    return flow_step(x, velocity, sigma, next_sigma)
-
-
 class Generator(nn.Module):
     """Portrait, sound and clean past in; velocity of the noisy chunks out."""
 
@@ -429,7 +424,7 @@ class Generator(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        self.codec = MotionCodec(c).requires_grad_(False)
+        self.codec = MotionCodec(c)
         self.portrait_in = nn.Linear(3 * PATCH ** 2, c.width)
         self.portrait_place = nn.Parameter(0.02 * torch.randn(c.video_tokens, c.width))
         self.audio_in = nn.Sequential(
@@ -534,17 +529,17 @@ class Generator(nn.Module):
         return x
 
     @torch.no_grad()
-    def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[int], Tensor],
+    def generate(self, portrait: Tensor, mel: Tensor, noise: Callable[[], Tensor],
                  steps: int = SAMPLING_STEPS, guidance: float = 1.0,
-                 step: Callable[..., Tensor] = ode_step) -> Iterator[tuple[Tensor, Tensor]]:
+                 step: Callable[..., Tensor] = flow_step) -> Iterator[tuple[Tensor, Tensor]]:
         """Generate chunk by chunk: write the chunk before and the next sound into the cache, then denoise.
 
         Args:
             portrait: (B, 3, S, S) in [0, 1].
             mel: (B, K T, mel_channels), or a data.LogMel, which is made as it is read.
-            noise: chunk index -> (B, N, C), what it starts from.    steps: of the flow, per chunk.
+            noise: () -> (B, N, C), what the next chunk starts from.    steps: of the flow, per chunk.
             guidance: g in velocity = unheard + g (heard - unheard); 1 leaves it as learned and costs half.
-            step: step(x, velocity, sigma, next_sigma, chunk) -> x at next_sigma; with GRPO a stochastic one.
+            step: step(x, velocity, sigma, next_sigma) -> x at next_sigma; with GRPO a stochastic one.
 
         Yields: per chunk its latent (B, N, C) and its frames (B, T, 3, S, S) in [0, 1].
         """
@@ -562,7 +557,7 @@ class Generator(nn.Module):
                 sound = torch.cat([sound, self.no_audio.expand_as(sound)])
             rope = self.rope(*places, self.positions(at, "audio"))
             self.read(caches, torch.cat([*past, sound], 1), 0.0, rope, write=True)
-            x, places = noise(chunk), [self.positions(at, "video")]
+            x, places = noise(), [self.positions(at, "video")]
             rope = self.rope(*places)
             for sigma, next_sigma in zip(sigmas, sigmas[1:]):
                 noisy = twice(x)                                                 # (B or 2 B, N, C)
@@ -571,7 +566,7 @@ class Generator(nn.Module):
                 if guided:
                     heard, unheard = velocity.chunk(2)
                     velocity = unheard + guidance * (heard - unheard)
-                x = step(x, velocity, sigma, next_sigma, chunk)
+                x = step(x, velocity, sigma, next_sigma)
             past = [twice(self.video_in(x))]
             yield x, self.codec.decode(portrait, x[:, None])
 

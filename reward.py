@@ -146,8 +146,6 @@ class Judge:
         self.digits = [processor.tokenizer.encode(d, add_special_tokens=False)[-1] for d in "12345"]
         # Only the next token counts. Without this, 3000 tokens would give 3000 rows of 150,000 logits.
         model.lm_head.register_forward_pre_hook(lambda head, inputs: (inputs[0][:, -1:],))
-        if not offload:
-            model.to(device)
 
     @classmethod
     def load(cls, name: str | Path = DEFAULT_JUDGE, dtype: str | None = None, device: str = "cpu",
@@ -246,16 +244,16 @@ def spans(frames: int, width: int | None) -> list[tuple[int, int]]:
     return [(start, start + width) for start in starts]
 
 
-def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Rate clips as Judge.rate does, long ones in spans. Returns: mean score (B, 3), least mass (B, 3)."""
+def rate_whole(judge, frames: Tensor, audio: Tensor, names: Sequence[str]) -> Tensor:
+    """Rate clips as Judge.rate does, long ones in spans. Returns: mean score (B, 3)."""
     samples = audio.unflatten(1, (-1, SAMPLES_PER_FRAME))
     try:
         with fitting("the judge", "lower --judge-batch, or --judge-size"):
-            ratings = [judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names)
+            ratings = [judge.rate(frames[:, a:b], samples[:, a:b].flatten(1), names).score
                        for a, b in spans(frames.shape[1], judge.window)]
     except OSError as error:                         # of a judge of your own that asks a server
         raise JudgeError("the judge", f"cannot be asked ({error}); is its server up?") from None
-    return torch.stack([r.score for r in ratings]).mean(0), torch.stack([r.mass for r in ratings]).amin(0)
+    return torch.stack(ratings).mean(0)
 
 
 def calibrate(scores: Tensor, knots: tuple[Sequence[float], Sequence[float]]) -> Tensor:
@@ -515,7 +513,6 @@ class Scores:
     total: Tensor                                    # (B,) sum of weight * component
     components: dict[str, Tensor]                    # name -> (B,)
     per_chunk: dict[str, Tensor]                     # name -> (B, K), of all but ratings
-    mass: Tensor | None = None                       # (B, 3) of the judge's answers
 
 
 class Reward:
@@ -555,9 +552,8 @@ class Reward:
         parts = [self.chunk_scores(*batch) for batch in batches]
         chunks = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}       # (B, K) each
         components = {name: values.mean(1) for name, values in chunks.items()}                # (B,) each
-        mass = None
         if set(JUDGED) & set(self.weights):
-            score, mass = rate_whole(self.judge, frames, audio, names)                        # (B, 3) each
+            score = rate_whole(self.judge, frames, audio, names)                              # (B, 3)
             for aspect, values in zip(ASPECTS, score.T):
                 knots = self.calibration.get(aspect)
                 components[f"judge_{aspect}"] = calibrate(values, knots) if knots else values
@@ -567,7 +563,7 @@ class Reward:
                 bad = (~values.isfinite()).nonzero()[0].item()
                 raise MediaError(names[bad], f"its {name} is {values[bad]}; look at the generated frames")
         total = sum(self.weights[name] * values for name, values in components.items())
-        return Scores(total, components, {name: chunks[name] for name in chunks if name in components}, mass)
+        return Scores(total, components, {name: chunks[name] for name in chunks if name in components})
 
     def chunk_scores(self, frames: Tensor, audio: Tensor, portrait: Tensor) -> dict[str, Tensor]:
         """Score each chunk by what needs no judge: name -> (B, K), on the CPU. Its mean is the component."""
@@ -576,8 +572,6 @@ class Reward:
 
         good = self.exemplars
         portrait, still = portrait.to(frames.device), good.still.to(frames.device)
-        if still.shape[-1] != frames.shape[-1]:
-            still = nnf.interpolate(still[None, None], frames.shape[-2:], mode="bilinear")[0, 0]
         stray = mean(straying(frames, portrait, still)) - good.straying
         alike = mean(likeness(frames, portrait)) - good.likeness
         chunks = {"background": -stray.clamp_min(0), "identity": alike.clamp_max(0)}

@@ -174,8 +174,8 @@ def rate_clips(judge, clips: Clips, args: argparse.Namespace) -> tuple[Tensor, f
     """
     def rate(rows: range, to: Path) -> None:
         start, some = time.process_time(), [clips[row] for row in rows]
-        scores, _ = rate_whole(judge, pixels(some, args.frames), sounds(some, args.frames),
-                               [clip.name for clip in some])
+        scores = rate_whole(judge, pixels(some, args.frames), sounds(some, args.frames),
+                            [clip.name for clip in some])
         np.save(to / "ratings.npy", scores.numpy())
         (to / "cpu_seconds").write_text(f"{time.process_time() - start}")
 
@@ -269,7 +269,7 @@ def optimizers(model: Generator, args: argparse.Namespace) -> list[torch.optim.O
     """Muon for the matrices of the trunk (Jordan et al., 2024), AdamW for the rest, as nanochat has it."""
     trunk = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
     inside = {id(p) for p in trunk}
-    rest = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
+    rest = [p for p in model.parameters() if id(p) not in inside]
     return [Muon(trunk, lr=args.muon_lr, weight_decay=0.01),
             torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
                               fused=args.device.startswith("cuda"))]

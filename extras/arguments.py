@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 def check_numbers(p: argparse.ArgumentParser, args: argparse.Namespace, **least: float) -> None:
     """End with one clear line where a number is below its least value, or absurdly large."""
     for name, low in least.items():
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not low <= value < 1e10:
             bound = "below 1e10" if value > low else f"at least {low}"
             p.error(f"--{name.replace('_', '-')} must be {bound}, got {value}")

@@ -68,19 +68,14 @@ def _detector(thread: int):
 
 
 def find_faces(picture: np.ndarray, work: int = WORK) -> list[Box]:
-    """Find upright faces in a picture, (3, H, W) or (H, W, 3) uint8, seen with `work` pixels of the shorter
+    """Find upright faces in a picture (H, W, 3) uint8, seen with `work` pixels of the shorter
     side. The surest comes first. Raises: MediaError without dlib."""
-    image = as_image(picture)
+    image = Image.fromarray(picture)
     up = work / min(image.size)
     image = image.resize([max(1, round(side * up)) for side in image.size], Image.BICUBIC)
     found, scores, _ = detector().run(np.array(image), 0, 0.0)
     return [(box.left() / up, box.top() / up, box.width() / up, box.height() / up, score)
             for box, score in zip(found, scores)]
-
-
-def as_image(picture: np.ndarray) -> Image.Image:
-    """Turn (3, H, W) or (H, W, 3) uint8 into Pillow's kind of picture."""
-    return Image.fromarray(picture if picture.shape[-1] == 3 else picture.transpose(1, 2, 0))
 
 
 def verdict(boxes: Sequence[Box]) -> str:
@@ -114,17 +109,15 @@ def square_of(found: Sequence[Sequence[Box]], width: int, height: int,
     return x, y, side
 
 
-def frame_of(pictures: Sequence[np.ndarray], name: str | Path = "picture") -> Square:
-    """Find the square of a photo, [picture], or of some frames of a clip. Raises: MediaError."""
-    pictures = [np.asarray(as_image(picture)) for picture in pictures]
-    height, width, _ = pictures[0].shape
+def frame_of(picture: np.ndarray, name: str | Path = "picture") -> Square:
+    """Find the square of a photo (H, W, 3). Raises: MediaError."""
+    height, width, _ = picture.shape
     if max(width, height) > STRIP * min(width, height):          # enlarged for a look, it would take minutes
         raise MediaError(name, f"is a strip of {width}x{height} pixels; {REMEDY}")
-    looks = pictures * -(-SCALES // len(pictures))
-    found = [find_faces(picture, scale(i)) for i, picture in enumerate(looks)]
+    found = [find_faces(picture, scale(i)) for i in range(SCALES)]
     if not any(found):                               # a small face, or one that lies on its side
-        found = [find_faces(picture, 2 * scale(i)) for i, picture in enumerate(looks)]
-    if not any(found) and any(find_faces(np.rot90(pictures[0], turn)) for turn in (1, 2, 3)):
+        found = [find_faces(picture, 2 * scale(i)) for i in range(SCALES)]
+    if not any(found) and any(find_faces(np.rot90(picture, turn)) for turn in (1, 2, 3)):
         raise MediaError(name, "the head is not upright; turn the picture")
     return square_of(found, width, height, name)
 
@@ -140,7 +133,7 @@ def photo_square(path: str | Path, crop: Crop | tuple[()], run: Path) -> Square 
         return crop
     image, (width, height) = read_picture(path, WORK)            # large ones are scaled down
     across = min(width / image.width, height / image.height)
-    return tuple(int(across * value) for value in frame_of([np.asarray(image)], path))
+    return tuple(int(across * value) for value in frame_of(np.asarray(image), path))
 
 
 def scale(look: int) -> int:
@@ -150,7 +143,7 @@ def scale(look: int) -> int:
 
 def show(picture: np.ndarray, square: Square, side: int = 256) -> Image.Image:
     """Draw the picture with its square, and beside it what is cut: one glance tells whether it is right."""
-    image = as_image(picture)
+    image = Image.fromarray(picture)
     x, y, length = square
     cut = image.crop((x, y, x + length, y + length)).resize((side, side), Image.LANCZOS)
     edge = x, y, x + length - 1, y + length - 1
@@ -357,7 +350,7 @@ def main() -> None:
             return
         framed = file.with_name(f"{file.name}.frame.png")
         with replacing(framed) as temporary:
-            show(picture, frame_of([picture], file)).save(temporary, "PNG")
+            show(picture, frame_of(picture, file)).save(temporary, "PNG")
         square = ",".join(map(str, photo_square(file, "face", Path())))
         print(f"--crop {square}; see {framed}")
 

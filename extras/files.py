@@ -107,6 +107,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -118,8 +119,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_weights(folder: Path, weights: dict[str, Tensor], config: dict) -> None:
     """Write folder/model.safetensors and config.json."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as path:
         # Not save_file: it leaves a file that only its owner may read.
         path.write_bytes(save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}))

@@ -17,7 +17,7 @@ import torch
 
 import grpo
 from extras.media import FPS
-from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument
 from extras.pretrained import encoder_width, trunk_shape
 from extras.processes import world
 from extras.reward_flags import reward_flags
@@ -102,7 +102,6 @@ def all_flags() -> tuple[argparse.ArgumentParser, set[str]]:
     g.add_argument("--preset", choices=PRESETS, default="tiny", help="generator and defaults (%(default)s)")
     g.add_argument("--out", type=Path, help="folder of the run (runs/PRESET)")
     g.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run")
-    g.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="compute blocks again "
                    "in the backward pass: less memory, slower steps (by preset)")
     g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard, too")
@@ -252,8 +251,6 @@ def complete(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one clear line where a flag cannot be used."""
-    if args.out.exists() and not args.out.is_dir():
-        p.error(f"--out {args.out} is a file; name a folder")
     if any(args.out.glob("[!.]*")) and not (args.out / "log.jsonl").exists():
         p.error(f"{args.out} holds files, none of them a run's log.jsonl; "
                 "name a folder of the run's own")

@@ -25,7 +25,7 @@ from scipy import optimize, stats
 from tqdm import tqdm
 
 from data import Clip, folder_clips, load_clip, sounds, to_bytes
-from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument
 from extras.files import MediaError, check_new, one_line, replacing, writing
 from extras.media import FPS
 from extras.page import video_uri
@@ -164,7 +164,7 @@ def align_judge(args: argparse.Namespace) -> None:
     for video in tqdm(sorted(videos), "rating", leave=False):
         clip = load_clip(args.ratings.parent / video, args.size, args.crop)
         try:
-            score, _ = rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])
+            score = rate_whole(judge, clip.frames[None] / 255, clip.audio[None], [video])
             scores[video] = score[0].tolist()
         except Unrated as error:
             print(f"note: it is left out: {error}", file=sys.stderr)
@@ -228,7 +228,7 @@ def study(args: argparse.Namespace) -> None:
         pairs.append({"id": pair} | {side: video_uri(large[run][i], audio[i]) for side, run in sides.items()})
         key[pair] = sides | {"clip": name}
     if judge:
-        a, b = (rate_whole(judge, video, audio, names)[0].tolist() for video in videos.values())
+        a, b = (rate_whole(judge, video, audio, names).tolist() for video in videos.values())
         for i, pair in enumerate(key.values()):
             pair["judge"] = {"a": a[i], "b": b[i]}
     number = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]       # of what the page shows anyway
@@ -317,11 +317,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for c in aligns, studies:
         crop = "face" if c is studies else "none"
         c.add_argument("--crop", type=crop_argument, default=crop, help=CROP_HELP)
-        c.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
         reward_flags.judge_flags(c)
     args = p.parse_args(argv)
-    least = {"seed": 0, "clips": 1, "max_seconds": 1, "size": 32}
-    check_numbers(p, args, **{name: low for name, low in least.items() if name in args})
+    check_numbers(p, args, seed=0, clips=1, max_seconds=1, size=32)
     return args
 
 

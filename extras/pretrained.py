@@ -136,9 +136,6 @@ def trunk_shape(name: str) -> dict:
 @torch.no_grad()
 def load_trunk(model: Generator, name: str) -> None:
     """Give a generator a Qwen3 model's layers and last norm. Raises: ValueError where its shape differs."""
-    wrong = {k: v for k, v in trunk_shape(name).items() if getattr(model.config, k) != v}
-    if wrong:
-        raise ValueError(f"{name} has {wrong}, which the generator has not")
     weights = bare_model(name, "a language model").state_dict()
     model.norm.weight.copy_(weights["norm.weight"])
     for i, block in enumerate(model.blocks):

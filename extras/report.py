@@ -152,13 +152,9 @@ def funnel_table(rows: list[dict]) -> Part:
 
 def parse_json(line: str):
     """Parse JSON in which null stands for nan."""
-    def with_nan(value):
-        if isinstance(value, dict):
-            return {key: with_nan(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [with_nan(part) for part in value]
-        return math.nan if value is None else value
-    return with_nan(json.loads(line))
+    nan = lambda value: math.nan if value is None else value
+    return json.loads(line, object_hook=lambda found: {
+        key: [*map(nan, value)] if isinstance(value, list) else nan(value) for key, value in found.items()})
 
 
 def with_key(log: list[dict], key: str) -> list[dict]:

@@ -18,15 +18,17 @@ import numpy as np
 
 import reward
 from data import Clip
+from extras.arguments import device_argument
 from extras.files import MediaError
 from extras.sync import load_sync
-from reward import (ASPECTS, COMPONENTS, DEFAULT_JUDGE, DEFAULT_SYNC, REWARD_SYNC, WEIGHTS, Component,
+from reward import (ASPECTS, COMPONENTS, DEFAULT_JUDGE, DEFAULT_SYNC, REWARD_SYNC, WEIGHTS,
                     Exemplars, Judge, Scores, SyncNetwork)
 
 # ---------------------------------------------------------------- the judge
 
 def judge_flags(p: argparse.ArgumentParser) -> list[str]:
     """Add the flags that name a judge, as `make_judge` reads them. Returns: their names."""
+    p.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
     g = p.add_argument_group("judge")
     flags = [
         g.add_argument("--judge", default="default", metavar="NAME", help="a folder, or a model of the hub "
@@ -188,13 +190,9 @@ def table(rewarded: reward.Reward, columns: dict[str, Scores]) -> str:
     lines = [f"{'':22}" + "".join(f"{name:>{wide}}" for name in columns) + "   weight  range  meaning"]
     for name, weight in rewarded.weights.items():
         values = "".join(f"{of.components[name].nanmean().item():{wide}.4g}" for of in columns.values())
-        own = COMPONENTS.get(name, Component(weight, 0, "", ""))             # a reward of your own has others
-        lines.append(f"{name:22}{values}{weight:9.2f}  {own.scale:6} {own.meaning}")
+        lines.append(f"{name:22}{values}{weight:9.2f}  {COMPONENTS[name].scale:6} {COMPONENTS[name].meaning}")
     totals = "".join(f"{scores.total.nanmean().item():{wide}.3f}" for scores in columns.values())
     lines.append(f"{'total':22}{totals}           sum of weight * component: more is better")
     if unrated := sum(scores.total.isnan().sum().item() for scores in columns.values()):
         lines.append(f"unrated videos, in no mean of ratings and totals: {unrated}")
-    masses = [s.mass.min().item() for s in columns.values() if getattr(s, "mass", None) is not None]
-    if (least := min(masses, default=1)) < 1:
-        lines.append(f"the judge answers with digits, probability {least:.3f} or more")
     return "\n".join(lines)

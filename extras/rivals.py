@@ -56,8 +56,8 @@ def shifted(clip: Clip, frames: int) -> Clip:
 
 def rated(judge, videos: Tensor, clips: list[Clip]) -> Tensor:
     """Return the sum of the judge's ratings, (B,); what it leaves unrated is below all others."""
-    scores, _ = rate_whole(judge, videos, sounds(clips, videos.shape[1]), [clip.name for clip in clips])
-    return scores.sum(1).nan_to_num(-torch.inf)
+    names = [clip.name for clip in clips]
+    return rate_whole(judge, videos, sounds(clips, videos.shape[1]), names).sum(1).nan_to_num(-torch.inf)
 
 
 def best_of(n: int, model, judge, clips: list[Clip], args: argparse.Namespace, seed: int,

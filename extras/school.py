@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from data import Clip, folder_clips, pixels, sounds
-from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument
 from extras.files import MediaError, one_line, writing
 from extras.media import FPS, SAMPLES_PER_FRAME, SAMPLE_RATE
 from extras import reward_flags
@@ -42,7 +42,7 @@ from extras.people import STUDY_SEED, bootstrap, pairwise_accuracy, spearman
 from extras.sync import save_sync, train_sync
 from extras.talkers import synthetic_clips
 from model import load_generator
-from reward import ASPECTS, Judge
+from reward import ASPECTS, Judge, rate_whole
 from sample import seeded_rng, sync_metrics
 
 # ---------------------------------------------------------------- the tiny judge, and how it learns
@@ -280,7 +280,7 @@ def exam(judge, good: Material, groups: int, of: int = 8) -> dict[str, tuple[tup
     for g in range(groups):
         lessons = draw_lessons(good, None, of, 99 * 1_000_003 + g, LESSON_FRAMES[1], [g % len(good)] * of)
         names = [f"lesson {g}.{i}" for i in range(of)]
-        score.append(judge.rate(lessons.frames / 255, lessons.audio, names).score)
+        score.append(rate_whole(judge, lessons.frames / 255, lessons.audio, names))
         quality.append(lessons.quality)
     group = torch.arange(groups).repeat_interleave(of)
     pairs = lambda s, q, g: pairwise_accuracy(s, q, g, least=0.5)
@@ -326,7 +326,7 @@ def battery(judge, good: Material) -> str:
     names = [f"clip {i}" for i in range(len(good))]
     lines, failed = [f"{'aspect':16}{'spoilt by':26}true clip rated higher"], set()
     for aspect, done, frames, sound in spoilt_in_known_ways(good):
-        score = judge.rate(frames, sound, names).score[:, ASPECTS.index(aspect)]
+        score = rate_whole(judge, frames, sound, names)[:, ASPECTS.index(aspect)]
         if not done:
             true = score
             continue
@@ -439,11 +439,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     teaches.add_argument("--generator", nargs="+", default=[], metavar="RUN",
                          help="runs of train.py, best of several ages, to learn from their videos too")
     validates.add_argument("--clips", type=int, default=EXAM_CLIPS, help="to validate on (%(default)s)")
-    validates.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
     reward_flags.judge_flags(validates)
     args = p.parse_args(argv)
-    least = {"seed": 0, "steps": 1, "tower_steps": 0, "clips": 2}
-    check_numbers(p, args, **{name: low for name, low in least.items() if name in args})
+    check_numbers(p, args, seed=0, steps=1, tower_steps=0, clips=2)
     return args
 
 

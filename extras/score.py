@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from data import folder_clips, load_clip
-from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument, device_argument
+from extras.arguments import CROP_HELP, Parser, check_numbers, crop_argument
 from extras.files import MediaError, one_line
 from extras.reward_flags import make_judge, make_reward, measuring_sync, reward_flags, table
 from extras.talkers import synthetic_clips
@@ -24,7 +24,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--sync", metavar="DIR", help="the sync network that measures, or none (the one for drawn "
                    "talkers; with --data none)")
     p.add_argument("--crop", type=crop_argument, default="none", help=CROP_HELP)
-    p.add_argument("--device", type=device_argument, default=device_argument(), help="(%(default)s)")
     reward_flags(p)
     args = p.parse_args(argv)
     check_numbers(p, args, size=32, chunk_frames=2)

@@ -164,8 +164,6 @@ def save(stage, folder: Path) -> None:
     if rank():
         return
     file = checkpoint(stage, folder)
-    with writing(folder):
-        file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as path:
         torch.save({stage.unit: stage.step, "model": stage.model.state_dict(), "average": stage.average,
                     "optimizers": [o.state_dict() for o in stage.optimizers], "best": stage.best,

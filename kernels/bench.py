@@ -164,7 +164,7 @@ def bench_whole(flags: str, impl: str) -> dict:
     def sample(batch):
         portrait, mel = data.portrait[:batch].to(DEVICE) / 255, data.mel[:batch].to(DEVICE)
         noise = torch.randn(batch, c.video_tokens, c.channels, device=DEVICE)
-        return list(run.model.generate(portrait, mel, lambda chunk: noise))
+        return list(run.model.generate(portrait, mel, lambda: noise))
     with using(impl):
         made = {"task": flags, "impl": impl, "ms per step": milliseconds(run.advance),
                 "ms per video": milliseconds(lambda: sample(1)),

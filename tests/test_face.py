@@ -29,16 +29,16 @@ def test_dlib_finds_the_same_head_wherever_it_is_and_one_that_lies_on_its_side()
     """Moved and scaled like the photo; what is framed already stays nearly whole."""
     pytest.importorskip("dlib", reason="faces are found with dlib: pip install dlib-bin")
     photo, wall = Image.open(get_sample_data("grace_hopper.jpg", False)), Image.new("RGB", (640, 360))
-    x, y, side = face.frame_of([np.asarray(photo)])
+    x, y, side = face.frame_of(np.asarray(photo))
     scale = 300 / photo.width
     wall.paste(photo.resize((300, round(scale * photo.height)), Image.LANCZOS), (200, 8))
-    found = face.frame_of([np.asarray(wall).transpose(2, 0, 1)] * 3)             # (3, H, W), more than one
+    found = face.frame_of(np.asarray(wall))
     expected = np.array([200 + x * scale, 8 + y * scale, side * scale])
     assert np.abs(found - expected).max() < 0.07 * expected[2]
-    again = face.frame_of([np.asarray(photo.crop((x, y, x + side, y + side)))])
+    again = face.frame_of(np.asarray(photo.crop((x, y, x + side, y + side))))
     assert again[2] > 0.9 * side and max(again[:2]) < 0.07 * side
     with pytest.raises(MediaError, match="turn the picture"):
-        face.frame_of([np.rot90(photo)])
+        face.frame_of(np.rot90(photo))
 
 
 def test_one_square_inside_the_picture_serves_a_clip_and_a_slip_does_not_move_it():
@@ -83,7 +83,7 @@ def test_the_tool_names_what_is_wrong_with_a_picture_and_leaves_other_files_alon
     face.main()
     assert "2 s in 1 pieces" in capsys.readouterr().out
     with pytest.raises(MediaError, match="strip of 40x900 pixels; name the square"):
-        face.frame_of([np.zeros((900, 40, 3), np.uint8)])
+        face.frame_of(np.zeros((900, 40, 3), np.uint8))
 
 
 def test_without_dlib_one_line_says_what_to_install(monkeypatch):
@@ -179,7 +179,7 @@ def test_one_video_becomes_clips_of_its_stretches(tmp_path, monkeypatch, capsys)
 def test_a_photo_is_cut_as_the_clips_of_the_run_unless_told(trained, given, found, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"training": {"crop": trained}}))
     Image.new("RGB", (64, 64)).save(tmp_path / "me.png")
-    monkeypatch.setattr(face, "frame_of", lambda pictures, path: (1, 2, 3))
+    monkeypatch.setattr(face, "frame_of", lambda picture, path: (1, 2, 3))
     monkeypatch.setattr(face, "find_spec", lambda name: True)
     assert face.photo_square(tmp_path / "me.png", given, tmp_path) == found
 

@@ -46,7 +46,7 @@ def roll(model: Generator, chunks: int, steps: int = 3):
     """Generate, keeping every (x, velocity, sigma) that the flow step was given."""
     seen = []
 
-    def step(x, velocity, sigma, next_sigma, chunk):
+    def step(x, velocity, sigma, next_sigma):
         seen.append((x, velocity, sigma))
         return x + (next_sigma - sigma) * velocity
     latents = [x for x, _ in model.generate(*inputs(model, chunks), noise_for(model), steps, step=step)]

@@ -223,8 +223,13 @@ def test_the_better_clip_wins_on_each_aspect_and_a_deaf_judge_fails(embedded, ha
     assert all(sum(some) / len(some) > 0.8 for some in shares.values()), verdict
 
     monkeypatch.setattr(school, "spoilt_in_known_ways", lambda good: islice(spoilt_in_known_ways(good), 6))
-    deaf = SimpleNamespace(rate=lambda x, audio, names: embedded.rate(x, audio[:1].expand_as(audio), names))
-    assert "lip_sync: do not trust it" in battery(deaf, half)
+    widths = set()
+
+    def deaf(frames, audio, names):
+        widths.add(frames.shape[1])
+        return embedded.rate(frames, audio[:1].expand_as(audio), names)
+    assert "lip_sync: do not trust it" in battery(SimpleNamespace(rate=deaf, window=32), half)
+    assert max(widths) == 32                         # no more at once than it says
 
 
 # ---------------------------------------------------------------- the command line
