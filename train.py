@@ -637,7 +637,8 @@ def train(args: argparse.Namespace, start: float) -> None:
             arms[POST_TRAINED] = stage.kept
             if args.control:
                 arms |= control_arms(run, arms, stage.cpu_seconds)
-    save(stage, args.out)                                # where a kill came between its state and weights
+    if args.resume:
+        save(stage, args.out)                            # a kill may have come between its state and weights
     if not rank():
         with fitting("measuring", f"lower --validate-clips, with {resume}"):
             conclude(arms, held_out, run.reward, args, log)

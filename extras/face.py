@@ -68,8 +68,8 @@ def _detector(thread: int):
 
 
 def find_faces(picture: np.ndarray, work: int = WORK) -> list[Box]:
-    """Find upright faces in a picture (H, W, 3) uint8, seen with `work` pixels of the shorter
-    side. The surest comes first. Raises: MediaError without dlib."""
+    """Find upright faces in a picture (H, W, 3) uint8, seen with `work` pixels of the shorter side. The
+    surest comes first. Raises: MediaError without dlib."""
     image = Image.fromarray(picture)
     up = work / min(image.size)
     image = image.resize([max(1, round(side * up)) for side in image.size], Image.BICUBIC)

@@ -135,7 +135,7 @@ def trunk_shape(name: str) -> dict:
 
 @torch.no_grad()
 def load_trunk(model: Generator, name: str) -> None:
-    """Give a generator a Qwen3 model's layers and last norm. Raises: ValueError where its shape differs."""
+    """Give a generator a Qwen3 model's layers and last norm: of `trunk_shape`, as the flags have it."""
     weights = bare_model(name, "a language model").state_dict()
     model.norm.weight.copy_(weights["norm.weight"])
     for i, block in enumerate(model.blocks):
